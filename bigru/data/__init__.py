@@ -1,0 +1,1 @@
+"""Clips, windows and a generator of synthetic clips."""

@@ -1,0 +1,1 @@
+"""The forecaster, its metrics and its checkpoints."""
