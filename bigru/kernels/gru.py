@@ -1,0 +1,231 @@
+"""`BiGRU`: torch.nn.GRU(bidirectional=True) in every respect but speed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from bigru.kernels.recurrence import fused_gru_recurrence
+from bigru.kernels.reference import gru_recurrence, input_gates
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+PRECISIONS = ("fp32", "tf32")
+
+
+class BiGRU(nn.RNNBase):
+    """A bidirectional GRU with the parameters, initialisation and results of `torch.nn.GRU(bidirectional=True)`.
+
+    r = sigmoid(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + r * (W_hn h + b_hn)),
+    h' = n + z * (h - n); see https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html.
+
+    Args:
+        input_size: features per time step, I.
+        hidden_size: hidden units per direction, H.
+        num_layers: stacked bidirectional layers.
+        bias: whether to learn b_ih and b_hh.
+        batch_first: input and output as (B, T, features) instead of (T, B, features).
+        dropout: probability of dropping an output between two layers in training.
+        backend: who computes the recurrence. "triton": the fused kernels, on a GPU (or in Triton's interpreter);
+            "torch": ATen's own GRU (cuDNN on a GPU); "reference": a plain PyTorch loop, slow, differentiable to any
+            order; "auto": "triton" where it can serve the call on a GPU, else "torch".
+        precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64) or
+            "tf32" (below 2e-3). Input products follow torch.backends.cuda.matmul.allow_tf32, and the "torch" backend
+            follows torch.backends.cudnn.allow_tf32.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: for arguments that torch.nn.GRU refuses, or an unknown backend or precision.
+
+    Example:
+        >>> gru = BiGRU(84, 128, num_layers=2, batch_first=True)
+        >>> y, h_n = gru(torch.randn(64, 60, 84))
+        >>> y.shape, h_n.shape
+        (torch.Size([64, 60, 256]), torch.Size([4, 64, 128]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, True, device=device, dtype=dtype
+        )
+        self.backend = backend
+        self.precision = precision
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Runs the GRU over a batch of sequences.
+
+        Args:
+            input: (T, B, I), (B, T, I) if `batch_first`, (T, I) for one sequence, or a PackedSequence.
+            hx: (2 * num_layers, B, H) initial states, (2 * num_layers, H) for one sequence; default zeros.
+
+        Returns:
+            y, shaped as the input with 2H features, and h_n, shaped as hx.
+
+        Raises:
+            ValueError: input of the wrong rank or dtype.
+            RuntimeError: wrong sizes, T = 0, tensors on different devices, or a backend that cannot serve the call.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
+        if hx is not None and hx.dim() != input.dim():
+            raise RuntimeError(
+                f"hx: expected {input.dim()} dimensions for {input.dim()}-D input, got shape {tuple(hx.shape)}"
+            )
+        batched = input.dim() == 3
+        time_first = not self.batch_first or not batched
+        x = input if batched else input.unsqueeze(1)
+        if hx is not None and not batched:
+            hx = hx.unsqueeze(1)
+        hx = self._checked_state(x, hx, x.shape[1 if time_first else 0])
+        if x.shape[0 if time_first else 1] == 0:
+            raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
+        backend = self.resolve_backend(x)
+        if backend == "torch":
+            y, h_n = torch._VF.gru(
+                x, hx, self._weights(), self.bias, self.num_layers, self.dropout, self.training, True, not time_first
+            )
+        else:
+            y, h_n = self._forward_layers(x if time_first else x.transpose(0, 1), hx, backend)
+            y = y if time_first else y.transpose(0, 1)
+        return (y, h_n) if batched else (y.squeeze(1), h_n.squeeze(1))
+
+    def resolve_backend(self, input: Tensor | PackedSequence) -> str:
+        """Name of the backend that serves `input`: "triton", "torch" or "reference".
+
+        Raises:
+            RuntimeError: the backend asked for cannot serve it; the message says why.
+        """
+        if self.backend in ("torch", "reference"):
+            if self.backend == "reference" and isinstance(input, PackedSequence):
+                raise RuntimeError("backend 'reference' cannot serve this call: the input is a PackedSequence")
+            return self.backend
+        refusal = _triton_refusal(input)
+        if self.backend == "triton":
+            if refusal:
+                raise RuntimeError(f"backend 'triton' cannot serve this call: {refusal}")
+            return "triton"
+        data = input.data if isinstance(input, PackedSequence) else input
+        if data.device.type != "cuda":
+            return "torch"
+        if not refusal:
+            return "triton"
+        if data.dtype == torch.float32 and self.precision == "fp32" and torch.backends.cudnn.allow_tf32:
+            warnings.warn(
+                f"the fused kernel cannot serve this call ({refusal}); ATen's GRU does, and its products may be TF32 "
+                "because torch.backends.cudnn.allow_tf32 is on",
+                stacklevel=3,
+            )
+        return "torch"
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the fused kernels read the parameters where they are."""
+
+    def extra_repr(self) -> str:
+        """As torch.nn.GRU's, with backend and precision."""
+        return f"{super().extra_repr()}, backend={self.backend!r}, precision={self.precision!r}"
+
+    def _weights(self) -> list[Tensor]:
+        # Read at call time, so that functional_call, weight_norm and pruning are honoured.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int) -> Tensor:
+        weight = self._weights()[0]
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"input: expected {weight.dtype} like the weights, got {x.dtype}")
+        if x.device != weight.device:
+            raise RuntimeError(f"input: expected a tensor on {weight.device} like the weights, got one on {x.device}")
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {x.shape[-1]}")
+        shape = (2 * self.num_layers, batch, self.hidden_size)
+        if hx is None:
+            return torch.zeros(shape, dtype=x.dtype, device=x.device)
+        if tuple(hx.shape) != shape:
+            raise RuntimeError(f"hx: expected shape {shape} (2 * num_layers, batch, hidden), got {tuple(hx.shape)}")
+        if hx.dtype != x.dtype or hx.device != x.device:
+            raise RuntimeError(f"hx: expected {x.dtype} on {x.device} like input, got {hx.dtype} on {hx.device}")
+        return hx
+
+    def _forward_layers(self, x: Tensor, hx: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        weights = self._weights()
+        per_direction = len(weights) // (2 * self.num_layers)
+        states = []
+        for layer in range(self.num_layers):
+            start = 2 * per_direction * layer
+            forward, reverse = weights[start : start + per_direction], weights[start + per_direction :]
+            w_ih, w_hh, *biases = (torch.stack(pair) for pair in zip(forward, reverse, strict=False))
+            b_ih, b_hh = biases if self.bias else (None, None)
+            gi = input_gates(x, w_ih, b_ih, b_hh)
+            b_hn = b_hh[:, 2 * self.hidden_size :] if b_hh is not None else None
+            h0 = hx[2 * layer : 2 * layer + 2]
+            if backend == "triton":
+                # Under autocast gi comes in the user's dtype, and the recurrence follows it.
+                b_hn = b_hn.to(gi.dtype) if b_hn is not None else None
+                y, h_n = fused_gru_recurrence(gi, w_hh.to(gi.dtype), b_hn, h0.to(gi.dtype), self.precision)
+            else:
+                y, h_n, _ = gru_recurrence(gi, w_hh, b_hn, h0)
+            states.append(h_n)
+            x = y.flatten(2)
+            if self.dropout and layer < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+        return x, torch.cat(states)
+
+    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        if hx is not None and hx.dim() != 3:
+            raise RuntimeError(f"hx: expected 3 dimensions for a PackedSequence, got shape {tuple(hx.shape)}")
+        if hx is not None and packed.sorted_indices is not None and hx.shape[1] == len(packed.sorted_indices):
+            hx = hx.index_select(1, packed.sorted_indices)
+        hx = self._checked_state(packed.data, hx, int(packed.batch_sizes[0]))
+        self.resolve_backend(packed)
+        y, h_n = torch._VF.gru(
+            packed.data, packed.batch_sizes, hx, self._weights(), self.bias, self.num_layers, self.dropout,
+            self.training, True,
+        )  # fmt: skip
+        if packed.unsorted_indices is not None:
+            h_n = h_n.index_select(1, packed.unsorted_indices)
+        return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_refusal(input: Tensor | PackedSequence) -> str | None:
+    """Why the fused kernels cannot serve `input`, or None if they can."""
+    if isinstance(input, PackedSequence):
+        return "the input is a PackedSequence"
+    if not _triton_installed():
+        return "triton is not installed"
+    from bigru.kernels import launch
+
+    if input.device.type != "cuda" and not launch.interpreted():
+        return f"the input is on {input.device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
+    if input.dtype not in launch.DTYPES:
+        return f"the input is {input.dtype}, and the kernels take float32, bfloat16 and float16"
+    return None

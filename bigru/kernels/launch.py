@@ -1,0 +1,178 @@
+"""Which kernel serves which shape, dtype and device, and the launch itself."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from bigru.kernels import portable
+
+Precision = Literal["fp32", "tf32"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a kernel depends on."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+    """Shared memory that one program may use, in bytes."""
+    processors: int
+    """Streaming multiprocessors."""
+
+
+# Limits from the CUDA C++ Programming Guide, "Compute Capabilities": 163, 227 and 227 KiB a block.
+A100 = Device((8, 0), 163 * 1024, 108)
+H100 = Device((9, 0), 227 * 1024, 132)
+B200 = Device((10, 0), 227 * 1024, 148)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one call runs."""
+
+    whole: bool
+    """W_hh on chip for the whole sequence; else it is read in blocks at every step."""
+    block_batch: int
+    """Batch rows of one program."""
+    block_hidden: int
+    """Hidden units of one block: H padded to a power of two if `whole`."""
+    num_warps: int
+    split: bool
+    """fp32 products as three of fp16 (high and low parts of both factors, scaled)."""
+    dot: Literal["ieee", "tf32", "tf32x3"]
+    """`input_precision` of tl.dot where operands are fp32 and not split."""
+
+
+def choose(hidden: int, dtype: torch.dtype, precision: Precision, batch: int, device: Device) -> LaunchConfig:
+    """Picks the kernel and its parameters.
+
+    Args:
+        hidden: H.
+        dtype: storage dtype, one of `DTYPES`.
+        precision: accuracy of the recurrence's products for fp32 storage.
+        batch: B.
+        device: the GPU.
+    """
+    wide = dtype == torch.float32
+    accurate = wide and precision == "fp32"
+    padded = max(16, triton.next_power_of_2(hidden))
+    # Eight rows a program spread a small batch over the most processors; sixteen halve the work per row once every
+    # processor has a program. From compute capability 10 on, sixteen rows would go through tensor memory and spill.
+    programs = 2 * triton.cdiv(batch, 8)
+    rows = 16 if programs > device.processors and device.capability < (10, 0) else 8
+    # Compiled for sm_80, sm_90 and sm_100: W_hh, whole or as two fp16 halves, plus at most three tiles of the state.
+    needed = 3 * padded * padded * (4 if wide else 2) + 3 * padded * rows * 4
+    if padded <= 128 and needed <= device.shared_memory:
+        # Of the ways to fp32 only two 16-bit parts fit here: ieee (FMA) spills kilobytes at H=128, tf32x3 needs 400 KB.
+        # fp16 rather than bf16 parts: scaled, they are ten times as accurate (1e-7 against 1e-6) at the same cost.
+        warps = 8 if padded == 128 else 4
+        return LaunchConfig(True, rows, padded, warps, split=accurate, dot="tf32")
+    # 64 units and 8 warps: the largest block that spills on no architecture.
+    return LaunchConfig(False, 16, min(64, padded), 8, split=False, dot="tf32x3" if accurate else "tf32")
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    return not isinstance(portable.gru_forward_kernel, triton.runtime.JITFunction)
+
+
+def _device_of(tensor: Tensor) -> Device:
+    if tensor.device.type != "cuda":
+        return H100  # the interpreter takes the path of a large GPU
+    properties = torch.cuda.get_device_properties(tensor.device)
+    limit = triton.runtime.driver.active.utils.get_device_properties(tensor.device.index)["max_shared_mem"]
+    return Device((properties.major, properties.minor), limit, properties.multi_processor_count)
+
+
+def _on_device_of(tensor: Tensor):
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def gru_forward(
+    gi: Tensor,  # (T, B, D, 3H)
+    w_hh: Tensor,  # (D, 3H, H)
+    b_hn: Tensor | None,  # (D, H)
+    h0: Tensor,  # (D, B, H)
+    precision: Precision,
+    save: bool,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward recurrence: y (T, B, D, H), h_n (D, B, H) and gates (T, B, D, 4, H), empty unless `save`."""
+    steps, batch, directions, _ = gi.shape
+    hidden = h0.shape[-1]
+    gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
+    bias = gi if b_hn is None else b_hn.contiguous()
+    y = gi.new_empty(steps, batch, directions, hidden)
+    gates = gi.new_empty((steps, batch, directions, 4, hidden) if save else (0,))
+    h_n = torch.empty_like(h0)
+    if batch == 0:
+        return y, h_n, gates
+    c = config or choose(hidden, gi.dtype, precision, batch, _device_of(gi))
+    accurate = gi.dtype == torch.float32 and precision == "fp32"
+    grid = (triton.cdiv(batch, c.block_batch), directions)
+    with _on_device_of(gi):
+        if c.whole:
+            portable.gru_forward_kernel[grid](
+                gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
+                H=hidden, HP=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=save,
+                SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, num_warps=c.num_warps, num_stages=1,
+            )  # fmt: skip
+        else:
+            state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
+            state[0].copy_(h0)
+            portable.gru_forward_blocked_kernel[grid](
+                gi, w_hh, bias, state, y, gates, steps, batch,
+                H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=save,
+                PRECISION=c.dot, ACCURATE=accurate, num_warps=c.num_warps, num_stages=1,
+            )  # fmt: skip
+            h_n.copy_(state[steps % 2])
+    return y, h_n, gates
+
+
+def gru_backward(
+    dy: Tensor,  # (T, B, D, H)
+    dh_n: Tensor,  # (D, B, H)
+    y: Tensor,  # (T, B, D, H)
+    gates: Tensor,  # (T, B, D, 4, H)
+    h0: Tensor,  # (D, B, H)
+    w_hh: Tensor,  # (D, 3H, H)
+    precision: Precision,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward recurrence.
+
+    Returns:
+        dgi (T, B, D, 3H), gradient of the gates' input side; dq (T, B, D, H), gradient of q; dh0 (D, B, H).
+    """
+    steps, batch, directions, hidden = y.shape
+    dy, dh_n, y, gates, h0, w_hh = (tensor.contiguous() for tensor in (dy, dh_n, y, gates, h0, w_hh))
+    dgi = y.new_empty(steps, batch, directions, 3 * hidden)
+    dq = torch.empty_like(y)
+    dh0 = torch.empty_like(h0)
+    if batch == 0:
+        return dgi, dq, dh0
+    c = config or choose(hidden, y.dtype, precision, batch, _device_of(y))
+    grid = (triton.cdiv(batch, c.block_batch), directions)
+    with _on_device_of(y):
+        if c.whole:
+            portable.gru_backward_kernel[grid](
+                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
+                H=hidden, HP=c.block_hidden, N=c.block_batch,
+                SPLIT=c.split, PRECISION=c.dot, num_warps=c.num_warps, num_stages=1,
+            )  # fmt: skip
+        else:
+            dh = dh_n.to(torch.float32, copy=True)
+            portable.gru_backward_blocked_kernel[grid](
+                dy, y, gates, h0, w_hh, dh, dgi, dq, steps, batch,
+                H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, num_warps=c.num_warps, num_stages=1,
+            )  # fmt: skip
+            dh0.copy_(dh)
+    return dgi, dq, dh0

@@ -1,0 +1,421 @@
+"""The recurrence as Triton kernels, forward and backward, for any GPU that Triton runs on and for its interpreter.
+
+Both directions run in one launch: one program per block of batch rows and direction, with the time loop inside.
+Matrix products are transposed, gates^T[H, N] = W_hh[H, H] @ h^T[H, N], so that a small batch block N still fills the
+tensor cores: hidden units are the long side.
+
+Two forms of each kernel share their arithmetic:
+
+- *whole*: W_hh is loaded once and stays on chip, and the state stays in registers for the whole sequence;
+- *blocked*: for W_hh that does not fit, blocks of W_hh are read at every step (from the L2 cache, as a rule) and the
+  state passes from step to step through a small fp32 buffer that only its own program touches.
+
+State, accumulation and all element-wise arithmetic are fp32 whatever the storage. Offsets inside one time step are
+32-bit, the step's own offset is 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies bf16 as if it were integers (triton 3.6 to 3.9); there, operands are widened first, which
+# changes nothing: products of two bf16 or fp16 numbers are exact in fp32.
+WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _tanh(x, ACCURATE: tl.constexpr):
+    # 2 sigmoid(2x) - 1 never divides infinities; near zero it cancels, so the accurate form takes the series there.
+    y = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    if ACCURATE:
+        s = x * x
+        near = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+        y = tl.where(s < 0.09, near, y)
+    return y
+
+
+@triton.jit
+def _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE: tl.constexpr):
+    r = tl.sigmoid(i_r + h_r)
+    z = tl.sigmoid(i_z + h_z)
+    n = _tanh(i_n + r * q, ACCURATE)
+    return r, z, n, n + z * (h - n)
+
+
+@triton.jit
+def _cell_backward(dh, r, z, n, q, h_prev):
+    da_n = dh * (1.0 - z) * (1.0 - n * n)
+    da_z = dh * (h_prev - n) * z * (1.0 - z)
+    da_r = da_n * q * r * (1.0 - r)
+    return da_r, da_z, da_n, da_n * r
+
+
+@triton.jit
+def _peak(x, AXIS: tl.constexpr):
+    # Never zero, so that a scale of 1024 / peak is finite.
+    return tl.maximum(tl.max(tl.abs(x), axis=AXIS), 1e-30)
+
+
+@triton.jit
+def _parts(x, SPLIT: tl.constexpr):
+    # fp32 as a sum of two fp16 numbers: 22 bits of mantissa while |x| lies within 2^-12 of 1024, and never an error
+    # above 2^-25. Without SPLIT the second part is not used.
+    if SPLIT:
+        high = x.to(tl.float16)
+        low = (x - high.to(tl.float32)).to(tl.float16)
+    else:
+        high = x
+        low = x
+    return high, low
+
+
+@triton.jit
+def _dot(w, x, acc, PRECISION: tl.constexpr):
+    if WIDEN:
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    return tl.dot(w, x, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(w_high, w_low, x, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    if SPLIT:
+        # fp16x3: the product of the two low parts is below the rounding of the others.
+        x_high, x_low = _parts(x, SPLIT)
+        acc = _dot(w_low, x_high, acc, PRECISION)
+        acc = _dot(w_high, x_low, acc, PRECISION)
+        acc = _dot(w_high, x_high, acc, PRECISION)
+    else:
+        acc = _dot(w_high, x.to(w_high.dtype), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _load_weights(w, mask, SPLIT: tl.constexpr):
+    # One gate's recurrent weights in the form `_product` takes, and the largest of them if SPLIT. Gate by gate, since
+    # all three in fp32 at once would fill the registers.
+    x = tl.load(w, mask, 0.0)
+    peak = 1.0
+    if SPLIT:
+        peak = _peak(x, None)
+        x *= 1024.0 / peak
+    high, low = _parts(x, SPLIT)
+    return high, low, peak
+
+
+@triton.jit
+def _load_gates_in(gi_ptr, t, b0, d, offs, mask, B, H: tl.constexpr):
+    gi = gi_ptr + ((t.to(tl.int64) * B + b0) * 2 + d) * (3 * H) + offs
+    i_r = tl.load(gi, mask, 0.0).to(tl.float32)
+    i_z = tl.load(gi + H, mask, 0.0).to(tl.float32)
+    i_n = tl.load(gi + 2 * H, mask, 0.0).to(tl.float32)
+    return i_r, i_z, i_n
+
+
+@triton.jit
+def _store_gates(gates_ptr, row, offs, mask, r, z, n, q, H: tl.constexpr):
+    gates = gates_ptr + row * (4 * H) + offs
+    tl.store(gates, r, mask)
+    tl.store(gates + H, z, mask)
+    tl.store(gates + 2 * H, n, mask)
+    tl.store(gates + 3 * H, q, mask)
+
+
+@triton.jit
+def gru_forward_kernel(
+    gi_ptr,  # (T, B, D, 3H)
+    w_hh_ptr,  # (D, 3H, H)
+    b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
+    h0_ptr,  # (D, B, H)
+    y_ptr,  # (T, B, D, H)
+    h_n_ptr,  # (D, B, H)
+    gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
+    T,
+    B,
+    H: tl.constexpr,
+    HP: tl.constexpr,  # H padded to a power of two
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    b0 = tl.program_id(0) * N
+    d = tl.program_id(1)
+    j = tl.arange(0, HP)
+    k = tl.arange(0, HP)
+    b = tl.arange(0, N)
+    mask_j = j < H
+    mask = mask_j[:, None] & (b0 + b < B)[None, :]
+    w = w_hh_ptr + d * (3 * H * H) + j[:, None] * H + k[None, :]
+    mask_w = mask_j[:, None] & (k < H)[None, :]
+    wr_high, wr_low, wr_peak = _load_weights(w, mask_w, SPLIT)
+    wz_high, wz_low, wz_peak = _load_weights(w + H * H, mask_w, SPLIT)
+    wn_high, wn_low, wn_peak = _load_weights(w + 2 * H * H, mask_w, SPLIT)
+    b_hn = tl.zeros([HP], tl.float32)
+    if HAS_BIAS:
+        b_hn = tl.load(b_hn_ptr + d * H + j, mask_j, 0.0).to(tl.float32)
+
+    offs_gi = b[None, :] * (2 * 3 * H) + j[:, None]
+    offs_y = b[None, :] * (2 * H) + j[:, None]
+    offs_gates = b[None, :] * (2 * 4 * H) + j[:, None]
+    offs_h = (d.to(tl.int64) * B + b0) * H + b[None, :] * H + j[:, None]
+    h = tl.load(h0_ptr + offs_h, mask, 0.0).to(tl.float32)
+    if SPLIT:
+        # Every state lies between its predecessor and n, so a row never exceeds its largest initial state or 1.
+        h_peak = tl.maximum(_peak(h, 0), 1.0)[None, :]
+        h_scale = 1024.0 / h_peak
+        unscale = h_peak * (1.0 / (1024.0 * 1024.0))
+
+    t = d * (T - 1)
+    step = 1 - 2 * d
+    i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, offs_gi, mask, B, H)
+    for s in range(T):
+        # The next step's input gates are asked for before this step's products, which hide their latency.
+        mask_next = mask_j[:, None] & (b < tl.where(s + 1 < T, B - b0, 0))[None, :]
+        next_r, next_z, next_n = _load_gates_in(gi_ptr, t + step, b0, d, offs_gi, mask_next, B, H)
+        zero = tl.zeros([HP, N], tl.float32)
+        x = h
+        if SPLIT:
+            x = h * h_scale
+        h_r = _product(wr_high, wr_low, x, zero, SPLIT, PRECISION)
+        h_z = _product(wz_high, wz_low, x, zero, SPLIT, PRECISION)
+        q = _product(wn_high, wn_low, x, zero, SPLIT, PRECISION)
+        if SPLIT:
+            h_r *= unscale * wr_peak
+            h_z *= unscale * wz_peak
+            q *= unscale * wn_peak
+        q += b_hn[:, None]
+        r, z, n, h = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
+        row = (t.to(tl.int64) * B + b0) * 2 + d
+        tl.store(y_ptr + row * H + offs_y, h, mask)
+        if SAVE:
+            _store_gates(gates_ptr, row, offs_gates, mask, r, z, n, q, H)
+        i_r, i_z, i_n = next_r, next_z, next_n
+        t += step
+    tl.store(h_n_ptr + offs_h, h, mask)
+
+
+@triton.jit
+def gru_forward_blocked_kernel(
+    gi_ptr,  # (T, B, D, 3H)
+    w_hh_ptr,  # (D, 3H, H)
+    b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
+    state_ptr,  # (2, D, B, H) fp32; [0] holds h0 on entry, [T % 2] holds h_n on return
+    y_ptr,  # (T, B, D, H)
+    gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
+    T,
+    B,
+    H: tl.constexpr,
+    BH: tl.constexpr,  # block of hidden units
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    b0 = tl.program_id(0) * N
+    d = tl.program_id(1)
+    j = tl.arange(0, BH)
+    b = tl.arange(0, N)
+    mask_b = (b0 + b < B)[None, :]
+    w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
+    state_ptr += (d.to(tl.int64) * B + b0) * H
+    half = 2 * H * B.to(tl.int64)
+
+    t = d * (T - 1)
+    for s in range(T):
+        row = (t.to(tl.int64) * B + b0) * 2 + d
+        h_ptr = state_ptr + (s % 2) * half + b[None, :] * H
+        for j0 in range(0, H, BH):
+            offs_j = j0 + j[:, None]
+            mask = (offs_j < H) & mask_b
+            i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, b[None, :] * (2 * 3 * H) + offs_j, mask, B, H)
+            h_r = tl.zeros([BH, N], tl.float32)
+            h_z = tl.zeros([BH, N], tl.float32)
+            q = tl.zeros([BH, N], tl.float32)
+            for k0 in range(0, H, BH):
+                h_k = tl.load(h_ptr + k0 + j[:, None], (k0 + j[:, None] < H) & mask_b, 0.0)
+                w = w_ptr + offs_j * H + k0 + j[None, :]
+                mask_w = (offs_j < H) & (k0 + j[None, :] < H)
+                w_r = tl.load(w, mask_w, 0.0)
+                h_r = _product(w_r, w_r, h_k, h_r, False, PRECISION)
+                w_z = tl.load(w + H * H, mask_w, 0.0)
+                h_z = _product(w_z, w_z, h_k, h_z, False, PRECISION)
+                w_n = tl.load(w + 2 * H * H, mask_w, 0.0)
+                q = _product(w_n, w_n, h_k, q, False, PRECISION)
+            if HAS_BIAS:
+                q += tl.load(b_hn_ptr + d * H + j0 + j, j0 + j < H, 0.0).to(tl.float32)[:, None]
+            h = tl.load(h_ptr + offs_j, mask, 0.0)
+            r, z, n, h = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
+            tl.store(state_ptr + ((s + 1) % 2) * half + b[None, :] * H + offs_j, h, mask)
+            tl.store(y_ptr + row * H + b[None, :] * (2 * H) + offs_j, h, mask)
+            if SAVE:
+                _store_gates(gates_ptr, row, b[None, :] * (2 * 4 * H) + offs_j, mask, r, z, n, q, H)
+        # The next step reads what other threads of this program have just written.
+        tl.debug_barrier()
+        t += 1 - 2 * d
+
+
+@triton.jit
+def _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i, b, T, B, H: tl.constexpr):
+    # s counts backward steps: at the last one, T - 1, the state before it is h0; past it there is nothing to load.
+    rows = B - b0
+    mask_i = (i < H)[:, None]
+    mask = mask_i & (b < tl.where(s < T, rows, 0))[None, :]
+    row = (t.to(tl.int64) * B + b0) * 2 + d
+    offs_y = b[None, :] * (2 * H) + i[:, None]
+    dy = tl.load(dy_ptr + row * H + offs_y, mask, 0.0).to(tl.float32)
+    gates = gates_ptr + row * (4 * H) + b[None, :] * (2 * 4 * H) + i[:, None]
+    r = tl.load(gates, mask, 0.0).to(tl.float32)
+    z = tl.load(gates + H, mask, 0.0).to(tl.float32)
+    n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
+    q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
+    previous = y_ptr + (((t + 2 * d - 1).to(tl.int64) * B + b0) * 2 + d) * H + offs_y
+    first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[None, :] * H + i[:, None]
+    h_prev = tl.load(previous, mask_i & (b < tl.where(s < T - 1, rows, 0))[None, :], 0.0).to(tl.float32)
+    h_prev += tl.load(first, mask_i & (b < tl.where(s == T - 1, rows, 0))[None, :], 0.0).to(tl.float32)
+    return dy, r, z, n, q, h_prev
+
+
+@triton.jit
+def _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H: tl.constexpr):
+    dgi = dgi_ptr + row * (3 * H) + offs_gi
+    tl.store(dgi, da_r, mask)
+    tl.store(dgi + H, da_z, mask)
+    tl.store(dgi + 2 * H, da_n, mask)
+    tl.store(dq_ptr + row * H + offs_y, dq, mask)
+
+
+@triton.jit
+def gru_backward_kernel(
+    dy_ptr,  # (T, B, D, H)
+    dh_n_ptr,  # (D, B, H)
+    y_ptr,  # (T, B, D, H)
+    gates_ptr,  # (T, B, D, 4, H), r, z, n, q
+    h0_ptr,  # (D, B, H)
+    w_hh_ptr,  # (D, 3H, H)
+    dgi_ptr,  # (T, B, D, 3H)
+    dq_ptr,  # (T, B, D, H)
+    dh0_ptr,  # (D, B, H)
+    T,
+    B,
+    H: tl.constexpr,
+    HP: tl.constexpr,  # H padded to a power of two
+    N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    b0 = tl.program_id(0) * N
+    d = tl.program_id(1)
+    i = tl.arange(0, HP)
+    k = tl.arange(0, HP)
+    b = tl.arange(0, N)
+    mask = (i < H)[:, None] & (b0 + b < B)[None, :]
+    # Transposed: element (i, k) of the operand is w_hh[gate, k, i].
+    w = w_hh_ptr + d * (3 * H * H) + k[None, :] * H + i[:, None]
+    mask_w = (i < H)[:, None] & (k < H)[None, :]
+    wr_high, wr_low, wr_peak = _load_weights(w, mask_w, SPLIT)
+    wz_high, wz_low, wz_peak = _load_weights(w + H * H, mask_w, SPLIT)
+    wn_high, wn_low, wn_peak = _load_weights(w + 2 * H * H, mask_w, SPLIT)
+
+    offs_gi = b[None, :] * (2 * 3 * H) + i[:, None]
+    offs_y = b[None, :] * (2 * H) + i[:, None]
+    offs_h = (d.to(tl.int64) * B + b0) * H + b[None, :] * H + i[:, None]
+    dh = tl.load(dh_n_ptr + offs_h, mask, 0.0).to(tl.float32)
+    w_peak = 1.0
+    if SPLIT:
+        w_peak = tl.maximum(tl.maximum(wr_peak, wz_peak), wn_peak)
+
+    t = (1 - d) * (T - 1)
+    step = 2 * d - 1
+    dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, 0, b0, d, i, b, T, B, H)
+    for s in range(T):
+        da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
+        dh = (dh + dy) * z
+        # The next step's operands are asked for before this step's products, which hide their latency.
+        dy, r, z, n, q, h_prev = _load_saved(
+            dy_ptr, y_ptr, h0_ptr, gates_ptr, t + step, s + 1, b0, d, i, b, T, B, H
+        )
+        if SPLIT:
+            # Gradients have no bound, so each batch row is scaled by its own largest one.
+            a_peak = _peak(tl.maximum(tl.maximum(tl.abs(da_r), tl.abs(da_z)), tl.abs(dq)), 0)[None, :]
+            # The three products add up in one accumulator, so all carry the scale 1024 / w_peak * 1024 / a_peak.
+            scale = 1024.0 / a_peak
+            acc = tl.zeros([HP, N], tl.float32)
+            acc = _product(wr_high, wr_low, da_r * (scale * (wr_peak / w_peak)), acc, SPLIT, PRECISION)
+            acc = _product(wz_high, wz_low, da_z * (scale * (wz_peak / w_peak)), acc, SPLIT, PRECISION)
+            acc = _product(wn_high, wn_low, dq * (scale * (wn_peak / w_peak)), acc, SPLIT, PRECISION)
+            dh += acc * (a_peak * (w_peak * (1.0 / (1024.0 * 1024.0))))
+        else:
+            dh = _product(wr_high, wr_low, da_r, dh, SPLIT, PRECISION)
+            dh = _product(wz_high, wz_low, da_z, dh, SPLIT, PRECISION)
+            dh = _product(wn_high, wn_low, dq, dh, SPLIT, PRECISION)
+        row = (t.to(tl.int64) * B + b0) * 2 + d
+        _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H)
+        t += step
+    tl.store(dh0_ptr + offs_h, dh, mask)
+
+
+@triton.jit
+def gru_backward_blocked_kernel(
+    dy_ptr,  # (T, B, D, H)
+    y_ptr,  # (T, B, D, H)
+    gates_ptr,  # (T, B, D, 4, H), r, z, n, q
+    h0_ptr,  # (D, B, H)
+    w_hh_ptr,  # (D, 3H, H)
+    dh_ptr,  # (D, B, H) fp32; holds dh_n on entry, dh0 on return
+    dgi_ptr,  # (T, B, D, 3H)
+    dq_ptr,  # (T, B, D, H)
+    T,
+    B,
+    H: tl.constexpr,
+    BH: tl.constexpr,  # block of hidden units
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    b0 = tl.program_id(0) * N
+    d = tl.program_id(1)
+    i = tl.arange(0, BH)
+    b = tl.arange(0, N)
+    mask_b = (b0 + b < B)[None, :]
+    w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
+    offs_h = (d.to(tl.int64) * B + b0) * H + b[None, :] * H
+
+    t = (1 - d) * (T - 1)
+    for s in range(T):
+        row = (t.to(tl.int64) * B + b0) * 2 + d
+        for i0 in range(0, H, BH):
+            offs_i = i0 + i[:, None]
+            mask = (offs_i < H) & mask_b
+            offs_y = b[None, :] * (2 * H) + offs_i
+            dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i0 + i, b, T, B, H)
+            dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0) + dy
+            da_r, da_z, da_n, dq = _cell_backward(dh, r, z, n, q, h_prev)
+            tl.store(dh_ptr + offs_h + offs_i, dh * z, mask)
+            offs_gi = b[None, :] * (2 * 3 * H) + offs_i
+            _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H)
+        # Each block of dh needs the gate gradients of all hidden units, which other threads have just written.
+        tl.debug_barrier()
+        for i0 in range(0, H, BH):
+            offs_i = i0 + i[:, None]
+            mask = (offs_i < H) & mask_b
+            dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0)
+            for k0 in range(0, H, BH):
+                offs_k = k0 + i[:, None]
+                mask_k = (offs_k < H) & mask_b
+                w = w_ptr + (k0 + i[None, :]) * H + offs_i
+                mask_w = (offs_i < H) & (k0 + i[None, :] < H)
+                dgi = dgi_ptr + row * (3 * H) + b[None, :] * (2 * 3 * H) + offs_k
+                w_r = tl.load(w, mask_w, 0.0)
+                dh = _product(w_r, w_r, tl.load(dgi, mask_k, 0.0), dh, False, PRECISION)
+                w_z = tl.load(w + H * H, mask_w, 0.0)
+                dh = _product(w_z, w_z, tl.load(dgi + H, mask_k, 0.0), dh, False, PRECISION)
+                w_n = tl.load(w + 2 * H * H, mask_w, 0.0)
+                dq = tl.load(dq_ptr + row * H + b[None, :] * (2 * H) + offs_k, mask_k, 0.0)
+                dh = _product(w_n, w_n, dq, dh, False, PRECISION)
+            tl.store(dh_ptr + offs_h + offs_i, dh, mask)
+        tl.debug_barrier()
+        t += 2 * d - 1

@@ -1,0 +1,84 @@
+"""The GRU recurrence as one plain PyTorch loop: the truth that every other implementation is held to.
+
+For one direction, with gates in the order r, z, n of `torch.nn.GRU`
+(https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html):
+
+    r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+    z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+    q = W_hn h + b_hn
+    n = tanh(W_in x + b_in + r * q)
+    h' = n + z * (h - n)
+
+The input side of the gates, `gi`, holds everything that does not depend on h: W_i x + b_i, plus b_hr and b_hz.
+b_hn stays apart, since r multiplies it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    """Input side of all gates, both directions, as one matrix product.
+
+    Args:
+        x: (T, B, I) input of the layer.
+        w_ih: (D, 3H, I) input weights.
+        b_ih: (D, 3H) input biases, or None.
+        b_hh: (D, 3H) recurrent biases, or None; only the parts of r and z are used.
+
+    Returns:
+        (T, B, D, 3H) `gi`, of x's dtype.
+    """
+    directions, gates, _ = w_ih.shape
+    bias = None
+    if b_ih is not None and b_hh is not None:
+        hidden = gates // 3
+        bias = torch.cat([b_ih[:, : 2 * hidden] + b_hh[:, : 2 * hidden], b_ih[:, 2 * hidden :]], dim=1).flatten()
+    gi = torch.nn.functional.linear(x, w_ih.flatten(0, 1), bias)
+    return gi.unflatten(-1, (directions, gates))
+
+
+def gru_recurrence(
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, *, return_gates: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs the recurrence over time, direction 0 forwards and direction 1 backwards.
+
+    Differentiable to any order, on any device and in any floating dtype; state and arithmetic are of the inputs' dtype.
+
+    Args:
+        gi: (T, B, D, 3H) input side of the gates, from `input_gates`.
+        w_hh: (D, 3H, H) recurrent weights.
+        b_hn: (D, H) recurrent bias of n, or None.
+        h0: (D, B, H) initial state.
+        return_gates: whether to return what a backward pass needs.
+
+    Returns:
+        y (T, B, D, H), every state; h_n (D, B, H), the last state of each direction; and, where asked, the gates
+        (T, B, D, 4, H) in the order r, z, n, q, else None.
+    """
+    steps = gi.shape[0]
+    ys, gates, h_n = [], [], []
+    for d in range(gi.shape[2]):
+        h = h0[d]
+        y_d: list[Tensor] = [h] * steps
+        gates_d: list[Tensor] = [h] * steps
+        for s in range(steps):
+            t = s if d == 0 else steps - 1 - s
+            i_r, i_z, i_n = gi[t, :, d].chunk(3, dim=-1)
+            h_r, h_z, q = (h @ w_hh[d].T).chunk(3, dim=-1)
+            if b_hn is not None:
+                q = q + b_hn[d]
+            r = torch.sigmoid(i_r + h_r)
+            z = torch.sigmoid(i_z + h_z)
+            n = torch.tanh(i_n + r * q)
+            h = n + z * (h - n)
+            y_d[t] = h
+            if return_gates:
+                gates_d[t] = torch.stack([r, z, n, q], dim=1)
+        ys.append(torch.stack(y_d))
+        h_n.append(h)
+        if return_gates:
+            gates.append(torch.stack(gates_d))
+    return torch.stack(ys, dim=2), torch.stack(h_n), torch.stack(gates, dim=2) if return_gates else None

@@ -1,0 +1,79 @@
+"""The hand-motion forecaster: a bidirectional GRU encoder and a linear pose head."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from bigru.kernels.gru import BiGRU
+
+POSE_SIZE = 84
+"""Coordinates per frame: 2 hands x 21 joints x (x, y)."""
+PUBLISHED_SIZES = (84, 128, 2)
+"""Input size, hidden size and layers of the published network."""
+PUBLISHED_PARAMETERS = 482_900
+"""Parameters of the published state dict."""
+
+
+class Encoder(nn.Module):
+    """Holds the GRU under the published name, `encoder.core`."""
+
+    def __init__(self, core: BiGRU) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every step's hidden states, both directions: x (B, T, I) to (B, T, 2H)."""
+        return self.core(x)[0]
+
+
+class HandForecaster(nn.Module):
+    """Forecasts as many frames of both hands as it has observed; frame t is read off encoder step t.
+
+    y_t = W LayerNorm([h_t forward, h_t backward]) + b, with dropout before W while training. The parameters' names
+    are those of the published state dict: encoder.core.*, pose_head.0.*, pose_head.2.*.
+
+    Args:
+        input_size: features per frame; 84 for hands alone (see DataConfig.input_size).
+        hidden_size: hidden units per direction.
+        num_layers: stacked bidirectional layers.
+        dropout: probability of dropping a feature before the linear layer; none between the GRU's layers.
+        backend: which implementation of the GRU serves: "auto", "triton", "torch" or "reference".
+        precision: products of the recurrence: "fp32" or "tf32".
+
+    Raises:
+        ValueError: for sizes below 1 or a dropout outside 0 to 1, as torch.nn.GRU and torch.nn.Dropout raise it.
+    """
+
+    def __init__(
+        self,
+        input_size: int = POSE_SIZE,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        dropout: float = 0.2,
+        *,
+        backend: Literal["auto", "triton", "torch", "reference"] = "auto",
+        precision: Literal["fp32", "tf32"] = "fp32",
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(
+            BiGRU(input_size, hidden_size, num_layers, batch_first=True, backend=backend, precision=precision)
+        )
+        self.pose_head = nn.Sequential(
+            nn.LayerNorm(2 * hidden_size), nn.Dropout(dropout), nn.Linear(2 * hidden_size, POSE_SIZE)
+        )
+        # Published weights load only into this very network.
+        if (input_size, hidden_size, num_layers) == PUBLISHED_SIZES:
+            assert sum(parameter.numel() for parameter in self.parameters()) == PUBLISHED_PARAMETERS
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forecasts the frames that follow.
+
+        Args:
+            x: observed frames, (B, T, I) float, centred units.
+
+        Returns:
+            The T frames after them, (B, T, 84), in the centred units of the observed ones.
+        """
+        return self.pose_head(self.encoder(x))
