@@ -1,0 +1,318 @@
+"""The Markdown document: the published sections of a run, and after them what the published document lacks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bigru.report import figures
+from bigru.report.record import PUBLISHED_COLUMNS, RunError, RunRecord, Scores, read_run
+
+DOCUMENT = "results_bigru.md"
+TITLE = "# BIGRU Performance"
+
+# (attribute of Scores, name in the document, decimals)
+MEASURES = (
+    ("mpjpe", "MPJPE (published)", 3),
+    ("ade", "ADE", 3),
+    ("fde", "FDE", 3),
+    ("joint_error", "per-joint error", 3),
+    ("joint_error_px", "per-joint error (px)", 1),
+)
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Writes a run's section of `results_bigru.md` and its pictures, from the run folder alone.
+
+    The first run makes the document; a further run is appended; a run already in the document is replaced where it
+    stands, so that reporting twice changes nothing. All other text in the document is kept.
+
+    Arguments:
+        run: the folder of a finished run, `<out>/<stamp>`.
+        out: folder for the document and its `plots`; default: the parent of `run`.
+
+    Returns:
+        the path of the document.
+
+    Raises:
+        RunError: the folder is not a finished run, or the document's marks of this run are damaged.
+    """
+    return write_files(read_run(run), out)[0]
+
+
+def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
+    """Writes the document and the pictures of a run that has been read; returns their paths, the document first."""
+    out = record.folder.parent if out is None else out
+    document = out / DOCUMENT
+    # Merged first: a damaged document stops the report before any file is touched.
+    try:
+        existing = document.read_text(encoding="utf-8") if document.exists() else ""
+    except UnicodeDecodeError as error:
+        raise RunError(f"{document}: not UTF-8 text, left as it is: {error}") from error
+    text = merge(existing, record, out)
+    pictures = {
+        out / _curves_path(record): figures.learning_curves(record),
+        out / _forecasts_path(record): figures.forecasts(record),
+    }
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for path, figure in pictures.items():
+        _replace(path, figures.png(figure))
+    _replace(document, text.encode("utf-8"))
+    return [document, *pictures]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def merge(existing: str, record: RunRecord, out: Path) -> str:
+    """The text of the document with this run's section appended, or replaced where it stands.
+
+    Arguments:
+        existing: the document as it is, or an empty string.
+        record: the run.
+        out: the document's folder, from which the reprinting command is given.
+
+    Raises:
+        RunError: this run's opening and closing marks are not one pair.
+    """
+    # The published document glues a rule to its title.
+    if not re.search(rf"^-*{TITLE}\s*$", existing, re.MULTILINE):
+        existing = f"{head(record)}\n\n{existing}".rstrip() + "\n"
+    described, _, _ = existing.partition("<!-- run ")
+    own_model = any(block not in described for block in (_total_params(record), _breakdown(record)))
+    written = section(record, out, own_model)
+
+    opening, closing = f"<!-- run {record.stamp} -->", f"<!-- end of run {record.stamp} -->"
+    starts = [match.start() for match in re.finditer(rf"^{opening}$", existing, re.MULTILINE)]
+    ends = [match.end() for match in re.finditer(rf"^{closing}$", existing, re.MULTILINE)]
+    if not starts and not ends:
+        rule = "---\n\n" if re.search(r"^## Run at ", existing, re.MULTILINE) else ""
+        return f"{existing.rstrip()}\n\n{rule}{written}\n"
+    if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
+        raise RunError(
+            f"{out / DOCUMENT}: expected one '{opening}' and after it one '{closing}', found {len(starts)} and "
+            f"{len(ends)}; mend or remove them and report again"
+        )
+    return existing[: starts[0]] + written + existing[ends[0] :]
+
+
+def head(record: RunRecord) -> str:
+    """The title and the model, which the document gives once."""
+    return _blocks(TITLE, _total_params(record), "## Model parameter breakdown", _breakdown(record))
+
+
+def section(record: RunRecord, out: Path, own_model: bool) -> str:
+    """A run between its marks; with its own model where that is not the one in the document's head."""
+    model = [_total_params(record), "### Model parameter breakdown", _breakdown(record)] if own_model else []
+    return _blocks(
+        f"<!-- run {record.stamp} -->",
+        f"## Run at {record.started}",
+        *model,
+        f"- **Train batch size:** {record.config['optim']['batch_size']}",
+        "### Epoch-wise metrics",
+        _epoch_table(record),
+        "### Test Results",
+        _test_results(record.test),
+        "### Input Modalities Used",
+        _modalities(record),
+        "## Learning curves",
+        f"![Performance curves]({_curves_path(record)})",
+        "## Beyond the published report",
+        "### True per-joint error",
+        _comparison(record),
+        "### By frame rate",
+        _by_frame_rate(record),
+        "### Forecasts",
+        f"![Forecasts]({_forecasts_path(record)})",
+        "### Run details",
+        _details(record, out),
+        f"<!-- end of run {record.stamp} -->",
+    )
+
+
+def _blocks(*blocks: str) -> str:
+    return "\n\n".join(blocks)
+
+
+def _curves_path(record: RunRecord) -> str:
+    return f"plots/{record.stamp}_bigru_learning_curves.png"
+
+
+def _forecasts_path(record: RunRecord) -> str:
+    return f"plots/{record.stamp}_bigru_forecasts.png"
+
+
+def _total_params(record: RunRecord) -> str:
+    return f"- **Total params:** {record.total_params / 1e6:.2f} M"
+
+
+def _breakdown(record: RunRecord) -> str:
+    # The published table leaves out what has no parameters, the dropout.
+    rows = [(_plain(module), params / 1e6) for module, params in record.modules if params]
+    return tabulate(rows, headers=("Module", "Params (M)"), tablefmt="pipe", floatfmt=".3f")
+
+
+def _epoch_table(record: RunRecord) -> str:
+    columns = ("epoch", *PUBLISHED_COLUMNS)
+    rows = list(zip(*(record.metrics[name] for name in columns), strict=True))
+    return tabulate(rows, headers=columns, tablefmt="pipe", floatfmt=".3f")
+
+
+def _test_results(test: Scores) -> str:
+    return f"- **MPJPE**: {test.mpjpe:.3f}\n- **ADE**:   {test.ade:.3f}\n- **FDE**:   {test.fde:.3f}"
+
+
+def _modalities(record: RunRecord) -> str:
+    used = record.modalities
+    return (
+        f"- **Hands**: {used['hands']}\n- **Gaze**: {used['gaze']}\n"
+        f"- **Object BBoxes**: {used['objects']}\n- **Surrogate BBoxes**: {used['surrogate']}"
+    )
+
+
+def _score_cells(scores: Scores) -> list[str]:
+    return [f"{getattr(scores, name):,.{decimals}f}" for name, _, decimals in MEASURES]
+
+
+def _text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A pipe table of cells already formatted: the first `left` columns to the left, the others to the right."""
+    align = ["left"] * left + ["right"] * (len(headers) - left)
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def _comparison(record: RunRecord) -> str:
+    forecasters = {"this run": record.test, **record.baselines}
+    rows = [[_plain(name), *_score_cells(scores)] for name, scores in forecasters.items()]
+    table = _text_table(["Forecast", *(label for _, label, _ in MEASURES)], rows, left=1)
+    return _blocks(
+        f"{record.test.windows:,} test windows. Lengths are in centred units, one of which is half the image in each "
+        "axis; pixels are those of the 1728 x 972 image.",
+        table,
+        verdict(record.test, record.baselines),
+        _definitions(mask_missing=record.config["data"]["mask_missing"]),
+    )
+
+
+def verdict(test: Scores, baselines: dict[str, Scores]) -> str:
+    """Says of each baseline on what the run does not beat it, or that it does on all; judged by figures as printed."""
+    if not baselines:
+        return "No baseline was recorded, so these figures stand alone."
+    sentences = []
+    for name, baseline in baselines.items():
+        found: dict[str, list[str]] = {}
+        for attribute, label, decimals in MEASURES:
+            ours, theirs = (round(getattr(scores, attribute), decimals) for scores in (test, baseline))
+            if not ours < theirs:
+                against = f"{label} ({ours:,.{decimals}f} against {theirs:,.{decimals}f})"
+                found.setdefault(_standing(ours, theirs), []).append(against)
+        found = found or {"beats": ["every measure"]}
+        sentences += [f'This run {standing} "{_plain(name)}" on {_listed(on)}.' for standing, on in found.items()]
+    return " ".join(sentences)
+
+
+def _standing(ours: float, theirs: float) -> str:
+    if ours > theirs:
+        return "loses to"
+    # What is neither larger, smaller nor equal is NaN.
+    return "is level with" if ours == theirs else "cannot be compared with"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _definitions(mask_missing: bool) -> str:
+    as_zeros = "count with the zeros they are stored as"
+    missing = "are left out" if mask_missing else as_zeros
+    return "\n".join(
+        (
+            "- **MPJPE (published):** the L2 norm over the whole 84-vector of a frame, averaged over frames. It takes "
+            f"all 42 joints as one length, so it is no distance of any joint; missing hands {as_zeros}.",
+            "- **ADE, FDE:** the distance between the predicted and the true centroid of the 42 joints, averaged over "
+            "the predicted frames (ADE), or at the last one (FDE).",
+            "- **Per-joint error:** the distance of each joint, then the mean over joints and frames; joints of "
+            f"missing hands {missing}.",
+            "- **Train columns (tr\\_):** taken while training, with dropout on and the weights moving; they are not "
+            "comparable with the validation columns (va\\_).",
+        )
+    )
+
+
+def _by_frame_rate(record: RunRecord) -> str:
+    predicted = record.config["data"]["predicted"]
+    rows = [
+        [f"{fps:g}", f"{predicted / fps:.2f}", f"{scores.windows:,}", *_score_cells(scores)]
+        for fps, scores in record.by_frame_rate
+    ]
+    if not rows:
+        return "No test window was scored."
+    headers = ["fps", "horizon (s)", "windows", *(label for _, label, _ in MEASURES)]
+    return _blocks(
+        f"The {predicted} predicted frames reach further ahead the lower the frame rate.",
+        _text_table(headers, rows, left=0),
+    )
+
+
+def _details(record: RunRecord, out: Path) -> str:
+    environment, timing, metrics = record.environment, record.timing, record.metrics
+    best = record.best_epoch - 1
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("bigru", "python", "torch", "triton", "numpy"))
+    lines = {
+        "Epochs run": f"{len(metrics['epoch'])}, {'stopped early' if record.stopped_early else 'not stopped early'}",
+        "Best epoch": f"{record.best_epoch}, validation MPJPE (published) {metrics['va_mpjpe'][best]:.3f}, true "
+        f"per-joint error {metrics['va_joint_error'][best]:.3f} ({metrics['va_joint_error_px'][best]:.1f} px)",
+        "Device": _plain(environment["device"]),
+        "Backend, precision": f"{_plain(environment['backend'])}, {_plain(environment['precision'])}",
+        "Versions": _plain(versions),
+        "Platform": _plain(environment["platform"]),
+        "Data": f"{_plain(record.source)}, split by {_plain(record.split)}",
+        "Clips": _counted(record.clips),
+        "Windows": _counted(record.windows),
+        "Clips skipped": _counted(record.skipped) or "none",
+        "Time per epoch": f"{timing['epoch_s_median']:,.2f} s (median)",
+        "Training speed": f"{timing['train_windows_per_s_median']:,.0f} windows/s (median)",
+        "Wall time": f"{timing['total_s']:,.0f} s ({timing['total_s'] / 60:,.1f} min)",
+        **{f"Options, {group}": _options(options) for group, options in record.config.items()},
+        "Run again with": _code(record.command),
+        "Report again with": f"{_code(f'python -m bigru.report {_as_seen_from(record.folder, out)}')}, "
+        "in this document's folder",
+    }
+    if record.torn_line is not None:
+        lines["Left out"] = f"line {record.torn_line} of metrics.jsonl, torn when the run was killed"
+    return "\n".join(f"- **{name}:** {text}" for name, text in lines.items())
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{_plain(name)} {count:,}" for name, count in counts.items())
+
+
+def _options(options: dict[str, object]) -> str:
+    """All options as `name=value`, less those not given and the output folder, which the document itself is in."""
+    given = {name: value for name, value in options.items() if value is not None and name != "out"}
+    return _code(" ".join(f"{name}={value}" for name, value in given.items())) if given else "none"
+
+
+def _as_seen_from(folder: Path, out: Path) -> str:
+    # Never as the caller spelt it: the document must not depend on the folder it was reported from.
+    return Path(os.path.relpath(folder, out.resolve())).as_posix()
+
+
+def _plain(text: str) -> str:
+    """Free text on one line, with what Markdown would read as markup escaped."""
+    return re.sub(r"[\\`*<>|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    text = " ".join(text.split())
+    return f"`` {text} ``" if "`" in text else f"`{text}`"

@@ -1,0 +1,447 @@
+"""The document against the published one, literally, and the run folder against everything that can break in it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bigru.report
+from bigru.report import RunError, figures, write_report
+from bigru.report.__main__ import main
+
+STAMP, LATER = "20261123_224500", "20261124_101112"
+
+# Typed from the published document, the parts of which must not drift.
+PUBLISHED_HEAD = """\
+# BIGRU Performance
+
+- **Total params:** 0.48 M
+
+## Model parameter breakdown
+
+| Module       |   Params (M) |
+|:-------------|-------------:|
+| encoder.core |        0.461 |
+| pose_head.0  |        0.001 |
+| pose_head.2  |        0.022 |
+"""
+
+PUBLISHED_RUN_OPENING = """\
+## Run at 2025-05-22 02:39:17
+
+- **Train batch size:** 64
+
+### Epoch-wise metrics
+
+|   epoch |   tr_mpjpe |   va_mpjpe |   tr_ade |   va_ade |   tr_fde |   va_fde |
+|--------:|-----------:|-----------:|---------:|---------:|---------:|---------:|
+|       1 |      2.200 |      9.329 |    0.052 |    0.380 |    0.059 |    0.349 |
+|       2 |      3.297 |      4.596 |    0.110 |    0.274 |    0.116 |    0.266 |
+
+### Test Results
+
+- **MPJPE**: 1.145
+- **ADE**:   0.051
+- **FDE**:   0.058
+
+### Input Modalities Used
+
+- **Hands**: True
+- **Gaze**: False
+- **Object BBoxes**: False
+- **Surrogate BBoxes**: False
+
+## Learning curves
+
+![Performance curves](plots/20250522_023917_bigru_learning_curves.png)
+"""
+
+HEAD_HEADINGS = ["# BIGRU Performance", "## Model parameter breakdown"]
+RUN_HEADINGS = [
+    "### Epoch-wise metrics",
+    "### Test Results",
+    "### Input Modalities Used",
+    "## Learning curves",
+    "## Beyond the published report",
+    "### True per-joint error",
+    "### By frame rate",
+    "### Forecasts",
+    "### Run details",
+]
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time, and test_figures.py looks at what is drawn."""
+    monkeypatch.setattr(figures, "learning_curves", lambda record: None)
+    monkeypatch.setattr(figures, "forecasts", lambda record: None)
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
+
+
+def headings(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("#")]
+
+
+def table_under(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading, rule left out."""
+    lines = text[text.index(f"\n{heading}\n") :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+def metric_row(epoch: int, *values: float) -> dict[str, float]:
+    names = ("tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde", "va_joint_error", "va_joint_error_px")
+    return {"epoch": epoch, **dict(zip(names, (*values, 0.2, 140.0), strict=True))}
+
+
+def edit_summary(run: Path, **changes: object) -> None:
+    path = run / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_published_document_is_reproduced(make_run: MakeRun) -> None:
+    rows = [
+        metric_row(1, 2.2, 9.329, 0.052, 0.38, 0.059, 0.349),
+        metric_row(2, 3.297, 4.596, 0.11, 0.274, 0.116, 0.266),
+    ]
+    test = {"mpjpe": 1.145, "ade": 0.051, "fde": 0.058, "joint_error": 0.1, "joint_error_px": 70.0, "windows": 47}
+    text = write_report(make_run("20250522_023917", metrics=rows, summary={"test": test})).read_text()
+    assert text.startswith(f"{PUBLISHED_HEAD}\n<!-- run 20250522_023917 -->\n\n{PUBLISHED_RUN_OPENING}\n")
+    assert headings(text) == [*HEAD_HEADINGS, "## Run at 2025-05-22 02:39:17", *RUN_HEADINGS]
+    assert text.endswith("\n<!-- end of run 20250522_023917 -->\n")
+
+
+def test_every_epoch_has_its_row_with_three_decimals(make_run: MakeRun) -> None:
+    run = make_run(epochs=37)
+    header, *rows = table_under(write_report(run).read_text(), "### Epoch-wise metrics")
+    stored = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert header == ["epoch", "tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde"]
+    assert rows == [[str(row["epoch"]), *(f"{row[name]:.3f}" for name in header[1:])] for row in stored]
+
+
+def test_markdown_is_well_formed(make_run: MakeRun) -> None:
+    write_report(make_run())
+    # Names with what Markdown reads as markup.
+    run = make_run(LATER, summary={"total_params": 9_000_000})
+    edit_summary(run, baselines={"odd | *name*": json.loads((run / "summary.json").read_text())["test"]})
+    text = write_report(run).read_text()
+    assert r"| odd \| \*name\* |" in text
+    lines = ["", *text.split("\n")]
+    assert "----" not in [line.strip() for line in lines]
+    assert "\n\n\n" not in text
+    kinds = {"heading": r"#", "table": r"\|", "list": r"- ", "rule": r"---$", "image": r"!\[", "comment": r"<!--"}
+    for before, line, after in zip(lines, lines[1:], [*lines[2:], ""], strict=False):
+        kind = next((kind for kind, pattern in kinds.items() if re.match(pattern, line)), None)
+        for neighbour in (before, after):
+            together = kind in ("table", "list") and re.match(kinds[kind], neighbour)
+            assert kind is None or neighbour == "" or together, f"{line!r} touches {neighbour!r}"
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        # An escaped bar is text, not the end of a cell.
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
+def test_comparison_and_frame_rates(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text()
+    measures = ["MPJPE (published)", "ADE", "FDE", "per-joint error", "per-joint error (px)"]
+    assert table_under(text, "### True per-joint error") == [
+        ["Forecast", *measures],
+        ["this run", "0.912", "0.036", "0.042", "0.101", "70.4"],
+        ["repeat last frame", "1.234", "0.040", "0.061", "0.141", "98.4"],
+        ["constant velocity", "2.346", "0.035", "0.102", "0.241", "168.4"],
+    ]
+    assert table_under(text, "### By frame rate") == [
+        ["fps", "horizon (s)", "windows", *measures],
+        ["23", "2.61", "61", "1.100", "0.050", "0.060", "0.120", "84.0"],
+        ["59", "1.02", "62", "0.700", "0.020", "0.030", "0.080", "56.0"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({}, 'beats "still" on every measure.', id="better"),
+        pytest.param({"ade": 0.9}, 'loses to "still" on ADE (0.900 against 0.500).', id="worse on one"),
+        pytest.param(
+            {"ade": 0.9, "joint_error_px": 600.0},
+            'loses to "still" on ADE (0.900 against 0.500) and per-joint error (px) (600.0 against 500.0).',
+            id="worse on two",
+        ),
+        pytest.param({"fde": 0.50049}, 'is level with "still" on FDE (0.500 against 0.500).', id="level as printed"),
+        pytest.param({"fde": math.nan}, 'cannot be compared with "still" on FDE (nan against 0.500).', id="nan"),
+    ],
+)
+def test_verdict_is_honest(make_run: MakeRun, changes: dict[str, float], expected: str) -> None:
+    measures = ("mpjpe", "ade", "fde", "joint_error")
+    still = dict.fromkeys(measures, 0.5) | {"joint_error_px": 500.0, "windows": 9}
+    test = dict.fromkeys(measures, 0.25) | {"joint_error_px": 250.0, "windows": 9} | changes
+    text = write_report(make_run(summary={"test": test, "baselines": {"still": still}})).read_text()
+    assert f"\n\nThis run {expected}\n\n" in text
+
+
+def test_details(make_run: MakeRun) -> None:
+    run = make_run(epochs=30, config={"optim": {"batch_size": 32}, "data": {"mask_missing": False}})
+    text = write_report(run).read_text()
+    best = json.loads((run / "metrics.jsonl").read_text().splitlines()[19])
+    for line in (
+        "- **Train batch size:** 32",
+        "- **Epochs run:** 30, stopped early",
+        f"- **Best epoch:** 20, validation MPJPE (published) {best['va_mpjpe']:.3f}, true per-joint error "
+        f"{best['va_joint_error']:.3f} ({best['va_joint_error_px']:.1f} px)",
+        "- **Versions:** bigru 0.1.0, python 3.11.7, torch 2.13.0+cpu, triton none, numpy 2.4.6",
+        "- **Windows:** train 1,391, val 153, test 123",
+        "- **Clips skipped:** short 300, unreadable 2",
+        "- **Time per epoch:** 1.23 s (median)",
+        "- **Training speed:** 1,127 windows/s (median)",
+        "- **Options, model:** `hidden_size=128 num_layers=2 dropout=0.2`",
+        "- **Run again with:** `python -m bigru.train --optim.epochs 120`",
+        f"- **Report again with:** `python -m bigru.report {STAMP}`, in this document's folder",
+    ):
+        assert line in text.splitlines(), line
+    assert "joints of missing hands count with the zeros" in text
+    assert "torn" not in text
+
+
+def test_second_run_is_appended_and_first_replaced_in_place(make_run: MakeRun) -> None:
+    run, later = make_run(), make_run(LATER, epochs=2)
+    first = write_report(run).read_text()
+    document = write_report(later)
+    both = document.read_text()
+    assert both.startswith(f"{first}\n---\n\n<!-- run {LATER} -->\n\n## Run at 2026-11-24 10:11:12\n")
+    assert headings(both) == [
+        *HEAD_HEADINGS, "## Run at 2026-11-23 22:45:00", *RUN_HEADINGS, "## Run at 2026-11-24 10:11:12", *RUN_HEADINGS
+    ]  # fmt: skip
+
+    notes = "\nSome notes,\n\n- kept as they are.\n"
+    document.write_text("Preface\n\n" + both.replace("\n---\n", f"{notes}\n---\n") + notes)
+    edit_summary(run, command="python -m bigru.train --changed")
+    replaced = write_report(run).read_text()
+    changed = both.replace("--optim.epochs 120", "--changed", 1)
+    assert replaced == "Preface\n\n" + changed.replace("\n---\n", f"{notes}\n---\n") + notes
+
+
+def test_another_model_is_described_in_its_own_section(make_run: MakeRun) -> None:
+    write_report(make_run())
+    modules = [{"module": "encoder.core", "params": 1_234_567}, {"module": "pose_head.1", "params": 0}]
+    run = make_run(LATER, summary={"total_params": 1_234_567, "modules": modules})
+    text = write_report(run).read_text()
+    assert text.startswith(PUBLISHED_HEAD)
+    own = text[text.index(f"<!-- run {LATER} -->") :]
+    assert "- **Total params:** 1.23 M" in own
+    assert table_under(own, "### Model parameter breakdown") == [["Module", "Params (M)"], ["encoder.core", "1.235"]]
+    assert text.count("Model parameter breakdown") == 2
+    assert write_report(run).read_text() == text
+
+
+@pytest.mark.parametrize("existing", ["", "\n \n", "Notes of mine.\n"], ids=["empty", "blank", "notes only"])
+def test_existing_text_without_a_title_is_kept(make_run: MakeRun, existing: str) -> None:
+    run = make_run()
+    (run.parent / "results_bigru.md").write_text(existing)
+    text = write_report(run).read_text()
+    kept = f"\n{existing}" if existing.strip() else ""
+    assert text.startswith(f"{PUBLISHED_HEAD}{kept}\n<!-- run {STAMP} -->\n")
+
+
+def test_damaged_marks_stop_the_report_before_it_writes(make_run: MakeRun) -> None:
+    run = make_run()
+    document = write_report(run)
+    damaged = document.read_text().replace(f"<!-- end of run {STAMP} -->", "")
+    document.write_text(damaged)
+    with pytest.raises(RunError, match=r"results_bigru\.md: expected one '<!-- run 20261123_224500 -->'"):
+        write_report(run)
+    assert document.read_text() == damaged
+
+
+def test_document_in_another_encoding_is_left_as_it_is(make_run: MakeRun) -> None:
+    run = make_run()
+    document = run.parent / "results_bigru.md"
+    document.write_bytes("Grüße\n".encode("latin-1"))
+    with pytest.raises(RunError, match=r"results_bigru\.md: not UTF-8 text"):
+        write_report(run)
+    assert document.read_bytes() == "Grüße\n".encode("latin-1")
+
+
+def test_interrupted_write_leaves_the_old_document(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = write_report(make_run())
+    before = document.read_bytes()
+    later = make_run(LATER)
+
+    def refuse(source: Path, target: Path) -> Path:
+        raise OSError(f"cannot rename {source} to {target}")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="cannot rename"):
+        write_report(later)
+    assert document.read_bytes() == before
+    assert not list(document.parent.rglob("*.tmp"))
+
+
+def test_out_folder(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    document = write_report(run, tmp_path / "new" / "place")
+    assert document == tmp_path / "new" / "place" / "results_bigru.md"
+    assert f"`python -m bigru.report ../../runs/{STAMP}`" in document.read_text()
+    assert (document.parent / "plots" / f"{STAMP}_bigru_learning_curves.png").is_file()
+    assert not (run.parent / "results_bigru.md").exists()
+
+
+def test_nan_metrics_are_printed(make_run: MakeRun) -> None:
+    rows = [metric_row(1, *[math.nan] * 6), metric_row(2, 1.0, math.nan, 1.0, math.nan, 1.0, math.inf)]
+    rows[1]["va_fde"] = None
+    text = write_report(make_run(metrics=rows)).read_text()
+    assert table_under(text, "### Epoch-wise metrics")[1:] == [
+        ["1", *["nan"] * 6],
+        ["2", "1.000", "nan", "1.000", "nan", "1.000", "nan"],
+    ]
+
+
+def test_torn_last_line_is_left_out_and_said(make_run: MakeRun) -> None:
+    run = make_run(epochs=6)
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"epoch": 7, "tr_mpj')
+    text = write_report(run).read_text()
+    assert len(table_under(text, "### Epoch-wise metrics")) == 1 + 6
+    assert "- **Left out:** line 7 of metrics.jsonl, torn when the run was killed" in text.splitlines()
+
+
+def test_last_line_without_its_end_is_whole(make_run: MakeRun) -> None:
+    run = make_run(epochs=6)
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    text = write_report(run).read_text()
+    assert len(table_under(text, "### Epoch-wise metrics")) == 1 + 6
+    assert "torn" not in text
+
+
+@pytest.mark.parametrize(
+    ("line", "broken", "message"),
+    [
+        pytest.param(3, '{"epoch": 3, "tr_m', r"metrics\.jsonl:3: not valid JSON", id="torn in the middle"),
+        pytest.param(6, '{"epoch": 6, "tr_m', r"metrics\.jsonl:6: not valid JSON", id="broken but ended"),
+        pytest.param(3, "[3]", r"metrics\.jsonl:3: expected a JSON object", id="no object"),
+        pytest.param(3, '{"epoch": 3}', r"metrics\.jsonl:3: tr_mpjpe is missing", id="missing metric"),
+        pytest.param(3, '{"epoch": 3, "tr_mpjpe": "1"}', r":3: tr_mpjpe should be a number, got '1'", id="string"),
+        pytest.param(3, '{"epoch": 2}', r"metrics\.jsonl:3: expected epoch 3, got epoch 2", id="epoch twice"),
+        pytest.param(3, "", r"metrics\.jsonl:3: not valid JSON", id="blank"),
+    ],
+)
+def test_broken_metrics_are_named_with_their_line(make_run: MakeRun, line: int, broken: str, message: str) -> None:
+    run = make_run(epochs=6)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[line - 1] = broken
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=message):
+        write_report(run)
+
+
+def test_run_without_an_epoch(make_run: MakeRun) -> None:
+    with pytest.raises(RunError, match="no complete epoch"):
+        write_report(make_run(metrics=[]))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "samples.npz"])
+def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None:
+    run = make_run()
+    (run / name).unlink()
+    with pytest.raises(RunError, match=rf"no {name}: .*python -m bigru\.train --resume {re.escape(str(run))}"):
+        write_report(run)
+    assert not (run.parent / "results_bigru.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"format": 2}, r"summary\.json: format 2 is not known", id="format"),
+        pytest.param({"stamp": "../up"}, r"stamp should be letters, digits and underscores", id="stamp"),
+        pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
+        pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
+        pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: test: ade is missing", id="score missing"),
+        pytest.param({"by_frame_rate": [{"fps": 0}]}, r"by_frame_rate\[0\]: fps should be more than 0", id="fps"),
+        pytest.param({"modules": ["a"]}, r"modules should be a list of objects", id="modules"),
+    ],
+)
+def test_broken_summary_is_named(make_run: MakeRun, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        write_report(make_run(epochs=6, summary=changes))
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        pytest.param({"target": np.zeros((3, 59, 84), np.float32)}, r"target should be \(3, 60, 84\)", id="shape"),
+        pytest.param({"target_present": np.zeros((3, 60, 2))}, "target_present should be .* of kind b", id="kind"),
+        pytest.param({"observed": np.zeros((0, 60, 84), np.float32)}, "observed should be", id="none"),
+        pytest.param({"fps": np.zeros(3)}, "fps should be more than 0", id="fps"),
+        pytest.param({"stem": np.array([None] * 3)}, "not a readable NumPy archive", id="pickled"),
+    ],
+)
+def test_broken_samples_are_named(make_run: MakeRun, samples: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(RunError, match=rf"samples\.npz: {message}"):
+        write_report(make_run(samples=samples))
+
+
+def test_archive_that_is_none(make_run: MakeRun) -> None:
+    run = make_run()
+    (run / "samples.npz").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(RunError, match="not a readable NumPy archive"):
+        write_report(run)
+
+
+def test_command_prints_the_paths(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(run.parent / "results_bigru.md"),
+        str(run.parent / "plots" / f"{STAMP}_bigru_learning_curves.png"),
+        str(run.parent / "plots" / f"{STAMP}_bigru_forecasts.png"),
+    ]
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "config.json", "metrics.jsonl", None])
+def test_command_refuses_in_one_line(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], missing: str | None
+) -> None:
+    run = make_run()
+    if missing:
+        (run / missing).unlink()
+    assert main([str(run if missing else run / "nowhere")]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("bigru.report: ")
+    assert error.count("\n") == 1
+
+
+def test_command_as_a_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bigru.report", str(tmp_path / "nowhere")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "nowhere is not a folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_report_imports_nothing_else_of_the_package() -> None:
+    allowed = {*sys.stdlib_module_names, "numpy", "matplotlib", "tabulate"}
+    for path in Path(bigru.report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.startswith("bigru.report") or name.split(".")[0] in allowed, f"{path.name}: {name}"
+                assert name != "matplotlib.pyplot", path.name

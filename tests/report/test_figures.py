@@ -1,0 +1,200 @@
+"""The pictures: at the promised places, of a sensible size, and drawing what the run says, edge cases included."""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigru.report import figures, write_report
+from bigru.report.record import read_run
+
+MakeRun = Callable[..., Path]
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    """Width and height in pixels, every chunk's checksum verified."""
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    at, kinds = 8, []
+    while at < len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        (checksum,) = struct.unpack(">I", content[at + 8 + length : at + 12 + length])
+        assert zlib.crc32(content[at + 4 : at + 8 + length]) == checksum
+        kinds.append(content[at + 4 : at + 8])
+        at += 12 + length
+    assert kinds[0] == b"IHDR"
+    assert kinds[-1] == b"IEND"
+    return struct.unpack(">II", content[16:24])
+
+
+def hand_strokes(axes) -> list[np.ndarray]:
+    """The skeletons drawn in a panel, wrist dots left out, as (points, 2) in pixels."""
+    return [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 1]
+
+
+def test_pictures_of_a_report(make_run: MakeRun) -> None:
+    run = make_run()
+    text = write_report(run).read_text()
+    for name, tallest in (("learning_curves", 700), ("forecasts", 1600)):
+        picture = f"plots/{run.name}_bigru_{name}.png"
+        assert f"]({picture})" in text
+        width, height = png_size((run.parent / picture).read_bytes())
+        assert width == round(figures.WIDTH_IN * figures.DPI)
+        assert 400 < height < tallest
+
+
+def test_reporting_again_changes_no_byte(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    document = write_report(run)
+    files = sorted(path for path in run.parent.rglob("*") if path.is_file() and run not in path.parents)
+    assert files == [
+        run.parent / "plots" / f"{run.name}_bigru_forecasts.png",
+        run.parent / "plots" / f"{run.name}_bigru_learning_curves.png",
+        document,
+    ]
+    first = [path.read_bytes() for path in files]
+    # However the folder is spelt, and wherever the command runs.
+    monkeypatch.chdir(run)
+    assert write_report(Path()).resolve() == document.resolve()
+    assert [path.read_bytes() for path in files] == first
+    assert files == sorted(path for path in run.parent.rglob("*") if path.is_file() and run not in path.parents)
+
+
+def test_curves_are_the_metrics(make_run: MakeRun) -> None:
+    record = read_run(make_run(epochs=12))
+    panels = figures.learning_curves(record).axes
+    assert [axes.get_title(loc="left").split()[0].lower() for axes in panels] == ["mpjpe", "ade", "fde"]
+    for axes, metric in zip(panels, ("mpjpe", "ade", "fde"), strict=True):
+        train, validation, best = axes.lines
+        np.testing.assert_array_equal(train.get_ydata(), record.metrics[f"tr_{metric}"])
+        np.testing.assert_array_equal(validation.get_ydata(), record.metrics[f"va_{metric}"])
+        np.testing.assert_array_equal(train.get_xdata(), np.arange(1, 13))
+        assert best.get_xdata()[0] == record.best_epoch == 8
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "centred units")
+
+
+@pytest.mark.parametrize(("highest", "scale"), [(9.0, "linear"), (11.0, "log")])
+def test_curves_turn_logarithmic_when_they_span_a_decade(make_run: MakeRun, highest: float, scale: str) -> None:
+    record = read_run(make_run(epochs=4))
+    for metric in ("mpjpe", "ade", "fde"):
+        record.metrics[f"tr_{metric}"] = [highest, 1.0, 1.0, math.nan]
+        record.metrics[f"va_{metric}"] = [1.0, 1.0, 1.0, 1.0]
+    for axes in figures.learning_curves(record).axes:
+        low, high = axes.get_ylim()
+        assert axes.get_yscale() == scale
+        assert low < 1.0 < highest < high
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_curves_of_very_short_runs(make_run: MakeRun, epochs: int, value: float) -> None:
+    record = read_run(make_run(epochs=epochs))
+    for name in record.metrics:
+        if name != "epoch":
+            record.metrics[name] = [value] * epochs
+    figure = figures.learning_curves(record)
+    png_size(figures.png(figure))
+    for axes in figure.axes:
+        assert axes.lines[0].get_markevery() == ([0] if epochs == 1 and math.isfinite(value) else [])
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_points_between_nan_are_marked(make_run: MakeRun) -> None:
+    record = read_run(make_run(epochs=6))
+    record.metrics["va_ade"] = [1.0, math.nan, 1.0, math.nan, 1.0, 1.0]
+    train, validation, _ = figures.learning_curves(record).axes[1].lines
+    assert (train.get_markevery(), validation.get_markevery()) == ([], [0, 2])
+
+
+def test_forecast_panels_show_the_promised_frames(make_run: MakeRun) -> None:
+    record = read_run(make_run())
+    samples = record.samples
+    panels = np.array(figures.forecasts(record).axes).reshape(3, 5)
+    half_image = [864, 486]
+    for row in range(2):
+        fps = samples.fps[row]
+        observed, *horizons = panels[row]
+        for hand, stroke in enumerate(hand_strokes(observed)):
+            np.testing.assert_allclose(stroke[0], samples.observed[row, -1].reshape(2, 21, 2)[hand, 0] * half_image)
+        for axes, frame in zip(horizons, (14, 29, 44, 59), strict=True):
+            true, predicted = (
+                poses[row, frame].reshape(2, 21, 2) * half_image for poses in (samples.target, samples.predicted)
+            )
+            drawn = hand_strokes(axes)
+            for stroke, joints in zip(drawn, (*true, *predicted), strict=True):
+                np.testing.assert_allclose(stroke[[0, 1, 4, 10, -1]], joints[[0, 1, 4, 8, 17]])
+            error_px = np.linalg.norm(true - predicted, axis=-1).mean()
+            assert axes.get_title(loc="left").split() == [f"+{(frame + 1) / fps:.2f}", "s", f"{error_px:.0f}", "px"]
+
+
+def test_forecast_rows_share_limits_in_image_orientation(make_run: MakeRun) -> None:
+    panels = np.array(figures.forecasts(read_run(make_run())).axes).reshape(3, 5)
+    for row in panels:
+        assert len({(*axes.get_xlim(), *axes.get_ylim()) for axes in row}) == 1
+        bottom, top = row[0].get_ylim()
+        assert top < bottom
+        for axes in row:
+            assert axes.get_aspect() == 1.0
+            points = np.concatenate([np.zeros((0, 2)), *hand_strokes(axes)])
+            points = points[np.isfinite(points).all(axis=1)]
+            low, high = points.min(axis=0), points.max(axis=0)
+            assert row[0].get_xlim()[0] < low[0] < high[0] < row[0].get_xlim()[1]
+            assert top < low[1] < high[1] < bottom
+
+
+def test_missing_hands_are_not_drawn_nor_counted(make_run: MakeRun) -> None:
+    # The third window loses its left hand halfway; what is stored for it is far away.
+    run = make_run()
+    with np.load(run / "samples.npz") as stored:
+        arrays = dict(stored)
+    lost = ~arrays["target_present"]
+    for name in ("predicted", "target"):
+        arrays[name].reshape(3, 60, 2, 42)[lost] = 50.0 if name == "target" else -50.0
+    np.savez(run / "samples.npz", **arrays)
+    panels = np.array(figures.forecasts(read_run(run)).axes).reshape(3, 5)
+    assert [len(hand_strokes(axes)) for axes in panels[2]] == [2, 4, 4, 2, 2]
+    assert [text.get_text() for text in panels[2, 4].texts] == ["left missing"]
+    assert float(panels[2, 4].get_title(loc="left").split()[2]) < 200
+    assert panels[2, 0].get_xlim()[1] < 1000
+
+
+def test_forecasts_with_no_hand_at_all(make_run: MakeRun) -> None:
+    nothing = {"observed_present": np.zeros((3, 60, 2), bool), "target_present": np.zeros((3, 60, 2), bool)}
+    figure = figures.forecasts(read_run(make_run(samples=nothing)))
+    png_size(figures.png(figure))
+    for axes in figure.axes:
+        assert hand_strokes(axes) == []
+        assert "px" not in axes.get_title(loc="left")
+
+
+def test_forecasts_with_nan_and_one_frame(make_run: MakeRun) -> None:
+    samples = {
+        "observed": np.full((1, 1, 84), np.nan, np.float32),
+        "predicted": np.full((1, 1, 84), np.nan, np.float32),
+        "target": np.zeros((1, 1, 84), np.float32),
+        "observed_present": np.ones((1, 1, 2), bool),
+        "target_present": np.ones((1, 1, 2), bool),
+        "fps": np.array([23]),
+        "error_px": np.array([np.nan]),
+        "stem": np.array(["x" * 300]),
+    }
+    figure = figures.forecasts(read_run(make_run(samples=samples)))
+    assert len(figure.axes) == 2
+    png_size(figures.png(figure))
+
+
+def test_a_users_style_changes_nothing(make_run: MakeRun) -> None:
+    import matplotlib
+
+    record = read_run(make_run(epochs=3))
+    plain = figures.png(figures.learning_curves(record))
+    with matplotlib.rc_context({"lines.linestyle": ":", "axes.facecolor": "black", "font.size": 30, "savefig.dpi": 30}):
+        styled = figures.png(figures.learning_curves(record))
+    assert styled == plain
+    assert "matplotlib.pyplot" not in sys.modules
