@@ -1,0 +1,25 @@
+"""Kernels run on the GPU if there is one, else in Triton's interpreter; the tests are the same."""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is defined, so it is set before any test imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where the Triton kernels run."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned():
+    """Fills every uninitialised buffer with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,323 @@
+"""The fused recurrence against the fp64 reference: every output, every gradient, odd shapes."""
+
+import functools
+
+import pytest
+import torch
+from support import TOLERANCE, error
+
+from bigru.kernels import reference
+from bigru.kernels.recurrence import fused_gru_recurrence
+
+pytest.importorskip("triton")
+
+from bigru.kernels import launch
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SHAPES = {  # T, B, H
+    "all one": (1, 1, 1),
+    "one step": (1, 3, 20),
+    "odd everything": (5, 3, 7),
+    "full block": (4, 8, 16),
+    "batch one over a block": (3, 9, 16),
+    "hidden one over a power of two": (3, 2, 17),
+    "several batch blocks": (2, 25, 33),
+    "hidden 100 padded to 128": (2, 2, 100),
+    "largest on chip": (2, 2, 128),
+    "smallest blocked": (3, 2, 129),
+    "blocked, several batch blocks": (2, 17, 130),
+}
+MODES = {
+    "fp32": (torch.float32, "fp32"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "fp32"),
+    "fp16": (torch.float16, "fp32"),
+}
+NAMES = ("y", "h_n", "dgi", "dw_hh", "db_hn", "dh0")
+
+
+def make_inputs(shape, dtype, device, *, bias=True, seed=0):
+    """Inputs (gi, w_hh, b_hn, h0) and upstream gradients (dy, dh_n), rounded to `dtype`."""
+    steps, batch, hidden = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*size, bound):
+        return ((2 * torch.rand(*size, generator=generator) - 1) * bound).to(device, dtype)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    bound = hidden**-0.5
+    w_hh = uniform(2, 3 * hidden, hidden, bound=bound)
+    b_hn = uniform(2, hidden, bound=bound) if bias else None
+    inputs = [normal(steps, batch, 2, 3 * hidden), w_hh, b_hn, normal(2, batch, hidden)]
+    return inputs, [normal(steps, batch, 2, hidden), normal(2, batch, hidden)]
+
+
+def outputs_and_gradients(recurrence, inputs, upstream):
+    """All of `NAMES`, None where there is no bias."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    y, h_n = recurrence(*leaves)
+    torch.autograd.backward([y, h_n], upstream)
+    return [y.detach(), h_n.detach(), *(None if x is None else x.grad for x in leaves)]
+
+
+def expected(inputs, upstream):
+    """The fp64 reference on the same numbers."""
+    wide = [None if x is None else x.double().cpu() for x in inputs]
+    return outputs_and_gradients(
+        lambda *args: reference.gru_recurrence(*args)[:2], wide, [x.double().cpu() for x in upstream]
+    )
+
+
+def check(inputs, upstream, precision, tolerance):
+    actual = outputs_and_gradients(functools.partial(fused_gru_recurrence, precision=precision), inputs, upstream)
+    for name, value, wanted in zip(NAMES, actual, expected(inputs, upstream), strict=True):
+        if wanted is None:
+            assert value is None
+            continue
+        assert error(value, wanted) < tolerance, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_matches_fp64_reference(shape, mode, kernel_device):
+    dtype, precision = MODES[mode]
+    inputs, upstream = make_inputs(shape, dtype, kernel_device)
+    check(inputs, upstream, precision, TOLERANCE[dtype, precision])
+
+
+@pytest.mark.parametrize("hidden", [7, 129])
+def test_without_bias(hidden, kernel_device):
+    inputs, upstream = make_inputs((3, 2, hidden), torch.float32, kernel_device, bias=False)
+    check(inputs, upstream, "fp32", 1e-5)
+
+
+def test_reference_alone_matches_autograd_free_equations():
+    # The reference is what all else is held to, so it is held to scalar arithmetic written out once more.
+    import math
+
+    (gi, w_hh, b_hn, h0), _ = make_inputs((2, 1, 2), torch.float64, "cpu")
+    y, h_n, gates = reference.gru_recurrence(gi, w_hh, b_hn, h0, return_gates=True)
+    for d, order in enumerate(([0, 1], [1, 0])):
+        h = [h0[d, 0, 0].item(), h0[d, 0, 1].item()]
+        for t in order:
+            row = gi[t, 0, d].tolist()
+            side = [sum(w_hh[d, g, k].item() * h[k] for k in range(2)) for g in range(6)]
+            new = []
+            for j in range(2):
+                r = 1 / (1 + math.exp(-(row[j] + side[j])))
+                z = 1 / (1 + math.exp(-(row[2 + j] + side[2 + j])))
+                q = side[4 + j] + b_hn[d, j].item()
+                n = math.tanh(row[4 + j] + r * q)
+                new.append((1 - z) * n + z * h[j])
+                assert gates[t, 0, d, :, j].tolist() == pytest.approx([r, z, n, q], rel=1e-12)
+            h = new
+            assert y[t, 0, d].tolist() == pytest.approx(h, rel=1e-12)
+        assert h_n[d, 0].tolist() == pytest.approx(h, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 20), (2, 2, 129)], ids=["whole", "blocked"])
+class TestNumbersOutOfTheOrdinary:
+    """fp32 storage; each case is one that a plain fp16 or TF32 product would get wrong."""
+
+    def test_saturated_gates(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        inputs[0] = inputs[0] * 40  # sigmoid and tanh at their ends, where exponentials overflow
+        check(inputs, upstream, "fp32", 1e-5)
+
+    def test_tiny_inputs_and_states(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        inputs = [inputs[0] * 1e-4, inputs[1], inputs[2] * 1e-4, inputs[3] * 1e-4]
+        check(inputs, upstream, "fp32", 1e-5)
+
+    def test_large_initial_state(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        inputs[1], inputs[3] = inputs[1] * 1e-5, inputs[3] * 1e5
+        check(inputs, upstream, "fp32", 1e-5)
+
+    @pytest.mark.parametrize("scale", [1e-12, 1e12])
+    def test_gradients_beyond_fp16(self, shape, scale, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        check(inputs, [x * scale for x in upstream], "fp32", 1e-5)
+
+    def test_gradients_of_one_row_dwarf_the_others(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        upstream = [x.clone() for x in upstream]
+        upstream[0][:, 0] *= 1e10
+        recurrence = functools.partial(fused_gru_recurrence, precision="fp32")
+        actual, wanted = outputs_and_gradients(recurrence, inputs, upstream), expected(inputs, upstream)
+        assert error(actual[2][:, 1:], wanted[2][:, 1:]) < 1e-5
+        assert error(actual[5][:, 1:], wanted[5][:, 1:]) < 1e-5
+
+    def test_recurrent_weights_of_zero(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        inputs[1] = torch.zeros_like(inputs[1])
+        check(inputs, upstream, "fp32", 1e-5)
+
+    def test_recurrent_weights_of_very_different_size(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        hidden = shape[2]
+        inputs[1] = torch.cat(
+            [inputs[1][:, :hidden] * 1e-6, inputs[1][:, hidden : 2 * hidden] * 3, inputs[1][:, 2 * hidden :]], dim=1
+        )
+        check(inputs, upstream, "fp32", 1e-5)
+
+    def test_nan_stays_in_its_row(self, shape, kernel_device):
+        inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+        recurrence = functools.partial(fused_gru_recurrence, precision="fp32")
+        clean = outputs_and_gradients(recurrence, inputs, upstream)
+        inputs[0] = inputs[0].clone()
+        inputs[0][0, 0] = float("nan")
+        dirty = outputs_and_gradients(recurrence, inputs, upstream)
+        assert dirty[0][-1, 0, 0].isnan().all()
+        for index in (0, 1, 2, 5):  # what has a batch axis, always the second
+            assert torch.equal(dirty[index][:, 1:], clean[index][:, 1:]), NAMES[index]
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 20), (2, 2, 129)], ids=["whole", "blocked"])
+def test_bit_identical_from_run_to_run(shape, kernel_device):
+    inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
+    recurrence = functools.partial(fused_gru_recurrence, precision="fp32")
+    first, second = (outputs_and_gradients(recurrence, inputs, upstream) for _ in range(2))
+    for name, a, b in zip(NAMES, first, second, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("config", [
+    launch.LaunchConfig(True, 8, 32, 4, True, "tf32"),
+    launch.LaunchConfig(True, 16, 32, 4, True, "tf32"),
+    launch.LaunchConfig(True, 8, 32, 4, False, "tf32x3"),
+    launch.LaunchConfig(False, 16, 16, 4, False, "tf32x3"),
+    launch.LaunchConfig(False, 16, 32, 4, False, "tf32x3"),
+], ids=["eight rows", "sixteen rows", "tf32x3", "blocks of 16", "one block"])  # fmt: skip
+def test_every_form_of_the_kernel_gives_the_same(config, kernel_device, monkeypatch):
+    monkeypatch.setattr(launch, "choose", lambda *_: config)
+    inputs, upstream = make_inputs((3, 18, 20), torch.float32, kernel_device)
+    check(inputs, upstream, "fp32", 1e-5)
+
+
+def test_offsets_beyond_32_bits(kernel_device):
+    # 2^31 elements lie between the two time steps; only the pages that the kernel touches become memory.
+    from bigru.kernels import portable
+
+    hidden, steps = 1, 2
+    batch = 2**31 // 6 + 8
+    gi = torch.empty(0, dtype=torch.bfloat16, device=kernel_device)
+    if kernel_device.type == "cuda" and torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GB of GPU memory")
+    torch.use_deterministic_algorithms(False)  # would fill, and so touch, every page
+    gi = torch.empty(steps, batch, 2, 3 * hidden, dtype=torch.bfloat16, device=kernel_device)
+    y = torch.empty(steps, batch, 2, hidden, dtype=torch.bfloat16, device=kernel_device)
+    small, upstream = make_inputs((steps, 8, hidden), torch.bfloat16, kernel_device)
+    gi[:, :8] = small[0]
+    h0 = torch.empty(2, batch, hidden, dtype=torch.bfloat16, device=kernel_device)
+    h0[:, :8] = small[3]
+    h_n = torch.empty_like(h0)
+    portable.gru_forward_kernel[(1, 2)](
+        gi, small[1], small[2], h0, y, h_n, gi, steps, batch,
+        H=hidden, HP=16, N=8, HAS_BIAS=True, SAVE=False, SPLIT=False, PRECISION="tf32", ACCURATE=False,
+    )  # fmt: skip
+    assert error(y[:, :8], expected(small, upstream)[0]) < TOLERANCE[torch.bfloat16, "fp32"]
+
+
+class TestWhatIsKept:
+    def saved_shapes(self, requires_grad, kernel_device):
+        (gi, w_hh, b_hn, h0), _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        gi.requires_grad_(requires_grad)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+            fused_gru_recurrence(gi, w_hh, b_hn, h0, "fp32")
+        return sorted(shapes)
+
+    def test_gates_once_and_states_once(self, kernel_device):
+        assert self.saved_shapes(True, kernel_device) == sorted([
+            (3, 2, 2, 5), (3, 2, 2, 4, 5), (2, 2, 5), (2, 15, 5)
+        ])  # fmt: skip
+
+    def test_nothing_when_no_gradient_is_wanted(self, kernel_device):
+        assert self.saved_shapes(False, kernel_device) == []
+        inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        assert torch.ops.bigru.gru_forward(*inputs, "fp32", False)[2].numel() == 0
+
+    def test_no_gates_are_computed_under_no_grad(self, kernel_device, monkeypatch):
+        inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        inputs[0].requires_grad_()
+        seen = []
+        original = launch.gru_forward
+        monkeypatch.setattr(launch, "gru_forward", lambda *args: seen.append(args[-1]) or original(*args))
+        with torch.no_grad():
+            fused_gru_recurrence(*inputs, "fp32")
+        fused_gru_recurrence(*inputs, "fp32")
+        assert seen == [False, True]
+
+    def test_backward_without_saved_gates_is_refused(self, kernel_device):
+        inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        inputs[0].requires_grad_()
+        y, _, _ = torch.ops.bigru.gru_forward(*inputs, "fp32", False)
+        with pytest.raises(RuntimeError, match="save=False"):
+            y.sum().backward()
+
+
+class TestOperators:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_opcheck_forward(self, bias, kernel_device):
+        inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device, bias=bias)
+        for x in inputs:
+            if x is not None:
+                x.requires_grad_()
+        torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True))
+
+    def test_opcheck_backward(self, kernel_device):
+        (gi, w_hh, b_hn, h0), (dy, dh_n) = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        y, _, gates = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, "fp32", True)
+        torch.library.opcheck(torch.ops.bigru.gru_backward.default, (dy, dh_n, y, gates, h0, w_hh, "fp32"))
+
+    def test_double_backward_is_refused(self, kernel_device):
+        inputs, _ = make_inputs((2, 2, 3), torch.float32, kernel_device)
+        inputs[0].requires_grad_()
+        y, _ = fused_gru_recurrence(*inputs, "fp32")
+        (dgi,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="gru_backward"):
+            dgi.sum().backward()
+
+    def test_only_one_output_used(self, kernel_device):
+        inputs, upstream = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        for used in (0, 1):
+            leaves = [x.detach().clone().requires_grad_() for x in inputs]
+            fused_gru_recurrence(*leaves, "fp32")[used].backward(upstream[used])
+            zeroed = [torch.zeros_like(x) if i != used else x for i, x in enumerate(upstream)]
+            for x, wanted in zip(leaves, expected(inputs, zeroed)[2:], strict=True):
+                assert error(x.grad, wanted) < 1e-5
+
+    def test_empty_batch(self, kernel_device):
+        inputs, upstream = make_inputs((3, 0, 5), torch.float32, kernel_device)
+        recurrence = functools.partial(fused_gru_recurrence, precision="fp32")
+        results = outputs_and_gradients(recurrence, inputs, upstream)
+        assert results[0].shape == (3, 0, 2, 5)
+        assert not results[3].any()
+        assert not results[4].any()
+
+    @pytest.mark.parametrize(("change", "message"), [
+        (lambda gi, w, b, h: (gi[..., 0, :], w, b, h), r"gi: expected shape \(T, B, 2, 3H\)"),
+        (lambda gi, w, b, h: (gi, w[:1], b, h), r"w_hh: expected shape \(2, 15, 5\)"),
+        (lambda gi, w, b, h: (gi, w, b[:, :3], h), r"b_hn: expected shape \(2, 5\)"),
+        (lambda gi, w, b, h: (gi, w, b, h[:, :1]), r"h0: expected shape \(2, 2, 5\)"),
+        (lambda gi, w, b, h: (gi, w.half(), b, h), "w_hh: expected torch.float32"),
+        (lambda gi, w, b, h: (gi.double(), w.double(), b.double(), h.double()), "got torch.float64"),
+    ])  # fmt: skip
+    def test_bad_operands_are_named(self, change, message, kernel_device):
+        inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
+        with pytest.raises(ValueError, match=message):
+            fused_gru_recurrence(*change(*inputs), "fp32")
+
+    def test_no_time_step(self, kernel_device):
+        inputs, _ = make_inputs((0, 2, 5), torch.float32, kernel_device)
+        with pytest.raises(RuntimeError, match="T = 0"):
+            fused_gru_recurrence(*inputs, "fp32")
+
+    def test_unknown_precision(self, kernel_device):
+        inputs, _ = make_inputs((1, 2, 5), torch.float32, kernel_device)
+        with pytest.raises(ValueError, match="'fp32' or 'tf32'"):
+            fused_gru_recurrence(*inputs, "fp64")
