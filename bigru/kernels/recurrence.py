@@ -91,7 +91,7 @@ def _check(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision:
 
 
 def _setup_context(ctx, inputs, output):
-    gi, w_hh, b_hn, h0, precision, save = inputs
+    _, w_hh, b_hn, h0, precision, save = inputs
     y, _, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)

@@ -1,0 +1,274 @@
+"""`BiGRU` against torch.nn.GRU: parameters, results, gradients, behaviour, errors."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from support import TOLERANCE, error
+from torch import nn
+
+from bigru import BiGRU
+
+SIZES = {  # T, B, I, H, layers, bias
+    "all one": (1, 1, 1, 1, 1, True),
+    "two layers": (5, 3, 4, 7, 2, True),
+    "three layers without bias": (3, 2, 6, 5, 3, False),
+    "batch of nine": (2, 9, 3, 17, 1, True),
+}
+
+
+@pytest.fixture(params=["torch", "reference", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+def pair(*args, backend="auto", precision="fp32", dtype=torch.float32, device="cpu", **options):
+    """BiGRU of `dtype`, and nn.GRU in fp64 with the same weights."""
+    gru = BiGRU(*args, backend=backend, precision=precision, device=device, dtype=dtype, **options)
+    theirs = nn.GRU(*args, **options, bidirectional=True, dtype=torch.float64)
+    theirs.load_state_dict(gru.state_dict())
+    return gru, theirs
+
+
+def results(gru, x, hx, dy, dh_n):
+    """y, h_n and the gradients of x, hx and every parameter."""
+    reference = next(gru.parameters())
+    x, hx, dy, dh_n = (None if a is None else a.to(reference) for a in (x, hx, dy, dh_n))
+    leaves = [a.detach().requires_grad_() for a in (x, hx) if a is not None]
+    gru.zero_grad()
+    y, h_n = gru(*leaves)
+    torch.autograd.backward([y, h_n], [dy, dh_n])
+    named = {"y": y, "h_n": h_n, "dx": leaves[0].grad}
+    if hx is not None:
+        named["dhx"] = leaves[1].grad
+    return named | {name: p.grad for name, p in gru.named_parameters()}
+
+
+def check(gru, theirs, x, hx, tolerance):
+    dy = torch.randn(*x.shape[:-1], 2 * gru.hidden_size)
+    batch = () if x.dim() == 2 else (x.shape[0 if gru.batch_first else 1],)
+    dh_n = torch.randn(2 * gru.num_layers, *batch, gru.hidden_size)
+    actual, expected = results(gru, x, hx, dy, dh_n), results(theirs, x, hx, dy, dh_n)
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert error(value, expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_matches_nn_gru(size, backend, kernel_device):
+    steps, batch, inputs, hidden, layers, bias = size
+    torch.manual_seed(1)
+    gru, theirs = pair(inputs, hidden, layers, bias, backend=backend, device=kernel_device)
+    check(gru, theirs, torch.randn(steps, batch, inputs), torch.randn(2 * layers, batch, hidden), 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), TOLERANCE, ids=lambda value: str(value).removeprefix("torch."))
+def test_precisions_of_the_fused_kernel(dtype, precision, kernel_device):
+    torch.manual_seed(1)
+    gru, theirs = pair(6, 20, 2, backend="triton", precision=precision, dtype=dtype, device=kernel_device)
+    x, hx = torch.randn(4, 3, 6).to(dtype), torch.randn(4, 3, 20).to(dtype)
+    check(gru, theirs, x, hx, TOLERANCE[dtype, precision])
+
+
+def test_double_precision_through_the_reference():
+    torch.manual_seed(1)
+    gru, theirs = pair(3, 4, 2, backend="reference", dtype=torch.float64)
+    check(gru, theirs, torch.randn(4, 3, 3), None, 1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("given_state", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_layouts(batch_first, given_state, batched, backend, kernel_device):
+    torch.manual_seed(1)
+    gru, theirs = pair(3, 4, 2, backend=backend, batch_first=batch_first, device=kernel_device)
+    x = torch.randn(2, 5, 3) if batched else torch.randn(5, 3)
+    batch = x.shape[0 if batch_first else 1]
+    hx = (torch.randn(4, batch, 4) if batched else torch.randn(4, 4)) if given_state else None
+    check(gru, theirs, x, hx, 1e-5)
+
+
+def test_views_and_strides(backend, kernel_device):
+    torch.manual_seed(1)
+    gru, theirs = pair(3, 4, backend=backend, device=kernel_device)
+    check(gru, theirs, torch.randn(3, 2, 5).permute(2, 1, 0), torch.randn(2, 1, 4).expand(2, 2, 4), 1e-5)
+
+
+def test_empty_batch_has_zero_gradients(backend, kernel_device):
+    gru, _ = pair(3, 4, 2, backend=backend, device=kernel_device)
+    y, h_n = gru(torch.randn(5, 0, 3, device=kernel_device))
+    assert (y.shape, h_n.shape) == ((5, 0, 8), (4, 0, 4))
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in gru.parameters())
+
+
+def test_same_seed_same_weights_and_state_dict_both_ways():
+    torch.manual_seed(3)
+    ours = BiGRU(5, 6, 2)
+    torch.manual_seed(3)
+    theirs = nn.GRU(5, 6, 2, bidirectional=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    fresh = nn.GRU(5, 6, 2, bidirectional=True)
+    fresh.load_state_dict(ours.state_dict())
+    BiGRU(5, 6, 2).load_state_dict(fresh.state_dict())
+
+
+def test_is_no_nn_gru():
+    # Any nn.GRU, subclasses too, breaks torch.compile(fullgraph=True).
+    assert not isinstance(BiGRU(2, 3), nn.GRU)
+    assert isinstance(BiGRU(2, 3), nn.RNNBase)
+
+
+def test_signature():
+    assert list(inspect.signature(BiGRU.__init__).parameters)[1:] == [
+        "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
+        "backend", "precision", "device", "dtype",
+    ]  # fmt: skip
+
+
+def test_dropout_between_layers_only_in_training(backend, kernel_device):
+    gru = BiGRU(3, 4, 2, dropout=1.0, backend=backend, device=kernel_device)
+    x = torch.randn(5, 2, 3, device=kernel_device)
+    gru.eval()
+    kept, _ = gru(x)
+    gru.train()
+    dropped, _ = gru(x)
+    # With everything dropped the second layer sees zeros, so its output forgets x.
+    assert torch.equal(dropped, gru(torch.randn_like(x))[0])
+    assert not torch.equal(kept, dropped)
+
+
+def test_backward_in_eval_mode(backend, kernel_device):
+    gru = BiGRU(3, 4, backend=backend, device=kernel_device).eval()
+    gru(torch.randn(2, 2, 3, device=kernel_device))[0].sum().backward()
+    assert all(p.grad is not None for p in gru.parameters())
+
+
+def test_copies_and_weights_replaced_at_call_time(backend, kernel_device):
+    gru = BiGRU(3, 4, backend=backend, device=kernel_device)
+    x = torch.randn(2, 2, 3, device=kernel_device)
+    for twin in (copy.deepcopy(gru), pickle.loads(pickle.dumps(gru))):
+        assert torch.equal(twin(x)[0], gru(x)[0])
+    zeros = {name: torch.zeros_like(p) for name, p in gru.named_parameters()}
+    y, _ = torch.func.functional_call(gru, zeros, (x,))
+    assert not y.any()
+
+
+def test_double_backward_through_the_reference():
+    gru = BiGRU(2, 3, backend="reference", dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda a: gru(a)[0], (x,))
+
+
+@pytest.mark.parametrize("sorted_lengths", [True, False])
+@pytest.mark.parametrize("given_state", [True, False])
+def test_packed_sequences(sorted_lengths, given_state):
+    torch.manual_seed(1)
+    gru, theirs = pair(3, 4, 2)
+    lengths = [5, 3, 1] if sorted_lengths else [3, 5, 1]
+    x = torch.randn(5, 3, 3)
+    hx = torch.randn(4, 3, 4) if given_state else None
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=sorted_lengths)
+    y, h_n = gru(packed, hx)
+    wide = nn.utils.rnn.pack_padded_sequence(x.double(), lengths, enforce_sorted=sorted_lengths)
+    expected, expected_h_n = theirs(wide, None if hx is None else hx.double())
+    assert error(y.data, expected.data) < 1e-5
+    assert error(h_n, expected_h_n) < 1e-5
+    with pytest.raises(RuntimeError, match="hx: expected shape"):
+        gru(packed, torch.randn(4, 5, 4))
+
+
+class TestBackends:
+    def test_auto_takes_aten_on_a_cpu(self):
+        x = torch.randn(2, 2, 3)
+        gru = BiGRU(3, 4)
+        assert gru.resolve_backend(x) == "torch"
+        theirs = nn.GRU(3, 4, bidirectional=True)
+        theirs.load_state_dict(gru.state_dict())
+        assert torch.equal(gru(x)[0], theirs(x)[0])
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_auto_takes_the_kernel_on_a_gpu(self):
+        gru = BiGRU(3, 4, device="cuda")
+        assert gru.resolve_backend(torch.randn(2, 2, 3, device="cuda")) == "triton"
+        assert gru.double().resolve_backend(torch.randn(2, 2, 3, device="cuda").double()) == "torch"
+
+    def test_refusals_name_the_reason(self, kernel_device):
+        gru = BiGRU(3, 4, backend="triton", dtype=torch.float64, device=kernel_device)
+        with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call.*float64"):
+            gru(torch.randn(2, 2, 3, dtype=torch.float64, device=kernel_device))
+        packed = nn.utils.rnn.pack_sequence([torch.randn(2, 3), torch.randn(1, 3)])
+        for backend in ("triton", "reference"):
+            with pytest.raises(RuntimeError, match=f"'{backend}' cannot serve this call.*PackedSequence"):
+                BiGRU(3, 4, backend=backend)(packed)
+
+    def test_triton_on_a_cpu_is_refused_without_the_interpreter(self, monkeypatch):
+        pytest.importorskip("triton")
+        from bigru.kernels import launch
+
+        monkeypatch.setattr(launch, "interpreted", lambda: False)
+        with pytest.raises(RuntimeError, match="the input is on cpu"):
+            BiGRU(3, 4, backend="triton")(torch.randn(2, 2, 3))
+
+    def test_triton_missing(self, monkeypatch):
+        from bigru.kernels import gru
+
+        monkeypatch.setattr(gru, "_triton_installed", lambda: False)
+        with pytest.raises(RuntimeError, match="triton is not installed"):
+            BiGRU(3, 4, backend="triton")(torch.randn(2, 2, 3))
+        assert BiGRU(3, 4)(torch.randn(2, 2, 3))[0].shape == (2, 2, 8)
+
+    @pytest.mark.parametrize("option", ["backend", "precision"])
+    def test_unknown_names(self, option):
+        with pytest.raises(ValueError, match=f"{option}: expected one of .* got 'fast'"):
+            BiGRU(3, 4, **{option: "fast"})
+
+    def test_repr_says_what_runs(self):
+        assert "bidirectional=True, backend='auto', precision='fp32'" in repr(BiGRU(3, 4))
+
+
+BAD_CONSTRUCTIONS = [
+    {"input_size": 0}, {"hidden_size": -1}, {"num_layers": 0}, {"input_size": 2.0}, {"hidden_size": "3"},
+    {"bias": 1}, {"batch_first": None}, {"dropout": 1.5}, {"dropout": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_CONSTRUCTIONS, ids=str)
+def test_bad_construction_raises_what_nn_gru_raises(bad):
+    arguments = {"input_size": 2, "hidden_size": 3, "num_layers": 2} | bad
+    with pytest.raises((ValueError, TypeError)) as theirs:
+        nn.GRU(**arguments, bidirectional=True)
+    with pytest.raises(theirs.type):
+        BiGRU(**arguments)
+
+
+def test_dropout_with_one_layer_warns():
+    with pytest.warns(UserWarning, match="dropout"):
+        BiGRU(2, 3, dropout=0.5)
+
+
+BAD_CALLS = {
+    "input of four dimensions": (torch.randn(1, 2, 2, 3), None, "input: expected 2 or 3 dimensions, got 4"),
+    "wrong features": (torch.randn(2, 2, 4), None, "input: expected 3 features"),
+    "wrong dtype": (torch.randn(2, 2, 3).double(), None, "input: expected torch.float32"),
+    "no time step": (torch.randn(0, 2, 3), None, "at least one time step"),
+    "state of two dimensions": (torch.randn(2, 2, 3), torch.randn(2, 4), "hx: expected 3 dimensions"),
+    "state of three dimensions": (torch.randn(2, 3), torch.randn(2, 1, 4), "hx: expected 2 dimensions"),
+    "state of another batch": (torch.randn(2, 2, 3), torch.randn(2, 5, 4), r"hx: expected shape \(2, 2, 4\)"),
+    "state of another size": (torch.randn(2, 2, 3), torch.randn(2, 2, 5), r"hx: expected shape \(2, 2, 4\)"),
+    "state of another dtype": (torch.randn(2, 2, 3), torch.randn(2, 2, 4).double(), "hx: expected torch.float32"),
+    "input on another device": (torch.randn(2, 2, 3, device="meta"), None, "input: expected a tensor on cpu"),
+}
+
+
+@pytest.mark.parametrize(("x", "hx", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_bad_call_raises_what_nn_gru_raises(x, hx, message, backend):
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        nn.GRU(3, 4, bidirectional=True)(x, hx)
+    with pytest.raises(theirs.type, match=message):
+        BiGRU(3, 4, backend=backend)(x, hx)
