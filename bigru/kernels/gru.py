@@ -73,7 +73,7 @@ class BiGRU(nn.RNNBase):
         self.backend = backend
         self.precision = precision
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs the GRU over a batch of sequences.

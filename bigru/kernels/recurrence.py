@@ -70,7 +70,10 @@ def _check(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision:
         raise ValueError(f"gi: expected shape (T, B, 2, 3H), got {tuple(gi.shape)}")
     steps, batch, directions, gates = gi.shape
     hidden = gates // 3
-    expected = {"w_hh": (w_hh, (directions, gates, hidden)), "h0": (h0, (directions, batch, hidden))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "w_hh": (w_hh, (directions, gates, hidden)),
+        "h0": (h0, (directions, batch, hidden)),
+    }
     if b_hn is not None:
         expected["b_hn"] = (b_hn, (directions, hidden))
     for name, (tensor, shape) in expected.items():
