@@ -1,0 +1,321 @@
+"""Clips cut into windows: features, centring, splits, and batches gathered by index."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bigru.config import DataConfig
+from bigru.data.clips import Clip, ClipError, DataError, Skipped, find_clip, find_index, read_clip, read_index
+
+SPLITS = {"train": range(1, 49), "val": range(49, 60), "test": range(60, 71)}
+"""The published split, by participant number."""
+
+HAND_FEATURES = 84
+JOINTS_PER_HAND = 21
+CENTRED_UNIT = 0.5
+"""One unit of a centred coordinate, as a fraction of the image's width or height."""
+HELD_OUT = 0.15
+"""Share of a clip's frames that `split="time"` sets aside for val, and again for test."""
+
+
+class NoWindowsError(DataError):
+    """A split without a single window; the message says where was looked and what was skipped."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B windows: what the network reads and what it should answer."""
+
+    x: Tensor
+    """(B, observed, I) float32: the features of the observed frames."""
+    target: Tensor
+    """(B, predicted, 84) float32: the centred hands of the frames that follow."""
+    present: Tensor
+    """(B, predicted, 42) bool: whether a joint's hand was seen in that target frame."""
+    fps: Tensor
+    """(B,) float32: frames per second."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The N windows of one split, as offsets into its clips' frames, which are stored once, end to end."""
+
+    frames: Tensor
+    """(F, I) float32: features of every frame."""
+    present: Tensor
+    """(F, 2) bool: whether the left and the right hand were seen."""
+    starts: Tensor
+    """(N,) int64: first frame of each window."""
+    fps: Tensor
+    """(N,) float32: frames per second."""
+    clip: Tensor
+    """(N,) int64: the window's clip, an index into `stems`."""
+    stems: tuple[str, ...]
+    """Names of the clips used."""
+    observed: int
+    predicted: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Gather the windows numbered `indices`, (B,) int64, on the device of `frames`."""
+        indices = indices.to(self.starts.device)
+        starts = self.starts[indices]  # (B,)
+        steps = torch.arange(self.observed + self.predicted, device=starts.device)
+        rows = starts[:, None] + steps  # (B, observed + predicted)
+        past, future = rows[:, : self.observed], rows[:, self.observed :]
+        return Batch(
+            x=self.frames[past],
+            target=self.frames[:, :HAND_FEATURES][future],
+            present=self.present[future].repeat_interleave(JOINTS_PER_HAND, dim=-1),
+            fps=self.fps[indices],
+        )
+
+    def batches(self, batch_size: int, order: Tensor | None = None, drop_last: bool = False) -> Iterator[Batch]:
+        """Yield the windows in batches.
+
+        Args:
+            batch_size: B, windows per batch.
+            order: (N,) int64, the order of the windows, or a choice of them; default: as stored.
+            drop_last: leave out a last batch of fewer than `batch_size` windows, unless it is the only one.
+
+        Raises:
+            ValueError: `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        order = torch.arange(len(self)) if order is None else order
+        # One transfer for the whole pass instead of one per batch.
+        for number, indices in enumerate(order.to(self.starts.device).split(batch_size)):
+            if drop_last and number > 0 and len(indices) < batch_size:
+                return
+            if len(indices):
+                yield self.batch(indices)
+
+    def to(self, device: torch.device | str) -> Windows:
+        """Return the same windows with every tensor on `device`; tensors already there are shared."""
+        tensors = {name: getattr(self, name).to(device) for name in ("frames", "present", "starts", "fps", "clip")}
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The three splits, and an account of what was read and what was left out."""
+
+    train: Windows
+    val: Windows
+    test: Windows
+    skipped: tuple[Skipped, ...]
+    """Every row of the index that gave no clip, in the order met."""
+    clips: dict[str, int]
+    """Clips used per split; with `split="time"` one clip can count in all three."""
+    listed: int
+    """Rows of the index for the aerial camera."""
+    other_cameras: int
+    """Rows of the index for other cameras, which are not used."""
+    root: Path
+    index: Path
+
+    def skip_counts(self) -> dict[str, int]:
+        """Return how many clips were skipped for each reason, the most frequent first."""
+        return dict(Counter(skip.reason for skip in self.skipped).most_common())
+
+    def describe(self) -> str:
+        """Return a few lines for the start of a run: clips and windows per split, what was skipped and why."""
+        others = f" ({self.other_cameras:,} more of other cameras)" if self.other_cameras else ""
+        lines = [f"{self.listed:,} clips listed in {self.index}{others}, read from {self.root}"]
+        for split, clips in self.clips.items():
+            lines.append(f"{split:<5} {clips:>6,} clips {len(getattr(self, split)):>7,} windows")
+        return "\n".join(lines + _skip_lines(self.skipped))
+
+
+def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset:
+    """Read every clip of the index once and cut the three splits into windows.
+
+    Args:
+        config: where the clips are and how they are cut; `data_root` must be set.
+        progress: show a progress bar; None: only on a terminal.
+
+    Raises:
+        ValueError: `data_root` is None, or `split` is unknown.
+        FileNotFoundError: there is no data root or no index.
+        DataError: the index file cannot be used.
+        ClipError: with `config.strict`, the first clip that cannot be used.
+        NoWindowsError: a split has no window.
+    """
+    if config.split not in ("participant", "time"):
+        raise ValueError(f"split: expected participant or time, got {config.split!r}")
+    index = read_index(find_index(config))
+    root = Path(config.data_root or "")
+    skipped = list(index.skipped)
+    if config.strict and skipped:
+        raise ClipError(skipped[0].reason, f"{skipped[0].stem}: {skipped[0].detail}")
+    parts = {split: _Part(config) for split in SPLITS}
+    for row in tqdm(index.clips, desc="clips", unit="clip", disable=None if progress is None else not progress):
+        try:
+            _check_participant(row.participant, config)
+            clip = read_clip(find_clip(root, row), config)
+        except ClipError as error:
+            if config.strict:
+                raise ClipError(error.reason, f"{row.stem}: {error.detail}") from error
+            skipped.append(Skipped(row.stem, error.reason, error.detail))
+            continue
+        features, present = frame_features(clip), clip.present
+        for split, (start, stop) in split_frames(len(features), row.participant, config).items():
+            parts[split].add(row.stem, clip.fps, features[start:stop], present[start:stop])
+    clips = {split: len(part.stems) for split, part in parts.items()}
+    windows = {split: part.windows() for split, part in parts.items()}
+    dataset = Dataset(
+        **windows,
+        skipped=tuple(skipped),
+        clips=clips,
+        listed=len(index.clips) + len(index.skipped),
+        other_cameras=index.other_cameras,
+        root=root,
+        index=index.path,
+    )
+    _check_windows(dataset, config)
+    return dataset
+
+
+def frame_features(clip: Clip) -> np.ndarray:
+    """Return a clip's features, (F, I) float32: hands 84, then gaze 2, objects 120, surrogate 8 where read.
+
+    Hands are the left 21, then the right 21 joints as x, y pairs, centred as in the published benchmark:
+    (joint - (left wrist + right wrist) / 2) / 0.5. A missing hand's zeros take part in this like any other
+    value, which is why the targets come with a mask.
+    """
+    frames = len(clip.hands)
+    joints = clip.hands[..., :2].reshape(frames, 2 * JOINTS_PER_HAND, 2)
+    origin = 0.5 * (joints[:, :1] + joints[:, JOINTS_PER_HAND : JOINTS_PER_HAND + 1])
+    hands = (joints - origin) / CENTRED_UNIT
+    others = [values for values in (clip.gaze, clip.objects, clip.surrogate) if values is not None]
+    return np.concatenate([values.reshape(frames, -1) for values in (hands, *others)], axis=1)
+
+
+def window_count(frames: int, config: DataConfig) -> int:
+    """Return how many windows fit: floor((frames - observed - predicted) / stride) + 1, or 0."""
+    return max(0, (frames - config.observed - config.predicted) // config.stride + 1)
+
+
+def split_frames(frames: int, participant: int, config: DataConfig) -> dict[str, tuple[int, int]]:
+    """Return which frames [start, stop) of a clip belong to which split.
+
+    By participant a clip goes whole into one split. By time a clip that holds three disjoint windows gives its
+    last frames to val and then test, to each 15 % or one window if that is more, and the rest to train; a
+    shorter one goes whole to train.
+    """
+    if config.split == "participant":
+        return {split: (0, frames) for split, people in SPLITS.items() if participant in people}
+    window = config.observed + config.predicted
+    if frames < 3 * window:
+        return {"train": (0, frames)}
+    held = max(window, round(HELD_OUT * frames))
+    return {
+        "train": (0, frames - 2 * held),
+        "val": (frames - 2 * held, frames - held),
+        "test": (frames - held, frames),
+    }
+
+
+class _Part:
+    """The frames of one split while its clips are being read, laid end to end."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.stems: list[str] = []
+        self.fps: list[float] = []
+        self.lengths: list[int] = []
+        self.used = 0
+        self.frames = np.empty((0, config.input_size), np.float32)
+        self.present = np.empty((0, 2), np.bool_)
+
+    def add(self, stem: str, fps: float, features: np.ndarray, present: np.ndarray) -> None:
+        end = self.used + len(features)
+        if end > len(self.frames):
+            # Grown in place and by a quarter: a list of clips joined at the end would take the memory twice.
+            rows = end + end // 4
+            self.frames.resize((rows, self.frames.shape[1]), refcheck=False)
+            self.present.resize((rows, 2), refcheck=False)
+        self.frames[self.used : end] = features
+        self.present[self.used : end] = present
+        self.used = end
+        self.stems.append(stem)
+        self.fps.append(fps)
+        self.lengths.append(len(features))
+
+    def windows(self) -> Windows:
+        """Give up the frames as the tensors of a split, without a copy."""
+        self.frames.resize((self.used, self.frames.shape[1]), refcheck=False)
+        self.present.resize((self.used, 2), refcheck=False)
+        starts: list[int] = []
+        clip: list[int] = []
+        offset = 0
+        for number, length in enumerate(self.lengths):
+            count = window_count(length, self.config)
+            starts += range(offset, offset + count * self.config.stride, self.config.stride)
+            clip += [number] * count
+            offset += length
+        return Windows(
+            frames=torch.from_numpy(self.frames),
+            present=torch.from_numpy(self.present),
+            starts=torch.tensor(starts, dtype=torch.int64),
+            fps=torch.tensor([self.fps[number] for number in clip], dtype=torch.float32),
+            clip=torch.tensor(clip, dtype=torch.int64),
+            stems=tuple(self.stems),
+            observed=self.config.observed,
+            predicted=self.config.predicted,
+        )
+
+
+def _check_participant(participant: int, config: DataConfig) -> None:
+    if config.split == "participant" and not any(participant in people for people in SPLITS.values()):
+        raise ClipError("no split", f"participant {participant} is in none of {_split_names(config)}")
+
+
+def _split_names(config: DataConfig) -> str:
+    if config.split == "time":
+        return "train, val, test, in time order within each clip"
+    return ", ".join(f"{split} {people[0]}-{people[-1]}" for split, people in SPLITS.items())
+
+
+def _skip_lines(skipped: tuple[Skipped, ...]) -> list[str]:
+    """Say how many clips were skipped, by reason, with the first two of each."""
+    if not skipped:
+        return []
+    lines = [f"skipped {len(skipped):,}:"]
+    for reason, count in Counter(skip.reason for skip in skipped).most_common():
+        lines.append(f"  {reason}: {count:,}")
+        first = [skip for skip in skipped if skip.reason == reason][:2]
+        lines += [f"    {skip.stem}: {skip.detail}" for skip in first]
+        if count > len(first):
+            lines.append(f"    and {count - len(first):,} more")
+    return lines
+
+
+def _check_windows(dataset: Dataset, config: DataConfig) -> None:
+    """Raise NoWindowsError, naming every split that is empty, if one is."""
+    empty = [split for split in SPLITS if not len(getattr(dataset, split))]
+    if not empty:
+        return
+    lines = [
+        f"no window of {config.observed} + {config.predicted} frames in {', '.join(empty)} "
+        f"(split by {config.split}: {_split_names(config)}; stride {config.stride})",
+        dataset.describe(),
+    ]
+    if len(empty) < len(SPLITS):
+        if config.split == "participant":
+            lines.append("hint: --split time cuts every clip into train, val and test")
+        else:
+            lines.append(f"hint: val and test need a clip of {3 * (config.observed + config.predicted)} frames or more")
+    raise NoWindowsError("\n".join(lines))

@@ -1,0 +1,404 @@
+"""Windows: features, centring, masks, counts, splits, batches, and what happens to clips that cannot be used."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from bigru.config import DataConfig
+from bigru.data import ClipError, NoWindowsError, load_dataset
+from bigru.data.clips import Clip
+from bigru.data.synthetic import write_clip, write_index
+from bigru.data.windows import frame_features, split_frames, window_count
+
+CONFIG = DataConfig(observed=4, predicted=4, stride=3)
+ALL = {"gaze": True, "objects": True, "surrogate": True}
+
+
+def stem_of(participant, number=0):
+    return f"p{participant:02d}-CAM_AV-BIAH_RB-BHO-{number}_3.5"
+
+
+def clip_arrays(frames, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "left_landmarks": (21, 3),
+        "right_landmarks": (21, 3),
+        "norm_gaze": (2,),
+        "rec_bboxes": (30, 4),
+        "surrogate_hands": (2, 4),
+    }
+    return {name: rng.uniform(0.1, 0.9, (frames, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_dataset(root, clips):
+    """Write {stem: arrays} and their index; arrays of None leave the clip out of the folder."""
+    for stem, arrays in clips.items():
+        if arrays is not None:
+            write_clip(root / "BHO" / f"{stem}.h5", arrays)
+    write_index(root, list(clips))
+
+
+def config_for(root, **changes):
+    return dataclasses.replace(CONFIG, data_root=root, **changes)
+
+
+@pytest.fixture
+def three_clips(tmp_path):
+    """One clip in each split, of 8, 11 and 20 frames: 1, 2 and 5 windows."""
+    clips = {stem_of(p): clip_arrays(frames, seed=p) for p, frames in ((48, 8), (49, 11), (60, 20))}
+    write_dataset(tmp_path, clips)
+    return tmp_path, clips
+
+
+def expected_hands(arrays):
+    """(F, 84): the published centring, written out joint by joint in float64."""
+    left, right = (arrays[name].astype(np.float64) for name in ("left_landmarks", "right_landmarks"))
+    features = np.zeros((len(left), 84))
+    for frame in range(len(left)):
+        middle_x = (left[frame, 0, 0] + right[frame, 0, 0]) / 2
+        middle_y = (left[frame, 0, 1] + right[frame, 0, 1]) / 2
+        for joint in range(21):
+            for hand, values in enumerate((left, right)):
+                features[frame, 42 * hand + 2 * joint] = (values[frame, joint, 0] - middle_x) / 0.5
+                features[frame, 42 * hand + 2 * joint + 1] = (values[frame, joint, 1] - middle_y) / 0.5
+    return features
+
+
+def test_feature_order_and_centring():
+    frames = 3
+    hands = np.zeros((frames, 2, 21, 3), np.float32)
+    hands[:, :, :, 0] = 100 * np.arange(1, 3)[:, None] + np.arange(21)
+    hands[:, :, :, 1] = 1000 + 100 * np.arange(1, 3)[:, None] + 2 * np.arange(21)
+    hands[:, :, :, 2] = -1e6
+    gaze = np.array([[1, 2]] * frames, np.float32)
+    objects = np.tile(np.arange(120, dtype=np.float32).reshape(30, 4) + 10_000, (frames, 1, 1))
+    surrogate = np.tile(np.arange(8, dtype=np.float32).reshape(2, 4) + 20_000, (frames, 1, 1))
+    features = frame_features(Clip(23.0, hands, gaze, objects, surrogate))
+    assert features.dtype == np.float32
+    # Wrists at (100, 1100) and (200, 1200): the origin is (150, 1150).
+    left = np.stack([np.arange(21) - 50, 2 * np.arange(21) - 50], axis=1) / 0.5
+    right = np.stack([np.arange(21) + 50, 2 * np.arange(21) + 50], axis=1) / 0.5
+    expected = [left.ravel(), right.ravel(), [1, 2], np.arange(120) + 10_000, np.arange(8) + 20_000]
+    np.testing.assert_array_equal(features, np.tile(np.concatenate(expected), (frames, 1)))
+
+
+def test_only_the_modalities_that_are_on_are_features():
+    arrays = clip_arrays(2)
+    hands = np.stack([arrays["left_landmarks"], arrays["right_landmarks"]], axis=1)
+    features = frame_features(Clip(23.0, hands, None, None, arrays["surrogate_hands"]))
+    assert features.shape == (2, 92)
+    np.testing.assert_array_equal(features[:, 84:], arrays["surrogate_hands"].reshape(2, 8))
+
+
+@pytest.mark.parametrize("modalities", [{}, {"gaze": True}, {"objects": True}, {"surrogate": True}, ALL], ids=str)
+def test_modalities_are_in_the_input_and_leave_the_target_alone(three_clips, modalities):
+    root, clips = three_clips
+    config = config_for(root, **modalities)
+    batch = load_dataset(config).test.batch(torch.tensor([1]))
+    arrays = clips[stem_of(60)]
+    names = {"gaze": "norm_gaze", "objects": "rec_bboxes", "surrogate": "surrogate_hands"}
+    others = [arrays[name].reshape(20, -1) for key, name in names.items() if modalities.get(key)]
+    features = np.concatenate([expected_hands(arrays), *others], axis=1)
+    assert batch.x.shape == (1, 4, config.input_size)
+    np.testing.assert_allclose(batch.x[0], features[3:7], atol=1e-6)
+    np.testing.assert_allclose(batch.target[0], features[7:11, :84], atol=1e-6)
+
+
+def test_missing_hand_is_masked_and_its_zeros_move_the_origin_as_published(tmp_path):
+    clips = {stem_of(p): clip_arrays(8, seed=p) for p in (1, 50, 61)}
+    arrays = clips[stem_of(1)]
+    arrays["left_landmarks"][5] = 0
+    arrays["right_landmarks"][6:] = 0
+    write_dataset(tmp_path, clips)
+    batch = load_dataset(config_for(tmp_path)).train.batch(torch.tensor([0]))
+    expected = np.ones((4, 42), bool)
+    expected[1, :21] = False
+    expected[2:, 21:] = False
+    assert batch.present.dtype == torch.bool
+    np.testing.assert_array_equal(batch.present[0], expected)
+    np.testing.assert_allclose(batch.target[0], expected_hands(arrays)[4:], atol=1e-6)
+
+
+@pytest.mark.parametrize(("frames", "count"), [(2, 0), (119, 0), (120, 1), (134, 1), (135, 2), (1591, 99)])
+def test_window_count_at_the_published_lengths(frames, count):
+    config = DataConfig()
+    assert window_count(frames, config) == count
+    starts = range(0, 2000, config.stride)
+    assert count == sum(start + config.observed + config.predicted <= frames for start in starts)
+
+
+def test_windows_start_every_stride_and_never_cross_clips(tmp_path):
+    clips = {stem_of(1, n): clip_arrays(frames, seed=n) for n, frames in enumerate((7, 8, 10, 11, 16))}
+    clips |= {stem_of(p): clip_arrays(8) for p in (49, 60)}
+    write_dataset(tmp_path, clips)
+    train = load_dataset(config_for(tmp_path)).train
+    assert train.stems == tuple(stem_of(1, n) for n in (1, 2, 3, 4))
+    assert train.clip.tolist() == [0, 1, 2, 2, 3, 3, 3]
+    assert train.starts.tolist() == [0, 8, 18, 21, 29, 32, 35]
+    assert len(train.frames) == 8 + 10 + 11 + 16
+    assert len(train) == len(train.fps) == 7
+
+
+def test_split_by_participant(tmp_path):
+    people = (1, 48, 49, 59, 60, 70, 71, 99)
+    write_dataset(tmp_path, {stem_of(p): clip_arrays(8) for p in people})
+    dataset = load_dataset(config_for(tmp_path))
+    assert dataset.train.stems == (stem_of(1), stem_of(48))
+    assert dataset.val.stems == (stem_of(49), stem_of(59))
+    assert dataset.test.stems == (stem_of(60), stem_of(70))
+    assert dataset.clips == {"train": 2, "val": 2, "test": 2}
+    assert [(skip.stem, skip.reason) for skip in dataset.skipped] == [
+        (stem_of(71), "no split"),
+        (stem_of(99), "no split"),
+    ]
+
+
+def test_fps_of_each_window(tmp_path):
+    clips = {stem_of(p): clip_arrays(11) for p in (28, 29, 50, 60)}
+    clips[stem_of(60)]["timestamps"] = (np.arange(11) / 30).astype(np.float32)
+    write_dataset(tmp_path, clips)
+    dataset = load_dataset(config_for(tmp_path))
+    assert dataset.train.fps.tolist() == [23, 23, 59, 59]
+    assert dataset.test.batch(torch.tensor([1, 0])).fps.tolist() == [30, 30]
+    assert dataset.test.fps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("frames", [8, 23, 24, 25, 40, 54, 100, 331])
+def test_time_split_shares_no_frame(tmp_path, frames):
+    """Every frame carries its own number as gaze; the numbers that windows hold are compared across splits."""
+    clips = {stem_of(p): clip_arrays(length) for p, length in ((1, frames), (60, 30))}
+    for first, arrays in zip((0, 1000), clips.values(), strict=True):
+        arrays["norm_gaze"][:, 0] = first + np.arange(len(arrays["norm_gaze"]))
+    write_dataset(tmp_path, clips)
+    dataset = load_dataset(config_for(tmp_path, split="time", gaze=True))
+    seen = {}
+    for split in ("train", "val", "test"):
+        windows = getattr(dataset, split)
+        rows = windows.starts[:, None] + torch.arange(8)
+        seen[split] = set(windows.frames[rows][..., 84].int().flatten().tolist())
+    assert not seen["train"] & seen["val"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["val"] & seen["test"]
+    ours = {split: {n for n in numbers if n < 1000} for split, numbers in seen.items()}
+    if frames >= 24:
+        assert max(ours["train"]) < min(ours["val"])
+        assert max(ours["val"]) < min(ours["test"])
+    else:
+        assert ours["train"]
+        assert not ours["val"] | ours["test"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "held"), [(23, None), (24, 8), (53, 8), (60, 9), (100, 15)], ids=lambda value: str(value)
+)
+def test_time_split_sizes(frames, held):
+    parts = split_frames(frames, 60, dataclasses.replace(CONFIG, split="time"))
+    if held is None:
+        assert parts == {"train": (0, frames)}
+    else:
+        middle = frames - 2 * held
+        assert parts == {"train": (0, middle), "val": (middle, middle + held), "test": (middle + held, frames)}
+
+
+def broken_dataset(root):
+    """Three good clips and one of each kind of bad one; return the reason expected for each stem."""
+    nan = clip_arrays(8)
+    nan["left_landmarks"][0] = np.nan
+    bare = clip_arrays(8)
+    del bare["norm_gaze"]
+    bad = {
+        "missing": None,
+        "short": clip_arrays(7),
+        "wrong shape": clip_arrays(8) | {"left_landmarks": np.zeros((8, 20, 3), np.float32)},
+        "missing dataset": bare,
+        "non-finite": nan,
+        "frame counts differ": clip_arrays(8) | {"right_landmarks": np.zeros((9, 21, 3), np.float32)},
+        "unreadable": clip_arrays(8),
+    }
+    stems = {reason: stem_of(2, number) for number, reason in enumerate(bad)}
+    good = {stem_of(p): clip_arrays(8) for p in (1, 49, 60)}
+    write_dataset(root, {stems[reason]: arrays for reason, arrays in bad.items()} | good)
+    path = root / "BHO" / f"{stems['unreadable']}.h5"
+    path.write_bytes(path.read_bytes()[:-500])
+    return stems
+
+
+def test_unusable_clips_are_counted_and_listed(tmp_path):
+    stems = broken_dataset(tmp_path)
+    dataset = load_dataset(config_for(tmp_path, gaze=True))
+    assert {skip.reason: skip.stem for skip in dataset.skipped} == stems
+    assert dataset.skip_counts() == dict.fromkeys(stems, 1)
+    assert dataset.clips == {"train": 1, "val": 1, "test": 1}
+    assert dataset.listed == 10
+    text = dataset.describe()
+    for reason, stem in stems.items():
+        assert f"{reason}: 1\n    {stem}: " in text
+    assert "skipped 7:" in text
+
+
+@pytest.mark.parametrize("reason", ["missing", "short", "non-finite", "unreadable"])
+def test_strict_stops_at_the_first_unusable_clip(tmp_path, reason):
+    stems = broken_dataset(tmp_path)
+    write_index(tmp_path, [stem_of(1), stems[reason], stems["wrong shape"], stem_of(49), stem_of(60)])
+    with pytest.raises(ClipError, match=stems[reason]) as caught:
+        load_dataset(config_for(tmp_path, gaze=True, strict=True))
+    assert caught.value.reason == reason
+
+
+def test_strict_refuses_an_index_that_repeats_itself(three_clips):
+    root, clips = three_clips
+    write_index(root, [*clips, stem_of(48)])
+    assert load_dataset(config_for(root)).skip_counts() == {"duplicate": 1}
+    with pytest.raises(ClipError, match="line 5 repeats line 2"):
+        load_dataset(config_for(root, strict=True))
+
+
+def test_strict_reads_a_sound_dataset(three_clips):
+    dataset = load_dataset(config_for(three_clips[0], strict=True))
+    assert [len(windows) for windows in (dataset.train, dataset.val, dataset.test)] == [1, 2, 5]
+    assert dataset.skipped == ()
+    assert "skipped" not in dataset.describe()
+
+
+def test_description_stays_short_with_thousands_of_missing_clips(tmp_path):
+    write_dataset(tmp_path, {stem_of(p): clip_arrays(8) for p in (1, 49, 60)})
+    present = [stem_of(p) for p in (1, 49, 60)]
+    write_index(tmp_path, present + [stem_of(3, number) for number in range(3000)])
+    dataset = load_dataset(config_for(tmp_path))
+    assert dataset.skip_counts() == {"missing": 3000}
+    lines = dataset.describe().splitlines()
+    assert len(lines) == 9
+    assert "  missing: 3,000" in lines
+    assert "    and 2,998 more" in lines
+
+
+def test_no_windows_error_tells_where_and_why(tmp_path):
+    write_dataset(tmp_path, {stem_of(1): clip_arrays(8), stem_of(49): clip_arrays(7), stem_of(60): None})
+    with pytest.raises(NoWindowsError) as caught:
+        load_dataset(config_for(tmp_path))
+    text = str(caught.value)
+    assert text.startswith("no window of 4 + 4 frames in val, test (split by participant: train 1-48, val 49-59")
+    assert f"3 clips listed in {tmp_path / 'subtasks_byTask_time.csv'}, read from {tmp_path}" in text
+    assert f"{stem_of(49)}: 7 frames, 8 needed" in text
+    assert f"{stem_of(60)}: no .h5 file in" in text
+    assert text.endswith("hint: --split time cuts every clip into train, val and test")
+
+
+def test_no_windows_at_all_gives_no_hint_that_cannot_help(tmp_path):
+    write_dataset(tmp_path, {stem_of(1): clip_arrays(7)})
+    with pytest.raises(NoWindowsError, match="in train, val, test") as caught:
+        load_dataset(config_for(tmp_path))
+    assert "hint" not in str(caught.value)
+
+
+def test_time_split_without_a_long_clip_says_how_long_it_would_have_to_be(tmp_path):
+    write_dataset(tmp_path, {stem_of(1): clip_arrays(23)})
+    with pytest.raises(NoWindowsError, match="a clip of 24 frames or more"):
+        load_dataset(config_for(tmp_path, split="time"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"observed": 0, "predicted": 0}, "observed"),
+        ({"predicted": -1}, "predicted"),
+        ({"stride": 0}, "stride"),
+        ({"observed": 5}, "predicted"),
+        ({"split": "random"}, "split"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_by_name(three_clips, changes, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        load_dataset(config_for(three_clips[0], **changes))
+
+
+def test_batch_follows_its_indices(three_clips):
+    root, clips = three_clips
+    test = load_dataset(config_for(root)).test
+    indices = torch.tensor([4, 0, 4, 2])
+    batch = test.batch(indices)
+    features = expected_hands(clips[stem_of(60)])
+    for row, index in enumerate(indices.tolist()):
+        np.testing.assert_allclose(batch.x[row], features[3 * index : 3 * index + 4], atol=1e-6)
+        np.testing.assert_allclose(batch.target[row], features[3 * index + 4 : 3 * index + 8], atol=1e-6)
+    assert batch.x.dtype == batch.target.dtype == batch.fps.dtype == torch.float32
+    assert batch.present.shape == (4, 4, 42)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last", "sizes"),
+    [
+        (2, False, [2, 2, 1]),
+        (2, True, [2, 2]),
+        (5, True, [5]),
+        (1, True, [1] * 5),
+        (6, False, [5]),
+        (6, True, [5]),
+    ],
+)
+def test_batches_cover_the_windows_once_in_order(three_clips, batch_size, drop_last, sizes):
+    test = load_dataset(config_for(three_clips[0])).test
+    batches = list(test.batches(batch_size, drop_last=drop_last))
+    assert [len(batch.x) for batch in batches] == sizes
+    whole = test.batch(torch.arange(sum(sizes)))
+    assert torch.equal(torch.cat([batch.target for batch in batches]), whole.target)
+
+
+def test_batches_in_a_given_order_or_of_a_choice(three_clips):
+    test = load_dataset(config_for(three_clips[0])).test
+    order = torch.tensor([3, 1, 4])
+    batches = list(test.batches(2, order))
+    assert torch.equal(torch.cat([batch.x for batch in batches]), test.batch(order).x)
+    assert list(test.batches(2, order[:0])) == []
+
+
+def test_batch_size_below_one(three_clips):
+    test = load_dataset(config_for(three_clips[0])).test
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        next(test.batches(0))
+
+
+def test_frames_are_stored_once_and_shared(three_clips):
+    root, _ = three_clips
+    dense = load_dataset(config_for(root, stride=1)).test
+    sparse = load_dataset(config_for(root, stride=12)).test
+    assert (len(dense), len(sparse)) == (13, 2)
+    assert dense.frames.shape == sparse.frames.shape == (20, 84)
+    assert dense.to("cpu").frames.data_ptr() == dense.frames.data_ptr()
+
+
+def test_a_batch_is_a_copy_that_may_be_written_to(three_clips):
+    test = load_dataset(config_for(three_clips[0])).test
+    before = test.frames.clone()
+    batch = test.batch(torch.tensor([0]))
+    batch.x.zero_()
+    batch.target.zero_()
+    assert torch.equal(test.frames, before)
+    assert batch.x.is_contiguous()
+    assert batch.target.is_contiguous()
+
+
+def test_to_moves_every_tensor(three_clips):
+    moved = load_dataset(config_for(three_clips[0])).test.to("meta")
+    assert {t.device.type for t in (moved.frames, moved.present, moved.starts, moved.fps, moved.clip)} == {"meta"}
+    assert (moved.stems, moved.observed, moved.predicted) == ((stem_of(60),), 4, 4)
+
+
+def test_flat_clips_and_an_index_beside_the_folder(tmp_path):
+    root = tmp_path / "clips"
+    for p in (1, 49, 60):
+        write_clip(root / f"{stem_of(p)}.h5", clip_arrays(8))
+    write_index(tmp_path, [stem_of(p) for p in (1, 49, 60)])
+    dataset = load_dataset(config_for(root))
+    assert dataset.clips == {"train": 1, "val": 1, "test": 1}
+    assert dataset.index.parent.samefile(tmp_path)
+
+
+def test_progress_bar_can_be_asked_for(three_clips, capsys):
+    load_dataset(config_for(three_clips[0]), progress=True)
+    assert "clips" in capsys.readouterr().err
+    load_dataset(config_for(three_clips[0]), progress=False)
+    assert capsys.readouterr().err == ""
