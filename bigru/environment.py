@@ -1,0 +1,53 @@
+"""Where a run takes place: its device, and the versions without which no figure of it can be compared."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+from bigru import __version__
+from bigru.config import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU and how many threads it runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})" if device.type == "cpu" else str(device)
+
+
+def describe_environment(device: torch.device, backend: str, precision: str) -> dict[str, str | None]:
+    """What a run runs on, as summary.json holds it; Triton is None where it is not installed."""
+    triton = None
+    with suppress(PackageNotFoundError):
+        triton = version("triton")
+    return {
+        "device": device_name(device),
+        "backend": backend,
+        "precision": precision,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": triton,
+        "numpy": np.__version__,
+        "bigru": __version__,
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,249 @@
+"""Files that are whole or not there: a run's checkpoint and the weights in and out."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bigru.model.forecaster import POSE_SIZE
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A file of weights or a checkpoint that cannot be used; the message names it and why."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all that the next epoch depends on beside model, optimiser and random state."""
+
+    epoch: int = 0
+    """Epochs done."""
+    best_epoch: int = 0
+    best_mpjpe: float = float("inf")
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    """The state dict, on the CPU, of the epoch with the lowest validation MPJPE."""
+    gain_epoch: int = 0
+    """Last epoch whose gain in validation MPJPE counted towards going on."""
+    gain_mpjpe: float = float("inf")
+    elapsed_s: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The rows of metrics.jsonl."""
+    windows: dict[str, int] = field(default_factory=dict)
+    """Windows in each split: a run cannot go on with other data."""
+
+    def update(self, mpjpe: float, min_delta: float) -> bool:
+        """Counts an epoch with this validation MPJPE; True where it is the best so far."""
+        self.epoch += 1
+        if mpjpe < self.gain_mpjpe - min_delta:
+            self.gain_mpjpe, self.gain_epoch = mpjpe, self.epoch
+        if mpjpe >= self.best_mpjpe:
+            return False
+        self.best_mpjpe, self.best_epoch = mpjpe, self.epoch
+        return True
+
+    def stalled(self, patience: int) -> bool:
+        """Whether the last `patience` epochs brought no gain that counts."""
+        return self.epoch - self.gain_epoch >= patience
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Puts content at path so that whoever opens it, whenever, finds the old file or the new one, whole."""
+    # In the same folder, as a rename is atomic only within one file system; one name, so that a leftover is reused.
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)  # noqa: PTH105
+    _sync_folder(path.parent)
+
+
+def as_json(value: Any) -> str:
+    """A value as one line of JSON; NaN and the infinities, which JSON has not, as null."""
+    return json.dumps(_without_nan(value), allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines of text, atomically."""
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file and sees it onto the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Writes all that `load_checkpoint` needs to go on to the bit, atomically."""
+    device = next(model.parameters()).device
+    content = {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": {item.name: getattr(progress, item.name) for item in fields(progress)},
+        "rng_cpu": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+    write_atomically(path, _pickled(content))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restores model, optimiser and random state from a checkpoint, and returns the progress it holds.
+
+    Raises:
+        CheckpointError: for a file that is no checkpoint of this network, or holds more than data.
+    """
+    content = _unpickled(path)
+    try:
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {content['format']!r}")
+        progress = Progress(**content["progress"])
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["rng_cpu"])
+        device = next(model.parameters()).device
+        if device.type == "cuda" and content["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(content["rng_cuda"], device)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this run: {error}") from error
+    return progress
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes a state dict as safetensors, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_atomically(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict with the published names from .safetensors, .pt or .pth into the model.
+
+    A file that holds the state dict under "model", "state_dict" or "model_state_dict" will do.
+
+    Raises:
+        CheckpointError: for a file that is missing or unreadable, holds more than data, or whose names, shapes or
+            modalities are not the model's.
+    """
+    weights = _read_weights(path)
+    expected = model.state_dict()
+    problems = []
+    if missing := sorted(expected.keys() - weights.keys()):
+        problems.append(f"missing {', '.join(missing)}")
+    if unknown := sorted(weights.keys() - expected.keys()):
+        problems.append(f"unknown {', '.join(unknown)}")
+    for name in expected.keys() & weights.keys():
+        if weights[name].shape != expected[name].shape:
+            problems.append(f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}")
+    if problems:
+        hint = _modality_hint(weights, expected)
+        raise CheckpointError(f"weights: {path} does not fit the network: {hint}{'; '.join(sorted(problems))}")
+    bad = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
+    if bad:
+        raise CheckpointError(f"weights: {path} holds values that are not finite in {', '.join(bad)}")
+    model.load_state_dict(weights)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"weights: {path} is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"weights: {path} cannot be read as safetensors: {error}") from error
+    if path.suffix not in (".pt", ".pth"):
+        raise CheckpointError(f"weights: expected a .safetensors, .pt or .pth file, got {path}")
+    content = _unpickled(path)
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        raise CheckpointError(f"weights: {path} holds no state dict, {{name: tensor}}")
+    return dict(content)
+
+
+def _modality_hint(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    name = "encoder.core.weight_ih_l0"
+    if name not in weights or name not in expected or weights[name].dim() != 2:
+        return ""
+    theirs, ours = weights[name].shape[1], expected[name].shape[1]
+    if theirs == ours:
+        return ""
+    return f"it is for {_modalities(theirs)}, the run feeds {_modalities(ours)}; "
+
+
+def _modalities(input_size: int) -> str:
+    """The modalities that make up an input size, each known by its own number of features."""
+    sizes = {"gaze": 2, "objects": 120, "surrogate": 8}
+    for choice in range(8):
+        chosen = [name for bit, name in enumerate(sizes) if choice >> bit & 1]
+        if POSE_SIZE + sum(sizes[name] for name in chosen) == input_size:
+            return f"{input_size} features (hands{''.join(f', {name}' for name in chosen)})"
+    return f"{input_size} features"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _pickled(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    """Reads a file of torch.save, data only: a pickle that would run code is refused."""
+    try:
+        with warnings.catch_warnings():
+            # A plain pickle gets a warning about its protocol before it is refused.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused, it is damaged or holds more than tensors and numbers: "
+                              f"{str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return dict(content)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows can neither open nor sync a folder.
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

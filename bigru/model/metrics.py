@@ -1,0 +1,192 @@
+"""What a forecast is scored by: the published definitions, the true per-joint error, and the trivial baselines.
+
+With d the difference of prediction and target, (B, T, 84) or per joint (B, T, 42, 2), in centred units:
+
+    mpjpe         mean over frames of |d over all 84 coordinates|   (published; no per-joint error despite its name)
+    ade, fde      mean over frames, last frame, of |mean over joints of d|   (published; of the joints' centroid)
+    joint_error   mean over present joints of |d|   (what MPJPE means elsewhere)
+    loss          mean over present joints' coordinates of d squared
+
+The published ones take in missing hands, which are coded as zeros, so that they stay comparable with the published
+figures; the other two leave them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bigru.model.forecaster import POSE_SIZE
+
+JOINTS = POSE_SIZE // 2
+# Centring divides by half the image's size: 0.5 of 1728 x 972 pixels.
+PIXELS_PER_UNIT = (0.5 * 1728, 0.5 * 972)
+_COLUMNS = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px", "squared_error", "joints")
+
+
+class Scored(Protocol):
+    """What is read of a batch: see bigru.data.windows.Batch."""
+
+    @property
+    def x(self) -> Tensor:
+        """Observed frames, (B, T, I)."""
+
+    @property
+    def target(self) -> Tensor:
+        """The frames that followed, (B, T, 84)."""
+
+    @property
+    def present(self) -> Tensor:
+        """Which joints of the target were seen, (B, T, 42) bool."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The errors of a set of windows; centred units but where the name says pixels. NaN where no joint was present."""
+
+    mpjpe: float
+    ade: float
+    fde: float
+    joint_error: float
+    joint_error_px: float
+    loss: float
+    windows: int
+
+    def scores(self) -> dict[str, float]:
+        """All but the loss, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "loss"}
+
+
+def masked_mse(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+    """The squared error, averaged over the coordinates of present joints; 0 where none is present.
+
+    Args:
+        prediction: (B, T, 84) float.
+        target: (B, T, 84) float.
+        present: (B, T, 42) bool; every joint counts without it.
+
+    Returns:
+        () of prediction's dtype.
+    """
+    difference = prediction - target
+    if present is None:
+        return difference.square().mean()
+    # Masked before it is squared: whatever stands in for a missing hand reaches neither the loss nor a gradient.
+    mask = present.repeat_interleave(2, dim=-1)
+    return torch.where(mask, difference, 0.0).square().sum() / mask.sum().clamp(min=1)
+
+
+def window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+    """Each window's errors as a row of sums, from which `summarise` makes the metrics of any set of windows.
+
+    Stays on the device, so that a batch costs no synchronisation; fp64, so that the figures of a set of windows do
+    not depend on how it was cut into batches.
+
+    Args:
+        prediction: (B, T, 84) float.
+        target: (B, T, 84) float.
+        present: (B, T, 42) bool; every joint counts without it.
+
+    Returns:
+        (B, 7) fp64: mpjpe, ade, fde; over present joints the sums of error, error in pixels and squared error; the
+        number of present joints.
+    """
+    difference = prediction.detach().double() - target.double()
+    joints = difference.unflatten(-1, (JOINTS, 2))
+    if present is None:
+        present = torch.ones(joints.shape[:-1], dtype=torch.bool, device=joints.device)
+    centroid = joints.mean(2).norm(dim=-1)
+    seen = torch.where(present[..., None], joints, 0.0)
+    pixels = seen * seen.new_tensor(PIXELS_PER_UNIT)
+    columns = [
+        difference.norm(dim=-1).mean(1),
+        centroid.mean(1),
+        centroid[:, -1],
+        seen.norm(dim=-1).sum((1, 2)),
+        pixels.norm(dim=-1).sum((1, 2)),
+        seen.square().sum((1, 2, 3)),
+        present.sum((1, 2)).double(),
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def summarise(rows: Tensor) -> Metrics:
+    """The metrics of the windows whose rows of `window_errors` these are, (N, 7), N > 0."""
+    if len(rows) == 0:
+        raise ValueError("rows: expected the errors of at least one window, got none")
+    total = dict(zip(_COLUMNS, rows.sum(0).tolist(), strict=True))
+    windows, joints = len(rows), total["joints"] or float("nan")
+    return Metrics(
+        mpjpe=total["mpjpe"] / windows,
+        ade=total["ade"] / windows,
+        fde=total["fde"] / windows,
+        joint_error=total["joint_error"] / joints,
+        joint_error_px=total["joint_error_px"] / joints,
+        # As masked_mse: nothing to learn from is no loss.
+        loss=total["squared_error"] / (2 * joints) if total["joints"] else 0.0,
+        windows=windows,
+    )
+
+
+def window_error_px(rows: Tensor) -> Tensor:
+    """Each window's own joint error in pixels, (N,) fp64; NaN where no joint was present."""
+    return rows[:, _COLUMNS.index("joint_error_px")] / rows[:, _COLUMNS.index("joints")]
+
+
+def by_frame_rate(rows: Tensor, fps: Tensor) -> list[dict[str, Any]]:
+    """The scores of each frame rate's windows, slowest first.
+
+    Args:
+        rows: (N, 7) of `window_errors`.
+        fps: (N,) frames per second, rounded to whole ones here: 22.998 and 23 are one rate.
+    """
+    rates = fps.round().to(rows.device)
+    return [{"fps": int(rate), **summarise(rows[rates == rate]).scores()} for rate in rates.unique().tolist()]
+
+
+@torch.inference_mode()
+def score(predict: Callable[[Tensor], Tensor], batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:
+    """Runs a forecaster over batches: the rows of `window_errors`, (N, 7), in the batches' order.
+
+    Args:
+        predict: (B, T, I) observed to (B, T, 84) forecast.
+        batches: see `Scored`.
+        mask_missing: leave missing hands out of the loss and the joint error.
+    """
+    return torch.cat([window_errors(predict(batch.x), batch.target, batch.present if mask_missing else None)
+                      for batch in batches])
+
+
+def evaluate(model: nn.Module, batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:
+    """As `score`, of a network with its dropout off; changes neither weights nor gradients nor random state."""
+    was_training = model.training
+    model.eval()
+    try:
+        return score(model, batches, mask_missing)
+    finally:
+        model.train(was_training)
+
+
+def repeat_last_frame(x: Tensor) -> Tensor:
+    """Forecasts that nothing moves: (B, T, I) to (B, T, 84), each frame the last observed one."""
+    return x[:, -1:, :POSE_SIZE].expand(-1, x.shape[1], -1)
+
+
+def constant_velocity(x: Tensor) -> Tensor:
+    """Forecasts that everything goes on as between the last two frames: frame k is last + k (last - previous)."""
+    poses = x[..., :POSE_SIZE]
+    last = poses[:, -1:]
+    # With one observed frame there is no velocity to go on with.
+    step = last - poses[:, -2:-1] if x.shape[1] > 1 else torch.zeros_like(last)
+    ahead = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
+    return last + ahead[None, :, None] * step
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeat last frame": repeat_last_frame,
+    "constant velocity": constant_velocity,
+}

@@ -1,0 +1,398 @@
+"""The training command: `python -m bigru.train` trains the forecaster, scores it and writes results_bigru.md.
+
+A run is a folder, `{out}/{stamp}`, from which the document is made and at which an interrupted run goes on:
+config.json, metrics.jsonl (a line an epoch), checkpoint.pt (after each epoch), weights.safetensors (the best so far),
+train.log, skipped.tsv, and, once it has finished, samples.npz and summary.json.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bigru.config import ConfigError, OptimConfig, TrainConfig, command_line, from_mapping, parse_arguments
+from bigru.data.synthetic import EMBEDDED, ensure_synthetic
+from bigru.data.windows import Dataset, NoWindowsError, Windows, load_dataset
+from bigru.environment import describe_environment, device_name, pick_device
+from bigru.model.checkpoint import (
+    CheckpointError,
+    Progress,
+    append_line,
+    as_json,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    write_atomically,
+    write_json,
+    write_lines,
+)
+from bigru.model.forecaster import POSE_SIZE, HandForecaster
+from bigru.model.metrics import (
+    BASELINES,
+    JOINTS,
+    Metrics,
+    by_frame_rate,
+    evaluate,
+    masked_mse,
+    score,
+    summarise,
+    window_error_px,
+    window_errors,
+)
+from bigru.report.document import write_report
+from bigru.report.record import RunError
+
+log = logging.getLogger("bigru.train")
+
+STAMP = "%Y%m%d_%H%M%S"
+ADVICE = "a lower --lr or --grad-clip may help"
+SCORES = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px")
+SPLITS = ("train", "val", "test")
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 1 diverged, 2 the user's to mend, 130 interrupted."""
+    with log_to(logging.StreamHandler()):
+        try:
+            arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+            if arguments.resume is not None:
+                resume(arguments.resume)
+            else:
+                train(arguments.settings)
+        except DivergedError as error:
+            print(f"bigru.train: {error}", file=sys.stderr)
+            return 1
+        except (ConfigError, CheckpointError, NoWindowsError, RunError, OSError) as error:
+            print(f"bigru.train: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("bigru.train: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains, scores and reports a new run; returns its folder.
+
+    Raises:
+        ConfigError, CheckpointError, NoWindowsError, OSError: for settings, weights or data that cannot be used.
+        DivergedError: when the loss is no longer finite.
+    """
+    return carry_out(config, None)
+
+
+def resume(folder: Path) -> Path:
+    """Goes on with an interrupted run from its last whole checkpoint, to the bit on the CPU; returns its folder.
+
+    Raises:
+        ConfigError: for a folder that holds no run, and as `train` does.
+    """
+    if not folder.name:
+        folder = folder.resolve()
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise ConfigError(f"resume: {folder} holds no run (no config.json in it)")
+    if not re.match(r"\d{8}_\d{6}", folder.name):
+        raise ConfigError(f"resume: a run's folder is named after its start, as 20250522_023917, got {folder.name}")
+    if (folder / "summary.json").is_file():
+        log.info("%s has finished; writing its document again", folder)
+        report(folder)
+        return folder
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"resume: {settings} is not JSON: {error}") from error
+    config = from_mapping(content, str(settings))
+    # The folder may have moved since.
+    return carry_out(replace(config, run=replace(config.run, out=folder.parent)), folder)
+
+
+def carry_out(config: TrainConfig, folder: Path | None) -> Path:
+    """The whole of a run: data, network, epochs, test, document; in a new folder, or on in the given one."""
+    device = pick_device(config.run.device)
+    dataset = load_data(config, device)
+    # Seeded here, so that reading the data cannot change the weights.
+    torch.manual_seed(config.run.seed)
+    model, backend = build_model(config, device, dataset.train)
+    optimizer = torch.optim.AdamW(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
+    progress = Progress(windows={split: len(getattr(dataset, split)) for split in SPLITS})
+    if folder is not None and (folder / "checkpoint.pt").is_file():
+        progress = go_on(folder, model, optimizer, progress)
+    elif config.run.weights is not None:
+        load_weights(model, config.run.weights)
+    if folder is None:
+        folder = start_folder(config)
+    # What an epoch cut short may have left beyond the checkpoint goes.
+    write_lines(folder / "metrics.jsonl", map(as_json, progress.history))
+    skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
+    write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
+    with log_to(logging.FileHandler(folder / "train.log", encoding="utf-8")):
+        log.info("run %s%s", folder, f", going on after epoch {progress.epoch}" if progress.epoch else "")
+        log.info("%s", dataset.describe())
+        log.info("%s, backend %s, %s; %s parameters", device_name(device), backend, config.run.precision,
+                 f"{count_parameters(model):,}")
+        log.info("below: train/val; train is taken in passing, dropout on and weights moving")
+        try:
+            fit(config, folder, model, optimizer, dataset, progress)
+            finish(config, folder, model, dataset, progress, backend)
+            report(folder)
+        except KeyboardInterrupt:
+            log.warning("go on with: python -m bigru.train --resume %s", shlex.quote(str(folder)))
+            raise
+    return folder
+
+
+def load_data(config: TrainConfig, device: torch.device) -> Dataset:
+    """The dataset named by the settings, or the small synthetic one, with its windows on the device."""
+    data = config.data
+    if data.data_root is None:
+        if data.index is not None:
+            raise ConfigError(f"index: {data.index} needs the folder of its clips, --data-root")
+        log.info("no --data-root: a small synthetic dataset in %s serves", config.run.out / "synthetic")
+    try:
+        if data.data_root is None:
+            data = replace(data, data_root=ensure_synthetic(config.run.out / "synthetic", **EMBEDDED))
+        dataset = load_dataset(data)
+    except NoWindowsError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return replace(dataset, **{split: getattr(dataset, split).to(device) for split in SPLITS})
+
+
+def build_model(config: TrainConfig, device: torch.device, train: Windows) -> tuple[HandForecaster, str]:
+    """The network on the device, and the name of what will run its GRU."""
+    try:
+        model = HandForecaster(config.data.input_size, config.model.hidden_size, config.model.num_layers,
+                               config.model.dropout, backend=config.run.backend, precision=config.run.precision)
+        model.to(device)
+        sample = next(iter(train.batches(min(config.optim.batch_size, len(train))))).x
+        return model, model.encoder.core.resolve_backend(sample)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"backend: {config.run.backend} cannot run the network on {device}: {error}") from error
+
+
+def start_folder(config: TrainConfig) -> Path:
+    """A new folder named after this second, with the settings in it."""
+    while True:
+        folder = config.run.out / datetime.now().strftime(STAMP)
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not config.run.out.is_dir():
+                raise
+            time.sleep(0.1)
+    write_json(folder / "config.json", config.as_dict())
+    return folder
+
+
+def go_on(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: Progress) -> Progress:
+    """Restores the last whole checkpoint and puts the files beside it back to where it stands."""
+    progress = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
+    if progress.windows != fresh.windows:
+        raise ConfigError(f"resume: {folder} began with other data: it had {progress.windows} windows, there are now "
+                          f"{fresh.windows}")
+    save_weights(folder / "weights.safetensors", progress.best_weights)
+    return progress
+
+
+def fit(config: TrainConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset,
+        progress: Progress) -> None:
+    """Trains until the last epoch or until validation stalls, leaving a checkpoint after each epoch."""
+    optim, mask = config.optim, config.data.mask_missing
+    while progress.epoch < optim.epochs and not progress.stalled(optim.patience):
+        start = time.perf_counter()
+        tr = train_epoch(config, model, optimizer, dataset.train, progress.epoch)
+        train_s = time.perf_counter() - start
+        va = summarise(evaluate(model, dataset.val.batches(optim.batch_size), mask))
+        val_s = time.perf_counter() - start - train_s
+        if not math.isfinite(va.mpjpe):
+            raise DivergedError(f"epoch {progress.epoch + 1}: the validation MPJPE is {va.mpjpe}; {ADVICE}")
+        best = progress.update(va.mpjpe, optim.min_delta)
+        if best:
+            progress.best_weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+            save_weights(folder / "weights.safetensors", progress.best_weights)
+        row: dict[str, Any] = {"epoch": progress.epoch}
+        for name in ("mpjpe", "ade", "fde", "loss", "joint_error"):
+            row |= {f"tr_{name}": getattr(tr, name), f"va_{name}": getattr(va, name)}
+        row |= {"va_joint_error_px": va.joint_error_px, "lr": optimizer.param_groups[0]["lr"], "train_s": train_s,
+                "val_s": val_s, "train_windows_per_s": tr.windows / train_s}
+        progress.history.append(row)
+        progress.elapsed_s += train_s + val_s
+        append_line(folder / "metrics.jsonl", as_json(row))
+        save_checkpoint(folder / "checkpoint.pt", model, optimizer, progress)
+        log.info("%s", epoch_line(row, optim.epochs, best))
+
+
+def train_epoch(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, windows: Windows,
+                epochs_done: int) -> Metrics:
+    """One pass over the training windows; its metrics are of the passes themselves, dropout on, weights moving."""
+    optim, mask = config.optim, config.data.mask_missing
+    # The order depends on the seed and the epoch alone, so that a resumed run needs to remember nothing of it.
+    shuffle = torch.Generator().manual_seed(config.run.seed * 100_003 + epochs_done)
+    order = torch.randperm(len(windows), generator=shuffle)
+    # Fewer windows than a batch holds would leave nothing to train on.
+    drop_last = len(windows) >= optim.batch_size
+    steps = len(windows) // optim.batch_size if drop_last else 1
+    rows, losses = [], []
+    model.train()
+    batches = windows.batches(optim.batch_size, order=order, drop_last=drop_last)
+    bar = tqdm(batches, f"epoch {epochs_done + 1}", total=steps, disable=None, leave=False, unit="batch")
+    for step, batch in enumerate(bar, start=epochs_done * steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, optim)
+        present = batch.present if mask else None
+        prediction = model(batch.x)
+        loss = masked_mse(prediction, batch.target, present)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        rows.append(window_errors(prediction, batch.target, present))
+        losses.append(loss.detach())
+    # Looked at once an epoch: a look at every batch would make the GPU wait each time.
+    finite = torch.stack(losses).isfinite().tolist()
+    if not all(finite):
+        batch_number = finite.index(False) + 1
+        raise DivergedError(f"epoch {epochs_done + 1}, batch {batch_number} of {steps}: the loss is "
+                            f"{losses[batch_number - 1].item()}; {ADVICE}")
+    return summarise(torch.cat(rows))
+
+
+def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
+    """The rate of a step, from 0: a line up to lr over the warm-up epochs, then a cosine down to min_lr."""
+    warmup, total = optim.warmup_epochs * steps_per_epoch, optim.epochs * steps_per_epoch
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    done = (step + 1 - warmup) / (total - warmup)
+    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * done))
+
+
+def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Dataset, progress: Progress,
+           backend: str) -> None:
+    """Scores the best weights and the baselines on the test split and writes samples.npz and summary.json."""
+    model.load_state_dict(progress.best_weights)
+    windows, size, mask = dataset.test, config.optim.batch_size, config.data.mask_missing
+    rows = evaluate(model, windows.batches(size), mask)
+    write_samples(folder / "samples.npz", model, windows, window_error_px(rows))
+    epochs_s = [row["train_s"] + row["val_s"] for row in progress.history]
+    summary = {
+        "format": 1,
+        "stamp": folder.name[:15],
+        "started": datetime.strptime(folder.name[:15], STAMP).strftime("%Y-%m-%d %H:%M:%S"),
+        "total_params": count_parameters(model),
+        "modules": [{"module": name, "params": own} for name, module in model.named_modules()
+                    if (own := sum(parameter.numel() for parameter in module.parameters(recurse=False)))],
+        "best_epoch": progress.best_epoch,
+        "stopped_early": progress.epoch < config.optim.epochs,
+        "test": summarise(rows).scores(),
+        "baselines": {name: summarise(score(predict, windows.batches(size), mask)).scores()
+                      for name, predict in BASELINES.items()},
+        "by_frame_rate": by_frame_rate(rows, windows.fps),
+        "modalities": {"hands": True, "gaze": config.data.gaze, "objects": config.data.objects,
+                       "surrogate": config.data.surrogate},
+        "data": {"source": "synthetic" if config.data.data_root is None else str(config.data.data_root),
+                 "split": config.data.split, "clips": dict(dataset.clips), "windows": progress.windows,
+                 "skipped": dict(dataset.skip_counts())},
+        "environment": describe_environment(next(model.parameters()).device, backend, config.run.precision),
+        "timing": {"epoch_s_median": statistics.median(epochs_s),
+                   "train_windows_per_s_median": statistics.median(row["train_windows_per_s"]
+                                                                   for row in progress.history),
+                   "total_s": progress.elapsed_s},
+        "command": command_line(config),
+    }
+    write_json(folder / "summary.json", summary)
+
+
+@torch.inference_mode()
+def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px: Tensor) -> None:
+    """Writes the windows with the least, the median and the 95th percentile's joint error, to be drawn."""
+    # Windows in which no joint was present sort last, and are no sample of anything.
+    order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
+    chosen = order[[round(share * (len(order) - 1)) for share in (0.0, 0.5, 0.95)]]
+    batch = windows.batch(chosen)
+    model.eval()
+    observed = windows.starts[chosen][:, None] + torch.arange(batch.x.shape[1], device=windows.starts.device)
+    arrays = {
+        "observed": batch.x[..., :POSE_SIZE],
+        "predicted": model(batch.x),
+        "target": batch.target,
+        "observed_present": windows.present[observed],
+        # A hand is present or missing whole: its wrist stands for it.
+        "target_present": batch.present[..., [0, JOINTS // 2]],
+        "fps": batch.fps,
+        "error_px": error_px[chosen],
+    }
+    stems = np.array([windows.stems[clip] for clip in windows.clip[chosen].tolist()])
+    buffer = io.BytesIO()
+    np.savez(buffer, stem=stems, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+    write_atomically(path, buffer.getvalue())
+
+
+def report(folder: Path) -> None:
+    """Writes the document of a finished run and shows its test figures beside the baselines'."""
+    document = write_report(folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    rows = {"this network": summary["test"], **summary["baselines"]}
+    log.info("%-20s %8s %8s %8s %12s %9s", f"test, {summary['test']['windows']} windows", "MPJPE", "ADE", "FDE",
+             "joint error", "in px")
+    for name, scores in rows.items():
+        figures = [math.nan if scores[key] is None else scores[key] for key in SCORES]
+        log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *figures)
+    log.info("%s", document)
+
+
+def epoch_line(row: dict[str, Any], epochs: int, best: bool) -> str:
+    """One line of the log: an epoch's figures, train/val where there are two, and a star on the best so far."""
+    return (f"epoch {row['epoch']:3d}/{epochs}  loss {row['tr_loss']:.5f}/{row['va_loss']:.5f}  "
+            f"mpjpe {row['tr_mpjpe']:.3f}/{row['va_mpjpe']:.3f}  val joint error {row['va_joint_error_px']:.1f} px  "
+            f"lr {row['lr']:.1e}  {row['train_s']:.2f}+{row['val_s']:.2f} s  "
+            f"{row['train_windows_per_s']:.0f} windows/s{'  * best' if best else ''}")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers in a network."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def log_to(handler: logging.Handler) -> Iterator[None]:
+    """Sends the log's lines to a handler too, for as long as the block runs."""
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

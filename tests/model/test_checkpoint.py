@@ -1,0 +1,195 @@
+"""Checkpoints and weights are whole, come back to the bit, and hold data only."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from bigru.model.checkpoint import (
+    CheckpointError,
+    Progress,
+    append_line,
+    as_json,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    write_atomically,
+    write_json,
+)
+from bigru.model.forecaster import HandForecaster
+
+
+def network(**sizes):
+    torch.manual_seed(0)
+    model = HandForecaster(**({"hidden_size": 8} | sizes))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(2, 4, 84)).square().mean().backward()
+    optimizer.step()
+
+
+class Evil:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    write_atomically(path, b"old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new and longer")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    # What was left behind is in nobody's way.
+    write_atomically(path, b"newer")
+    assert path.read_bytes() == b"newer"
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_the_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), rename(*paths)))
+    write_atomically(tmp_path / "file", b"content")
+    assert events[:2] == ["sync", "rename"]
+
+
+def test_training_goes_on_to_the_bit(tmp_path):
+    model, optimizer = network()
+    progress = Progress(history=[{"epoch": 1, "va_mpjpe": 0.1}], windows={"train": 3}, elapsed_s=1.5)
+    for _ in range(3):
+        step(model, optimizer)
+    progress.update(0.1, 0.001)
+    progress.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, progress)
+    for _ in range(3):
+        step(model, optimizer)
+    again, its_optimizer = network()
+    restored = load_checkpoint(tmp_path / "checkpoint.pt", again, its_optimizer)
+    for name in ("epoch", "best_epoch", "best_mpjpe", "gain_epoch", "gain_mpjpe", "elapsed_s", "history", "windows"):
+        assert getattr(restored, name) == getattr(progress, name), name
+    assert all(torch.equal(restored.best_weights[name], value) for name, value in progress.best_weights.items())
+    for _ in range(3):
+        step(again, its_optimizer)
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "other network", "other format", "text"])
+def test_a_checkpoint_that_cannot_be_used(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, *network(), Progress())
+    if damage == "torn":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "other format":
+        torch.save({"format": 2}, path)
+    sizes = {"hidden_size": 9} if damage == "other network" else {}
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt"):
+        load_checkpoint(path, *network(**sizes))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    model, optimizer = network()
+    witness = tmp_path / "ran"
+    torch.save({"format": 1, "model": Evil(witness)}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(witness)))
+    with pytest.raises(CheckpointError, match="refused"):
+        load_checkpoint(tmp_path / "evil.pt", model, optimizer)
+    for name in ("evil.pt", "plain.pth"):
+        with pytest.raises(CheckpointError, match=name):
+            load_weights(model, tmp_path / name)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "checkpoint.pt", "nested.pth"])
+def test_weights_come_back(tmp_path, name):
+    model, optimizer = network()
+    step(model, optimizer)
+    if name == "w.safetensors":
+        save_weights(tmp_path / name, model.state_dict())
+    elif name == "checkpoint.pt":
+        save_checkpoint(tmp_path / name, model, optimizer, Progress())
+    else:
+        torch.save({"state_dict": model.state_dict()} if name == "nested.pth" else model.state_dict(), tmp_path / name)
+    other, _ = network()
+    assert not torch.equal(other.pose_head[2].weight, model.pose_head[2].weight)
+    load_weights(other, tmp_path / name)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    model, _ = network()
+    path = tmp_path / "w.safetensors"
+    save_weights(path, {key.replace("pose_head", "head"): value for key, value in model.state_dict().items()})
+    with pytest.raises(CheckpointError, match=r"missing pose_head\.0\.bias.*unknown head\.0\.bias"):
+        load_weights(model, path)
+    save_weights(path, network(hidden_size=9)[0].state_dict())
+    with pytest.raises(CheckpointError, match=r"pose_head\.0\.bias is \(18,\), expected \(16,\)"):
+        load_weights(model, path)
+    save_weights(path, network(input_size=84 + 2 + 120)[0].state_dict())
+    with pytest.raises(CheckpointError, match=r"206 features \(hands, gaze, objects\).*84 features \(hands\)"):
+        load_weights(model, path)
+    weights = model.state_dict()
+    weights["pose_head.2.bias"] = torch.full((84,), float("nan"))
+    save_weights(path, weights)
+    with pytest.raises(CheckpointError, match=r"not finite in pose_head\.2\.bias"):
+        load_weights(model, path)
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "torn.safetensors", "weights.bin", "list.pt", "numbers.pt"])
+def test_weights_that_cannot_be_read(tmp_path, name):
+    path = tmp_path / name
+    if name == "torn.safetensors":
+        save_weights(path, network()[0].state_dict())
+        path.write_bytes(path.read_bytes()[:-10])
+    elif name == "weights.bin":
+        path.write_bytes(b"")
+    elif name != "missing.pt":
+        torch.save([1, 2] if name == "list.pt" else {"epoch": 1}, path)
+    model, _ = network()
+    before = model.pose_head[2].weight.clone()
+    with pytest.raises(CheckpointError, match=name):
+        load_weights(model, path)
+    assert torch.equal(model.pose_head[2].weight, before)
+
+
+def test_progress_counts_gains_and_keeps_the_best():
+    progress = Progress()
+    assert progress.update(1.0, 0.1)
+    # Better, so it is kept; not by enough to go on for.
+    assert progress.update(0.95, 0.1)
+    assert not progress.update(0.97, 0.1)
+    assert (progress.best_epoch, progress.gain_epoch) == (2, 1)
+    assert progress.stalled(2)
+    assert not progress.stalled(3)
+    # Small gains add up: 0.89 is 0.11 below the last gain that counted.
+    assert progress.update(0.89, 0.1)
+    assert (progress.best_epoch, progress.gain_epoch, progress.best_mpjpe) == (4, 4, 0.89)
+    assert not progress.stalled(1)
+
+
+def test_json_has_no_nan(tmp_path):
+    assert as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "x")}) == (
+        '{"a": null, "b": [1.5, null], "c": [1, "x"]}')
+    write_json(tmp_path / "a.json", {"a": float("nan")})
+    append_line(tmp_path / "b", "x")
+    append_line(tmp_path / "b", "y")
+    assert (tmp_path / "b").read_text() == "x\ny\n"

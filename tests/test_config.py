@@ -1,0 +1,226 @@
+"""Settings from YAML, ours and the reference trainer's, from the command line, and out as JSON."""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bigru.config import (
+    Arguments,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    command_line,
+    from_mapping,
+    parse_arguments,
+    read_yaml,
+)
+
+REFERENCE = """
+defaults: &defaults
+  epochs: 100
+  batch_size: 32
+  dropout: 0.3
+  grad_clip: 0.5
+  optim: AdamW
+  wd: 2e-5
+  loss:
+    pose: 1.0
+    intent: 0
+  scheduler:
+    name: cosine
+    warmup_epochs: 7
+    min_lr: 1e-6
+  early_stopping:
+    patience: 11
+    min_delta: 2e-3
+  seed: 7
+  class_weights: false
+  data:
+    csv_path: data/index.csv
+    h5_dir: data/clips
+    obs_len: 30
+    pred_len: 30
+    stride: 5
+    include_gaze: true
+    include_obj_bbox: true
+    include_surrogate_bbox: false
+    obj_box_dim: 120
+    sur_box_dim: 8
+
+bilstm:
+  <<: *defaults
+  arch: bilstm
+  lr: 5e-4
+
+bigru:
+  <<: *defaults
+  arch: bigru
+  lr: 2e-3
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_the_published_protocol():
+    assert parse_arguments([]).settings == TrainConfig()
+    assert TrainConfig().optim == OptimConfig(64, 120, 1e-3, 1e-5, 1.0, 5, 1e-5, 20, 0.001)
+    assert TrainConfig().model == ModelConfig(128, 2, 0.2)
+    data = TrainConfig().data
+    assert (data.observed, data.predicted, data.stride, data.input_size) == (60, 60, 15, 84)
+
+
+def test_reference_yaml(tmp_path):
+    assert read_yaml(write(tmp_path, REFERENCE)) == TrainConfig(
+        DataConfig(Path("data/clips"), Path("data/index.csv"), 30, 30, 5, gaze=True, objects=True),
+        ModelConfig(dropout=0.3),
+        OptimConfig(32, 100, 2e-3, 2e-5, 0.5, 7, 1e-6, 11, 2e-3),
+        RunConfig(seed=7),
+    )
+
+
+@pytest.mark.parametrize("text", [
+    pytest.param("lr: 5e-4\nobserved: 10\npredicted: '10'\nout: x\nhidden_size: 16.0\ngaze: true", id="flat"),
+    pytest.param("{optim: {lr: 5e-4}, data: {observed: 10, predicted: 10, gaze: true}, run: {out: x}, "
+                 "model: {hidden_size: 16}}", id="in sections"),
+    pytest.param("bigru: {lr: 0.0005, data: {obs_len: 10, predicted: 10, include_gaze: yes}, out: x, hidden_size: 16}",
+                 id="mixed"),
+])
+def test_our_names(tmp_path, text):
+    config = read_yaml(write(tmp_path, text))
+    assert config == TrainConfig(DataConfig(observed=10, predicted=10, gaze=True), ModelConfig(16),
+                                 OptimConfig(lr=5e-4), RunConfig(out=Path("x")))
+    assert type(config.model.hidden_size) is int
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert read_yaml(write(tmp_path, "# nothing\n")) == TrainConfig()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("learning_rat: 1", r"settings\.yaml: unknown setting learning_rat"),
+    ("epoch: 1", r"unknown setting epoch; did you mean epochs"),
+    ("data: {obs_length: 3}", r"unknown setting data\.obs_length; did you mean data\.obs_len"),
+    ("data: {lr: 1}", r"unknown setting data\.lr"),
+    ("model: {gru: {hidden_size: 3}}", r"unknown setting model\.gru"),
+    ("1: 2", "unknown setting 1"),
+    ("arch: bilstm", "arch: expected 'bigru', the only choice there is, got 'bilstm'"),
+    ("optim: sgd", "optim: expected 'adamw'"),
+    ("scheduler: {name: step}", r"scheduler\.name: expected 'cosine'"),
+    ("data: {obj_box_dim: 60}", r"data\.obj_box_dim: expected 120"),
+    ("class_weights: true", "class_weights: expected False"),
+    ("loss: {pose: 1, intent: 0.5}", r"loss\.intent: the forecaster has the pose loss only; expected 0, got 0\.5"),
+    ("loss: {pose: 2}", r"loss\.pose: expected 1\.0"),
+    ("wd: 1e-5\nweight_decay: 1e-5", "weight_decay is given twice"),
+    ("epochs: 2.5", "epochs: expected a whole number, got 2.5"),
+    ("epochs: true", "epochs: expected a whole number, got True"),
+    ("epochs: [3]", "epochs: expected a whole number"),
+    ("epochs: .inf", "epochs: expected a whole number, got inf"),
+    ("lr: fast", "lr: expected a number, got 'fast'"),
+    ("lr: null", "lr: expected a number, got None"),
+    ("gaze: 1", "gaze: expected true or false, got 1"),
+    ("split: random", "split: expected one of 'participant', 'time', got 'random'"),
+    ("data_root: 3", "data_root: expected a path, got 3"),
+    ("device: 3", "device: expected text, got 3"),
+    ("lr: -1", r"settings\.yaml: lr: expected a finite number above 0, got -1\.0"),
+    ("[1, 2]", "expected a mapping of settings, got list"),
+    ("bigru: 3", "expected a mapping of settings, got 3"),
+    ("a: [", "is not YAML"),
+    ("!!python/object/apply:os.getcwd []", "is not YAML"),
+])
+def test_a_bad_file_is_named_with_its_key(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(write(tmp_path, text))
+
+
+def test_an_ignored_loss_is_said(tmp_path, caplog):
+    read_yaml(write(tmp_path, "loss: {pose: 1.0, intent: 0.0}"))
+    assert "loss.intent is ignored" in caplog.text
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+        parse_arguments(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), [
+    (DataConfig, {"observed": 0, "predicted": 0}, "observed: expected at least 1, got 0"),
+    (DataConfig, {"observed": 10}, "predicted: expected 10 as in observed .* got 60; set both"),
+    (DataConfig, {"stride": 0}, "stride: expected at least 1"),
+    (ModelConfig, {"hidden_size": 0}, "hidden_size: expected at least 1"),
+    (ModelConfig, {"num_layers": 0}, "num_layers: expected at least 1"),
+    (ModelConfig, {"dropout": 1.0}, "dropout: expected at least 0 and less than 1"),
+    (OptimConfig, {"batch_size": 0}, "batch_size: expected at least 1"),
+    (OptimConfig, {"epochs": 0}, "epochs: expected at least 1"),
+    (OptimConfig, {"patience": 0}, "patience: expected at least 1"),
+    (OptimConfig, {"lr": 0.0}, "lr: expected a finite number above 0"),
+    (OptimConfig, {"lr": float("nan")}, "lr: expected a finite number above 0"),
+    (OptimConfig, {"grad_clip": float("inf")}, "grad_clip: expected a finite number above 0"),
+    (OptimConfig, {"weight_decay": -1e-5}, "weight_decay: expected at least 0"),
+    (OptimConfig, {"min_delta": float("nan")}, "min_delta: expected at least 0"),
+    (OptimConfig, {"min_lr": 0.1}, r"min_lr: expected at most lr \(0\.001\), got 0\.1"),
+    (RunConfig, {"seed": -1}, "seed: expected 0 to"),
+])
+def test_values_are_checked(kind, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**settings)
+
+
+def test_options_override_the_file(tmp_path):
+    path = write(tmp_path, REFERENCE)
+    settings = parse_arguments(["--config", str(path), "--lr", "3e-3", "--no-gaze", "--out", "there"]).settings
+    base = read_yaml(path)
+    assert settings == TrainConfig(dataclasses.replace(base.data, gaze=False), base.model,
+                                   dataclasses.replace(base.optim, lr=3e-3), RunConfig(seed=7, out=Path("there")))
+
+
+def test_every_setting_is_an_option_with_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for kind in (DataConfig, ModelConfig, OptimConfig, RunConfig):
+        for item in dataclasses.fields(kind):
+            assert re.search(f"--{item.name.replace('_', '-')}[ ,]", text), item.name
+    for words in ("Windows per step. (default: 64)", "--config", "--resume", "(default: runs)"):
+        assert words in text
+
+
+@pytest.mark.parametrize("argv", [
+    ["--learning-rate", "1"], ["--epochs", "many"], ["--epochs", "0"], ["--split", "random"], ["--optim.lr", "1"],
+])
+def test_a_bad_option_ends_with_2(argv, capsys):
+    with pytest.raises((SystemExit, ConfigError)) as stop:
+        parse_arguments(argv)
+    assert isinstance(stop.value, ConfigError) or stop.value.code == 2
+
+
+def test_nothing_stands_beside_resume():
+    assert parse_arguments(["--resume", "runs/x"]) == Arguments(resume=Path("runs/x"))
+    for others in (["--epochs", "3"], ["--config", "x.yaml"], ["--gaze"]):
+        with pytest.raises(ConfigError, match="--resume: a run goes on with the settings it began with"):
+            parse_arguments(["--resume", "runs/x", *others])
+
+
+def test_json_and_command_line_bring_the_settings_back():
+    config = TrainConfig(
+        DataConfig(Path("a b"), Path("i.csv"), 10, 10, 5, "time", True, True, True, False, True),
+        ModelConfig(16, 1, 0.0),
+        OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
+        RunConfig(Path("out"), 1, "cpu", "torch", "tf32", Path("w.pt")),
+    )
+    assert from_mapping(json.loads(json.dumps(config.as_dict())), "config.json") == config
+    words = shlex.split(command_line(config))
+    assert words[:3] == ["python", "-m", "bigru.train"]
+    assert parse_arguments(words[3:]).settings == config
+    assert command_line(TrainConfig()) == "python -m bigru.train"

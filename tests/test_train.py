@@ -1,0 +1,478 @@
+"""The training command on a handful of made-up windows: learning, stopping, going on, and what it leaves behind."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bigru.train as training
+from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from bigru.data.clips import Skipped
+from bigru.data.synthetic import write_synthetic
+from bigru.data.windows import Dataset, NoWindowsError, Windows
+from bigru.model.forecaster import HandForecaster
+from bigru.model.metrics import evaluate, summarise
+from bigru.train import DivergedError, learning_rate, main, resume, train
+
+FRAMES = 4
+TIMES = ("train_s", "val_s", "train_windows_per_s")
+COLUMNS = {"epoch", "tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde", "tr_loss", "va_loss",
+           "tr_joint_error", "va_joint_error", "va_joint_error_px", "lr", *TIMES}
+
+
+def windows(clips, seed):
+    """Clips of 12 frames of hands that swing, every fifth frame without its left hand."""
+    generator = torch.Generator().manual_seed(seed)
+    swing = torch.sin(torch.arange(12.0)[:, None] / 3 + torch.rand(clips, 1, 1, generator=generator) * 6)
+    frames = (torch.randn(clips, 1, 84, generator=generator) + swing).reshape(-1, 84)
+    present = torch.ones(len(frames), 2, dtype=torch.bool)
+    present[::5, 0] = False
+    starts = torch.arange(clips)[:, None] * 12 + torch.tensor([0, 2, 4])
+    clip = torch.arange(clips).repeat_interleave(3)
+    fps = torch.where(clip % 2 == 0, 23.0, 59.0)
+    stems = tuple(f"clip-{number}" for number in range(clips))
+    return Windows(frames, present, starts.flatten(), fps, clip, stems, FRAMES, FRAMES)
+
+
+def dataset():
+    skipped = (Skipped("p01-x", "short", "3 frames,\n8 needed\tin all"), Skipped("p02-y", "missing", "no file"))
+    return Dataset(windows(7, 0), windows(3, 1), windows(4, 2), skipped, {"train": 7, "val": 3, "test": 4}, 16, 0,
+                   Path("clips"), Path("index.csv"))
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A run of six epochs over five batches of four, its data and its document made up."""
+    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
+    monkeypatch.setattr(training, "write_report", lambda folder: folder.parent / "results_bigru.md")
+    return TrainConfig(
+        DataConfig(data_root=tmp_path, observed=FRAMES, predicted=FRAMES),
+        ModelConfig(hidden_size=8),
+        OptimConfig(batch_size=4, epochs=6, lr=1e-2, warmup_epochs=2),
+        RunConfig(out=tmp_path / "runs", device="cpu"),
+    )
+
+
+def change(config, section, **values):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows(folder)]
+
+
+def same_weights(one, other):
+    one, other = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
+    """Makes training stop at a batch of an epoch, as a kill would."""
+    real, calls = training.masked_mse, [0]
+
+    def counted(*arguments):
+        calls[0] += 1
+        if calls[0] == (epoch - 1) * 5 + batch:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "masked_mse", counted)
+    return lambda: monkeypatch.setattr(training, "masked_mse", real)
+
+
+def test_a_run_leaves_a_whole_folder(config):
+    folder = train(config)
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "train.log", "skipped.tsv", "checkpoint.pt", "weights.safetensors",
+        "summary.json", "samples.npz"}
+    assert json.loads((folder / "config.json").read_text()) == config.as_dict()
+    assert (folder / "skipped.tsv").read_text().splitlines() == [
+        "stem\treason\tdetail", "p01-x\tshort\t3 frames, 8 needed in all", "p02-y\tmissing\tno file"]
+    assert [row["epoch"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert all(set(row) == COLUMNS for row in rows(folder))
+    assert rows(folder)[-1]["tr_loss"] < 0.9 * rows(folder)[0]["tr_loss"]
+    text = (folder / "train.log").read_text()
+    assert "epoch   6/6" in text
+    assert "constant velocity" in text
+    assert "CPU (" in text
+
+
+def test_the_summary_is_what_the_best_weights_do(config):
+    # So fast that validation gets worse again.
+    config = change(config, "optim", lr=0.3, min_lr=0.3)
+    folder = train(config)
+    summary = json.loads((folder / "summary.json").read_text())
+    model = HandForecaster(hidden_size=8)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    data, history = dataset(), rows(folder)
+    assert summary["test"] == pytest.approx(summarise(evaluate(model, data.test.batches(5))).scores(), rel=1e-6)
+    assert summary["test"]["windows"] == 12
+    best = min(history, key=lambda row: row["va_mpjpe"])
+    assert summary["best_epoch"] == best["epoch"] < 6
+    assert summarise(evaluate(model, data.val.batches(5))).mpjpe == pytest.approx(best["va_mpjpe"], rel=1e-6)
+    assert summary["total_params"] == sum(module["params"] for module in summary["modules"])
+    assert [module["module"] for module in summary["modules"]] == ["encoder.core", "pose_head.0", "pose_head.2"]
+    assert list(summary["baselines"]) == ["repeat last frame", "constant velocity"]
+    assert [(entry["fps"], entry["windows"]) for entry in summary["by_frame_rate"]] == [(23, 6), (59, 6)]
+    assert summary["data"] == {
+        "source": str(config.data.data_root), "split": "participant", "clips": {"train": 7, "val": 3, "test": 4},
+        "windows": {"train": 21, "val": 9, "test": 12}, "skipped": {"short": 1, "missing": 1}}
+    assert summary["modalities"] == {"hands": True, "gaze": False, "objects": False, "surrogate": False}
+    assert set(summary["environment"]) == {
+        "device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform"}
+    assert (summary["format"], summary["stamp"], summary["stopped_early"]) == (1, folder.name, False)
+    assert summary["started"] == time.strftime("%Y-%m-%d %H:%M:%S", time.strptime(folder.name, "%Y%m%d_%H%M%S"))
+    assert summary["command"].startswith("python -m bigru.train --data-root")
+    assert summary["timing"]["total_s"] == pytest.approx(sum(row["train_s"] + row["val_s"] for row in history))
+
+
+def test_samples_are_best_median_and_bad(config):
+    folder = train(config)
+    samples = np.load(folder / "samples.npz", allow_pickle=False)
+    model = HandForecaster(hidden_size=8)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    test = dataset().test
+    errors = [summarise(evaluate(model, [test.batch(torch.tensor([number]))])).joint_error_px for number in range(12)]
+    order = np.argsort(errors)[[0, round(0.5 * 11), round(0.95 * 11)]]
+    assert samples["error_px"] == pytest.approx(np.array(errors)[order], rel=1e-6)
+    batch = test.batch(torch.from_numpy(order))
+    np.testing.assert_array_equal(samples["observed"], batch.x)
+    np.testing.assert_array_equal(samples["target"], batch.target)
+    np.testing.assert_allclose(samples["predicted"], model.eval()(batch.x).detach(), atol=1e-6)
+    for place, number in enumerate(order):
+        start = int(test.starts[number])
+        np.testing.assert_array_equal(samples["observed_present"][place], test.present[start : start + FRAMES])
+        np.testing.assert_array_equal(samples["target_present"][place],
+                                      test.present[start + FRAMES : start + 2 * FRAMES])
+        assert samples["stem"][place] == test.stems[test.clip[number]]
+        assert samples["fps"][place] == test.fps[number]
+
+
+def test_two_runs_are_the_same_to_the_bit(config):
+    one = train(config)
+    torch.rand(17)
+    other = train(config)
+    assert one != other
+    assert timeless(one) == timeless(other)
+    assert same_weights(one, other)
+    third = train(change(config, "run", seed=43))
+    assert not same_weights(one, third)
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(3, 3), (3, 1), (1, 2)], ids=["mid-epoch", "between", "first epoch"])
+def test_a_killed_run_goes_on_to_the_bit(config, monkeypatch, epoch, batch):
+    whole = train(config)
+    mend = stop_in(monkeypatch, epoch, batch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    mend()
+    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+    assert not (folder / "summary.json").exists()
+    assert len(rows(folder)) == epoch - 1
+    torch.rand(17)
+    assert resume(folder) == folder
+    assert timeless(folder) == timeless(whole)
+    assert same_weights(folder, whole)
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (folder, whole))
+    for name in ("test", "baselines", "best_epoch", "by_frame_rate", "total_params", "command"):
+        assert ours[name] == theirs[name], name
+
+
+def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
+    whole = train(config)
+    real = training.save_checkpoint
+
+    def killed_in_epoch_3(path, model, optimizer, progress):
+        if progress.epoch == 3:
+            path.with_name("checkpoint.pt.partial").write_bytes(b"torn")
+            raise KeyboardInterrupt
+        real(path, model, optimizer, progress)
+
+    monkeypatch.setattr(training, "save_checkpoint", killed_in_epoch_3)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(training, "save_checkpoint", real)
+    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+    # The row and the weights of epoch 3 are there, its checkpoint is not; half a line stands for a kill while writing.
+    assert len(rows(folder)) == 3
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "tr_')
+    resume(folder)
+    assert timeless(folder) == timeless(whole)
+    assert same_weights(folder, whole)
+
+
+def test_a_kill_after_the_last_epoch(config, monkeypatch):
+    whole = train(config)
+    real = training.write_samples
+    monkeypatch.setattr(training, "write_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(training, "write_samples", real)
+    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+    # Weights of an epoch beyond the checkpoint, say.
+    save_file({"other": torch.zeros(1)}, folder / "weights.safetensors")
+    resume(folder)
+    assert timeless(folder) == timeless(whole)
+    assert same_weights(folder, whole)
+    assert (json.loads((folder / "summary.json").read_text())["test"]
+            == json.loads((whole / "summary.json").read_text())["test"])
+
+
+def test_a_finished_run_is_only_reported_again(config, monkeypatch, capsys):
+    folder = train(config)
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    reported = []
+    monkeypatch.setattr(training, "write_report", lambda run: reported.append(run) or run / "document")
+    monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("trained again"))
+    assert main(["--resume", str(folder)]) == 0
+    assert reported == [folder]
+    assert "has finished" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_moved_run_goes_on_but_not_on_other_data(config, monkeypatch, tmp_path):
+    mend = stop_in(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    mend()
+    (folder,) = config.run.out.iterdir()
+    moved = tmp_path / "elsewhere" / folder.name
+    moved.parent.mkdir()
+    folder.rename(moved)
+    fewer = dataclasses.replace(dataset(), train=windows(6, 0))
+    monkeypatch.setattr(training, "load_dataset", lambda config: fewer)
+    assert main(["--resume", str(moved)]) == 2
+    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
+    monkeypatch.chdir(moved)
+    assert main(["--resume", "."]) == 0
+    assert (moved / "summary.json").is_file()
+    assert not any(config.run.out.iterdir())
+
+
+def test_runs_of_one_second_get_folders_of_their_own(config):
+    config = change(config, "optim", epochs=1)
+    assert len({train(config) for _ in range(3)}) == 3
+
+
+def test_training_stops_when_validation_stalls(config):
+    config = change(config, "optim", epochs=50, patience=3, min_delta=0.05, lr=0.05)
+    folder = train(config)
+    history, summary = rows(folder), json.loads((folder / "summary.json").read_text())
+    assert summary["stopped_early"]
+    assert len(history) < 50
+    gain, gain_epoch = float("inf"), 0
+    for row in history:
+        assert row["epoch"] - gain_epoch <= 3
+        if row["va_mpjpe"] < gain - 0.05:
+            gain, gain_epoch = row["va_mpjpe"], row["epoch"]
+    assert history[-1]["epoch"] - gain_epoch == 3
+
+
+def test_learning_rate_literally():
+    optim = OptimConfig(epochs=7, lr=1e-3, min_lr=1e-5, warmup_epochs=2)
+    rates = [learning_rate(step, 2, optim) for step in range(14)]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    # Ten steps of cosine: its middle is halfway between the two rates, its end the lower one.
+    assert rates[8] == pytest.approx(0.000505)
+    assert rates[4] == pytest.approx(0.00097577, rel=1e-4)
+    assert rates[13] == pytest.approx(1e-5)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:]))
+    # The published protocol: 115 epochs of cosine.
+    assert learning_rate(0, 115, OptimConfig()) == pytest.approx(1e-3 / 575)
+    assert learning_rate(574, 115, OptimConfig()) == pytest.approx(1e-3)
+    assert learning_rate(120 * 115 - 1, 115, OptimConfig()) == pytest.approx(1e-5)
+    assert learning_rate(0, 4, OptimConfig(warmup_epochs=0, epochs=1)) == pytest.approx(1e-3 - 0.1464466 * 0.99e-3)
+
+
+def test_the_rate_of_each_step_reaches_the_optimiser(config, monkeypatch):
+    used, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step",
+                        lambda self, *rest: (used.append(self.param_groups[0]["lr"]), real(self, *rest))[1])
+    folder = train(config)
+    assert used == [learning_rate(step, 5, config.optim) for step in range(30)]
+    assert [row["lr"] for row in rows(folder)] == used[4::5]
+
+
+def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config, monkeypatch):
+    orders, real = [], Windows.batches
+
+    def recorded(self, batch_size, order=None, drop_last=False):
+        orders.append((len(self), order if order is None else order.tolist(), drop_last))
+        return real(self, batch_size, order, drop_last)
+
+    monkeypatch.setattr(Windows, "batches", recorded)
+    train(change(config, "optim", epochs=2))
+    training_orders = [order for count, order, drop_last in orders if drop_last]
+    assert len(training_orders) == 2
+    assert training_orders[0] != training_orders[1]
+    assert all(sorted(order) == list(range(21)) for order in training_orders)
+    assert all(order is None for count, order, drop_last in orders if count in (9, 12))
+
+
+def test_fewer_windows_than_a_batch_holds(config):
+    folder = train(change(config, "optim", batch_size=64))
+    assert len(rows(folder)) == 6
+
+
+def test_missing_hands_are_learnt_only_without_the_mask(config, monkeypatch):
+    seen, real = [], training.masked_mse
+    monkeypatch.setattr(training, "masked_mse", lambda *rest: (seen.append(rest[2]), real(*rest))[1])
+    train(change(config, "optim", epochs=1))
+    assert all(mask.shape == (4, FRAMES, 42) and not mask.all() for mask in seen)
+    seen.clear()
+    train(change(change(config, "optim", epochs=1), "data", mask_missing=False))
+    assert seen == [None] * 5
+
+
+def test_a_loss_that_is_no_number(config, monkeypatch, capsys):
+    real, calls = training.masked_mse, [0]
+
+    def diverging(*rest):
+        calls[0] += 1
+        return real(*rest) * (float("nan") if calls[0] == 7 else 1)
+
+    monkeypatch.setattr(training, "masked_mse", diverging)
+    with pytest.raises(DivergedError, match="epoch 2, batch 2 of 5: the loss is nan"):
+        train(config)
+    (folder,) = config.run.out.iterdir()
+    assert len(rows(folder)) == 1
+    monkeypatch.setattr(training, "train", lambda settings: (_ for _ in ()).throw(DivergedError("epoch 2")))
+    assert main([]) == 1
+    assert "epoch 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_run_starts_from_given_weights(config, tmp_path, suffix):
+    torch.manual_seed(5)
+    model, path = HandForecaster(hidden_size=8), tmp_path / f"start.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), path)
+    # A rate so small that the weights stay where they were.
+    config = change(change(config, "run", weights=path), "optim", epochs=1, lr=1e-12, min_lr=0.0)
+    trained = load_file(train(config) / "weights.safetensors")
+    assert all(torch.allclose(trained[name], value, atol=1e-9) for name, value in model.state_dict().items())
+
+
+def test_the_optimiser_is_the_published_one(config, tmp_path):
+    folder = train(change(config, "optim", epochs=1, weight_decay=0.25))
+    (group,) = torch.load(folder / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.25, (0.9, 0.999), 1e-8)
+    # A gradient clipped to far below AdamW's eps moves nothing.
+    torch.manual_seed(5)
+    model, path = HandForecaster(hidden_size=8), tmp_path / "start.pt"
+    torch.save(model.state_dict(), path)
+    config = change(change(config, "run", weights=path), "optim", epochs=1, weight_decay=0.0, grad_clip=1e-14)
+    trained = load_file(train(config) / "weights.safetensors")
+    assert all(torch.allclose(trained[name], value, atol=1e-6) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_learns_as_on_the_cpu(config):
+    on_cpu = train(change(config, "model", dropout=0.0))
+    on_gpu = train(change(change(config, "run", device="cuda"), "model", dropout=0.0))
+    for row, expected in zip(timeless(on_gpu), timeless(on_cpu), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
+def options(config):
+    return ["--data-root", str(config.data.data_root), "--observed", "4", "--predicted", "4", "--hidden-size", "8",
+            "--epochs", "1", "--batch-size", "4", "--out", str(config.run.out), "--device", "cpu"]
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--weights", "none.pt"], "weights: none.pt is not a file"),
+    (["--config", "none.yaml"], "none.yaml cannot be read"),
+    (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
+])
+def test_the_users_errors_end_with_2_and_a_sentence(config, capsys, extra, message):
+    assert main([*options(config), *extra]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    # Nothing is left of a run that did not begin.
+    assert not config.run.out.exists()
+
+
+@pytest.mark.parametrize("error", [NoWindowsError("no window"), FileNotFoundError("no index"), ValueError("line 3")])
+def test_data_that_cannot_be_used_end_with_2(config, monkeypatch, capsys, error):
+    def broken(config):
+        raise error
+
+    monkeypatch.setattr(training, "load_dataset", broken)
+    assert main(options(config)) == 2
+    assert f"bigru.train: {error}" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_cannot_go_on(tmp_path, capsys):
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "named after its start" in capsys.readouterr().err
+    folder = tmp_path / "20250522_023917"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    assert main(["--resume", str(folder)]) == 2
+    assert "not JSON" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"optim": {"speed": 3}}')
+    assert main(["--resume", str(folder)]) == 2
+    assert "unknown setting optim.speed" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_to_go_on(config, monkeypatch, capsys):
+    stop_in(monkeypatch, 1)
+    assert main(options(config)) == 130
+    (folder,) = config.run.out.iterdir()
+    assert f"--resume {folder}" in capsys.readouterr().err
+
+
+def test_log_handlers_are_not_left_behind(config):
+    train(config)
+    main(["--resume", "none"])
+    assert training.log.handlers == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_the_command_from_end_to_end(tmp_path):
+    """The real thing, in a process of its own: interrupted, resumed, and documented."""
+    root = tmp_path / "clips"
+    write_synthetic(root, 60, 1)
+    command = [sys.executable, "-m", "bigru.train"]
+    arguments = ["--data-root", str(root), "--out", str(tmp_path / "runs"), "--observed", "8", "--predicted", "8",
+                 "--hidden-size", "8", "--stride", "12", "--epochs", "100000", "--patience", "100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if line.startswith("epoch   2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"--resume {folder}" in rest
+    done = len(rows(folder))
+    # Enough now: as if the run had been started with two epochs more than it has done.
+    settings = json.loads((folder / "config.json").read_text())
+    settings["optim"]["epochs"] = done + 2
+    (folder / "config.json").write_text(json.dumps(settings))
+    result = subprocess.run([*command, "--resume", str(folder)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert len(rows(folder)) in (done + 1, done + 2)
+    document = (tmp_path / "runs" / "results_bigru.md").read_text()
+    assert "BIGRU" in document
+    assert str(tmp_path / "runs" / "results_bigru.md") in result.stderr
