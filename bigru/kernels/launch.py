@@ -73,8 +73,8 @@ def choose(hidden: int, dtype: torch.dtype, precision: Precision, batch: int, de
     if padded <= 128 and needed <= device.shared_memory:
         # Of the ways to fp32 only two 16-bit parts fit here: ieee (FMA) spills kilobytes at H=128, tf32x3 needs 400 KB.
         # fp16 rather than bf16 parts: scaled, they are ten times as accurate (1e-7 against 1e-6) at the same cost.
-        warps = 8 if padded == 128 else 4
-        return LaunchConfig(True, rows, padded, warps, split=accurate, dot="tf32")
+        # One warp for every 16 hidden units, the rows of one MMA, so that no warp repeats another's work.
+        return LaunchConfig(True, rows, padded, padded // 16, split=accurate, dot="tf32")
     # 64 units and 8 warps: the largest block that spills on no architecture.
     return LaunchConfig(False, 16, min(64, padded), 8, split=False, dot="tf32x3" if accurate else "tf32")
 
