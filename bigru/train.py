@@ -315,7 +315,7 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
         "by_frame_rate": by_frame_rate(rows, windows.fps),
         "modalities": {"hands": True, "gaze": config.data.gaze, "objects": config.data.objects,
                        "surrogate": config.data.surrogate},
-        "data": {"source": "synthetic" if config.data.data_root is None else str(config.data.data_root),
+        "data": {"source": describe_source(config),
                  "split": config.data.split, "clips": dict(dataset.clips), "windows": progress.windows,
                  "skipped": dict(dataset.skip_counts())},
         "environment": describe_environment(next(model.parameters()).device, backend, config.run.precision),
@@ -326,6 +326,13 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
         "command": command_line(config),
     }
     write_json(folder / "summary.json", summary)
+
+
+def describe_source(config: TrainConfig) -> str:
+    """Where the clips came from, for the document."""
+    if config.data.data_root is None:
+        return f"embedded synthetic dataset ({EMBEDDED['clips']} clips, seed {EMBEDDED['seed']})"
+    return str(config.data.data_root)
 
 
 @torch.inference_mode()
