@@ -388,6 +388,18 @@ def test_a_run_on_a_gpu_learns_as_on_the_cpu(config):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
+    # Two steps of one batch each; dropout stays on, since both draw the same numbers.
+    config = change(change(config, "optim", batch_size=12, epochs=2), "run", device=str(kernel_device))
+    on_aten = train(change(config, "run", backend="torch"))
+    on_kernels = train(change(config, "run", backend="triton"))
+    assert len(rows(on_kernels)) == 2
+    assert json.loads((on_kernels / "summary.json").read_text())["environment"]["backend"] == "triton"
+    for row, expected in zip(rows(on_kernels), rows(on_aten), strict=True):
+        for name in ("tr_loss", "va_loss", "va_mpjpe"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
 def options(config):
     return ["--data-root", str(config.data.data_root), "--observed", "4", "--predicted", "4", "--hidden-size", "8",
             "--epochs", "1", "--batch-size", "4", "--out", str(config.run.out), "--device", "cpu"]

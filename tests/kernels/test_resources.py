@@ -1,0 +1,130 @@
+"""What the kernels compile to: reading the machine code, which configurations are compiled, the exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("tabulate")
+
+from bigru.kernels import launch, resources
+from bigru.kernels.resources import Case, Usage
+
+# Before the loop a shorter one, behind the last exit a wait that branches back into the loop.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000017a02 */
+                                                                            /* 0x000fe40000000f00 */
+        /*0010*/               @P1 BRA 0x0 ;                                /* 0xfffffff000001947 */
+        /*0020*/                   LDS R2, [R3] ;                           /* 0x0000000003027984 */
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;            /* 0x0000000000007b1d */
+        /*0040*/              @!P0 BRA 0xa0 ;                               /* 0x0000005000008947 */
+        /*0050*/                   FADD R2, R2, R5 ;                        /* 0x0000000502027221 */
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;            /* 0x0000000000007b1d */
+        /*0070*/               @P2 BRA.U UP0, 0x20 ;                        /* 0xffffffa000002947 */
+        /*0080*/               @P3 EXIT ;                                   /* 0x000000000000394d */
+        /*0090*/                   EXIT ;                                   /* 0x000000000000794d */
+        /*00a0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;            /* 0x0000000000007b1d */
+        /*00b0*/                   BRA 0x10 ;                               /* 0xffffff5000007947 */
+        /*00c0*/                   BRA 0xc0;                                /* 0xfffffff000007947 */
+
+Resource usage:
+ Function gru_forward_kernel:
+  REG:72 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:424 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+CASE = Case("sm_90", "forward", 128, "fp32", "fp32", launch.choose(128, torch.float32, "fp32", 1, launch.H100))
+FITS = Usage(registers=128, spilled=0, shared=200_000, instructions=572, barriers=26)
+BAD = {
+    "spills": (replace(FITS, spilled=8), "spills 8 bytes"),
+    "too much shared memory": (replace(FITS, shared=launch.H100.shared_memory + 1), "needs 232449 bytes"),
+    "does not compile": (Usage(error="PTXASError: no"), "does not compile: PTXASError: no"),
+}
+
+
+def test_usage_is_read_from_the_listing():
+    assert resources.read_usage(LISTING) == (72, 16)
+
+
+def test_usage_that_is_missing_raises():
+    with pytest.raises(ValueError, match="no resource usage"):
+        resources.read_usage("Fatbin elf code:")
+
+
+def test_step_is_the_largest_loop_before_the_last_exit():
+    assert resources.read_step(LISTING) == (6, 2)
+
+
+def test_code_without_a_loop_has_no_step():
+    assert resources.read_step("/*0000*/  MOV R1, R2 ;\n/*0010*/  EXIT ;\n") == (0, 0)
+
+
+def test_every_choice_is_listed_once():
+    cases = list(resources.shipped(resources.DEVICES))
+    assert len(cases) == len(set(cases))
+    assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
+    assert {case.kernel for case in cases} == {"forward", "backward", "forward blocked", "backward blocked"}
+    assert {case.storage for case in cases} == {"fp32", "bf16", "fp16"}
+    assert {(case.storage, case.precision) for case in cases} == {
+        ("fp32", "fp32"), ("fp32", "tf32"), ("bf16", "fp32"), ("fp16", "fp32"),
+    }  # fmt: skip
+    listed = {case.config for case in cases}
+    for device in resources.DEVICES.values():
+        for hidden in (*range(1, 140), 192, 255, 256, 257, 512):
+            for dtype, precision in resources.MODES:
+                for batch in (1, 64, 500, 600, 5000):
+                    assert launch.choose(hidden, dtype, precision, batch, device) in listed, (device, hidden, batch)
+
+
+def test_a_single_architecture_can_be_asked_for():
+    assert {case.arch for case in resources.shipped(["sm_80"])} == {"sm_80"}
+
+
+def test_a_kernel_that_fits_is_no_problem(capsys):
+    assert resources.verdict([CASE], [FITS]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("usage", "reason"), BAD.values(), ids=BAD.keys())
+def test_the_row_with_a_problem_is_named(usage, reason, capsys):
+    assert resources.verdict([CASE, CASE], [FITS, usage]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sm_90 forward, H=128, fp32 storage" in line
+    assert reason in line
+
+
+@pytest.mark.parametrize(("usage", "code"), [(FITS, 0), (BAD["spills"][0], 1)], ids=["fits", "spills"])
+def test_command_prints_the_table_and_writes_the_rows(usage, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(resources, "compile_all", lambda cases, jobs: [usage] * len(cases))
+    assert resources.main(["--arch", "sm_90", "--json", str(tmp_path / "rows.json")]) == code
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert f"{len(record['rows'])} kernels" in lines[0]
+    assert sum(line.startswith("sm_90 ") for line in lines) == len(record["rows"])
+    assert {row["limit"] for row in record["rows"]} == {launch.H100.shared_memory}
+    assert {row["problem"] is None for row in record["rows"]} == {code == 0}
+
+
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    assert resources.main([]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_smallest_kernel_compiles(tmp_path):
+    """In a process of its own: in this one the kernels may be interpreted."""
+    code = (
+        "from bigru.kernels import resources as r; case = next(r.shipped(['sm_90'])); usage = r.measure(case); "
+        "assert r.problem(case, usage) is None, usage; assert usage.registers > 16 and usage.shared > 0, usage; "
+        "assert usage.instructions > 50 and usage.barriers > 0, usage"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
