@@ -389,6 +389,7 @@ def test_a_run_on_a_gpu_learns_as_on_the_cpu(config):
 
 
 def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
+    pytest.importorskip("triton")
     # Two steps of one batch each; dropout stays on, since both draw the same numbers.
     config = change(change(config, "optim", batch_size=12, epochs=2), "run", device=str(kernel_device))
     on_aten = train(change(config, "run", backend="torch"))

@@ -68,6 +68,7 @@ def test_matches_nn_gru(size, backend, kernel_device):
 
 @pytest.mark.parametrize(("dtype", "precision"), TOLERANCE, ids=lambda value: str(value).removeprefix("torch."))
 def test_precisions_of_the_fused_kernel(dtype, precision, kernel_device):
+    pytest.importorskip("triton")
     torch.manual_seed(1)
     gru, theirs = pair(6, 20, 2, backend="triton", precision=precision, dtype=dtype, device=kernel_device)
     x, hx = torch.randn(4, 3, 6).to(dtype), torch.randn(4, 3, 20).to(dtype)
@@ -200,6 +201,7 @@ class TestBackends:
         assert gru.double().resolve_backend(torch.randn(2, 2, 3, device="cuda").double()) == "torch"
 
     def test_refusals_name_the_reason(self, kernel_device):
+        pytest.importorskip("triton")
         gru = BiGRU(3, 4, backend="triton", dtype=torch.float64, device=kernel_device)
         with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call.*float64"):
             gru(torch.randn(2, 2, 3, dtype=torch.float64, device=kernel_device))
