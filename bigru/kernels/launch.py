@@ -50,6 +50,13 @@ class LaunchConfig:
     dot: Literal["ieee", "tf32", "tf32x3"]
     """`input_precision` of tl.dot where operands are fp32 and not split."""
 
+    def options(self) -> dict[str, int | bool]:
+        """What the compiler is told."""
+        # Fusion of multiply and add is the default; triton 3.9 warns where it is not asked for by name.
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        # Left to itself, ptxas stops at 64, 80 or 128 registers in the blocked kernels and spills.
+        return options if self.whole else options | {"maxnreg": 255}
+
 
 def choose(hidden: int, dtype: torch.dtype, precision: Precision, batch: int, device: Device) -> LaunchConfig:
     """Picks the kernel and its parameters.
@@ -73,10 +80,14 @@ def choose(hidden: int, dtype: torch.dtype, precision: Precision, batch: int, de
     if padded <= 128 and needed <= device.shared_memory:
         # Of the ways to fp32 only two 16-bit parts fit here: ieee (FMA) spills kilobytes at H=128, tf32x3 needs 400 KB.
         # fp16 rather than bf16 parts: scaled, they are ten times as accurate (1e-7 against 1e-6) at the same cost.
-        # One warp for every 16 hidden units, the rows of one MMA, so that no warp repeats another's work.
-        return LaunchConfig(True, rows, padded, padded // 16, split=accurate, dot="tf32")
-    # 64 units and 8 warps: the largest block that spills on no architecture.
-    return LaunchConfig(False, 16, min(64, padded), 8, split=False, dot="tf32x3" if accurate else "tf32")
+        # One warp for every 16 hidden units, the rows of one MMA, so that no warp repeats another's work; but TF32
+        # products spill in tensor memory's layout with 8.
+        warps = 16 if wide and not accurate and padded == 128 and device.capability >= (10, 0) else padded // 16
+        return LaunchConfig(True, rows, padded, warps, split=accurate, dot="tf32")
+    # The largest blocks that spill on no architecture.
+    if accurate:
+        return LaunchConfig(False, 16, min(32, padded), 8, split=False, dot="tf32x3")
+    return LaunchConfig(False, 16, min(64, padded), 8, split=False, dot="tf32")
 
 
 def interpreted() -> bool:
@@ -123,15 +134,15 @@ def gru_forward(
             portable.gru_forward_kernel[grid](
                 gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
                 H=hidden, HP=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=save,
-                SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, num_warps=c.num_warps, num_stages=1,
+                SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, **c.options(),
             )  # fmt: skip
         else:
             state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
             state[0].copy_(h0)
             portable.gru_forward_blocked_kernel[grid](
-                gi, w_hh, bias, state, y, gates, steps, batch,
+                gi, w_hh, bias, state, y, gates, steps, batch, hidden,
                 H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=save,
-                PRECISION=c.dot, ACCURATE=accurate, num_warps=c.num_warps, num_stages=1,
+                PRECISION=c.dot, ACCURATE=accurate, **c.options(),
             )  # fmt: skip
             h_n.copy_(state[steps % 2])
     return y, h_n, gates
@@ -166,13 +177,13 @@ def gru_backward(
             portable.gru_backward_kernel[grid](
                 dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
                 H=hidden, HP=c.block_hidden, N=c.block_batch,
-                SPLIT=c.split, PRECISION=c.dot, num_warps=c.num_warps, num_stages=1,
+                SPLIT=c.split, PRECISION=c.dot, **c.options(),
             )  # fmt: skip
         else:
             dh = dh_n.to(torch.float32, copy=True)
             portable.gru_backward_blocked_kernel[grid](
-                dy, y, gates, h0, w_hh, dh, dgi, dq, steps, batch,
-                H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, num_warps=c.num_warps, num_stages=1,
+                dy, y, gates, h0, w_hh, dh, dgi, dq, steps, batch, hidden,
+                H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(),
             )  # fmt: skip
             dh0.copy_(dh)
     return dgi, dq, dh0

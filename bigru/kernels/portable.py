@@ -208,6 +208,7 @@ def gru_forward_blocked_kernel(
     gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
     T,
     B,
+    hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
     H: tl.constexpr,
     BH: tl.constexpr,  # block of hidden units
     N: tl.constexpr,
@@ -229,14 +230,14 @@ def gru_forward_blocked_kernel(
     for s in range(T):
         row = (t.to(tl.int64) * B + b0) * 2 + d
         h_ptr = state_ptr + (s % 2) * half + b[None, :] * H
-        for j0 in range(0, H, BH):
+        for j0 in range(0, hidden, BH):
             offs_j = j0 + j[:, None]
             mask = (offs_j < H) & mask_b
             i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, b[None, :] * (2 * 3 * H) + offs_j, mask, B, H)
             h_r = tl.zeros([BH, N], tl.float32)
             h_z = tl.zeros([BH, N], tl.float32)
             q = tl.zeros([BH, N], tl.float32)
-            for k0 in range(0, H, BH):
+            for k0 in range(0, hidden, BH):
                 h_k = tl.load(h_ptr + k0 + j[:, None], (k0 + j[:, None] < H) & mask_b, 0.0)
                 w = w_ptr + offs_j * H + k0 + j[None, :]
                 mask_w = (offs_j < H) & (k0 + j[None, :] < H)
@@ -371,6 +372,7 @@ def gru_backward_blocked_kernel(
     dq_ptr,  # (T, B, D, H)
     T,
     B,
+    hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
     H: tl.constexpr,
     BH: tl.constexpr,  # block of hidden units
     N: tl.constexpr,
@@ -387,7 +389,7 @@ def gru_backward_blocked_kernel(
     t = (1 - d) * (T - 1)
     for s in range(T):
         row = (t.to(tl.int64) * B + b0) * 2 + d
-        for i0 in range(0, H, BH):
+        for i0 in range(0, hidden, BH):
             offs_i = i0 + i[:, None]
             mask = (offs_i < H) & mask_b
             offs_y = b[None, :] * (2 * H) + offs_i
@@ -399,11 +401,11 @@ def gru_backward_blocked_kernel(
             _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H)
         # Each block of dh needs the gate gradients of all hidden units, which other threads have just written.
         tl.debug_barrier()
-        for i0 in range(0, H, BH):
+        for i0 in range(0, hidden, BH):
             offs_i = i0 + i[:, None]
             mask = (offs_i < H) & mask_b
             dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0)
-            for k0 in range(0, H, BH):
+            for k0 in range(0, hidden, BH):
                 offs_k = k0 + i[:, None]
                 mask_k = (offs_k < H) & mask_b
                 w = w_ptr + (k0 + i[None, :]) * H + offs_i
