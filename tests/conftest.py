@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# cuBLAS reads this when it starts; `poisoned` asks for deterministic algorithms, which refuse to run without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Triton reads this when a kernel is defined, so it is set before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

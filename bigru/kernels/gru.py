@@ -143,9 +143,6 @@ class BiGRU(nn.RNNBase):
             )
         return "torch"
 
-    def flatten_parameters(self) -> None:
-        """Does nothing: the fused kernels read the parameters where they are."""
-
     def extra_repr(self) -> str:
         """As torch.nn.GRU's, with backend and precision."""
         return f"{super().extra_repr()}, backend={self.backend!r}, precision={self.precision!r}"
@@ -226,6 +223,8 @@ def _triton_refusal(input: Tensor | PackedSequence) -> str | None:
 
     if input.device.type != "cuda" and not launch.interpreted():
         return f"the input is on {input.device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
+    if input.device.type == "cuda" and (found := torch.cuda.get_device_capability(input.device)) < launch.OLDEST:
+        return f"the GPU's compute capability is {found[0]}.{found[1]}, and the kernels need 8.0"
     if input.dtype not in launch.DTYPES:
         return f"the input is {input.dtype}, and the kernels take float32, bfloat16 and float16"
     return None

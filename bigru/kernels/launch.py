@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ from bigru.kernels import portable
 Precision = Literal["fp32", "tf32"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)
+"""Compute capability of the first GPUs with TF32 and bf16 products."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ def interpreted() -> bool:
     return not isinstance(portable.gru_forward_kernel, triton.runtime.JITFunction)
 
 
-def _device_of(tensor: Tensor) -> Device:
-    if tensor.device.type != "cuda":
+@functools.cache
+def _describe(device: torch.device) -> Device:
+    if device.type != "cuda":
         return H100  # the interpreter takes the path of a large GPU
-    properties = torch.cuda.get_device_properties(tensor.device)
-    limit = triton.runtime.driver.active.utils.get_device_properties(tensor.device.index)["max_shared_mem"]
+    properties = torch.cuda.get_device_properties(device)
+    limit = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
     return Device((properties.major, properties.minor), limit, properties.multi_processor_count)
 
 
@@ -126,7 +130,7 @@ def gru_forward(
     h_n = torch.empty_like(h0)
     if batch == 0:
         return y, h_n, gates
-    c = config or choose(hidden, gi.dtype, precision, batch, _device_of(gi))
+    c = config or choose(hidden, gi.dtype, precision, batch, _describe(gi.device))
     accurate = gi.dtype == torch.float32 and precision == "fp32"
     grid = (triton.cdiv(batch, c.block_batch), directions)
     with _on_device_of(gi):
@@ -170,7 +174,7 @@ def gru_backward(
     dh0 = torch.empty_like(h0)
     if batch == 0:
         return dgi, dq, dh0
-    c = config or choose(hidden, y.dtype, precision, batch, _device_of(y))
+    c = config or choose(hidden, y.dtype, precision, batch, _describe(y.device))
     grid = (triton.cdiv(batch, c.block_batch), directions)
     with _on_device_of(y):
         if c.whole:

@@ -11,6 +11,9 @@ from torch import nn
 
 from bigru import BiGRU
 
+# cuDNN says so, of nn.GRU as of us, where parameters were copied or replaced and not laid out anew.
+pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+
 SIZES = {  # T, B, I, H, layers, bias
     "all one": (1, 1, 1, 1, 1, True),
     "two layers": (5, 3, 4, 7, 2, True),
@@ -217,6 +220,16 @@ class TestBackends:
         monkeypatch.setattr(launch, "interpreted", lambda: False)
         with pytest.raises(RuntimeError, match="the input is on cpu"):
             BiGRU(3, 4, backend="triton")(torch.randn(2, 2, 3))
+
+    def test_an_old_gpu_is_refused(self, monkeypatch):
+        pytest.importorskip("triton")
+        from types import SimpleNamespace
+
+        from bigru.kernels.gru import _triton_refusal
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        input = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+        assert "compute capability is 7.5, and the kernels need 8.0" in _triton_refusal(input)
 
     def test_triton_missing(self, monkeypatch):
         from bigru.kernels import gru
