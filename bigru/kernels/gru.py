@@ -125,16 +125,14 @@ class BiGRU(nn.RNNBase):
             if self.backend == "reference" and isinstance(input, PackedSequence):
                 raise RuntimeError("backend 'reference' cannot serve this call: the input is a PackedSequence")
             return self.backend
-        refusal = _triton_refusal(input)
-        if self.backend == "triton":
-            if refusal:
-                raise RuntimeError(f"backend 'triton' cannot serve this call: {refusal}")
-            return "triton"
         data = input.data if isinstance(input, PackedSequence) else input
-        if data.device.type != "cuda":
+        if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
-        if not refusal:
+        refusal = _triton_refusal(input)
+        if refusal is None:
             return "triton"
+        if self.backend == "triton":
+            raise RuntimeError(f"backend 'triton' cannot serve this call: {refusal}")
         if data.dtype == torch.float32 and self.precision == "fp32" and torch.backends.cudnn.allow_tf32:
             warnings.warn(
                 f"the fused kernel cannot serve this call ({refusal}); ATen's GRU does, and its products may be TF32 "
