@@ -124,7 +124,7 @@ class RunConfig:
     """Seed of the weights, of dropout and of the order of the windows."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "resident", "cooperative", "torch", "reference"] = "auto"
     """Which implementation of the GRU to run."""
     precision: Literal["fp32", "tf32"] = "fp32"
     """Products of the recurrence: fp32 (error below 1e-5) or tf32."""

@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from bigru.kernels.recurrence import fused_gru_recurrence
 from bigru.kernels.reference import gru_recurrence, input_gates
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+KERNELS = {"triton": "portable", "resident": "resident", "cooperative": "cooperative"}
+"""The families of kernels (`launch.KERNELS`) by the backend's name."""
+BACKENDS = ("auto", *KERNELS, "torch", "reference")
 PRECISIONS = ("fp32", "tf32")
 
 
@@ -31,8 +33,10 @@ class BiGRU(nn.RNNBase):
         batch_first: input and output as (B, T, features) instead of (T, B, features).
         dropout: probability of dropping an output between two layers in training.
         backend: who computes the recurrence. "triton": the fused kernels, on a GPU (or in Triton's interpreter);
-            "torch": ATen's own GRU (cuDNN on a GPU); "reference": a plain PyTorch loop, slow, differentiable to any
-            order; "auto": "triton" where it can serve the call on a GPU, else "torch".
+            "resident" (H up to 128) and "cooperative" (H from 129): faster kernels, experimental except where
+            `bigru.kernels.proven` lists a recorded run on a GPU; "torch": ATen's own GRU (cuDNN on a GPU);
+            "reference": a plain PyTorch loop, slow, differentiable to any order; "auto": on a GPU the fastest of the
+            fused kernels that can serve the call and is proven there, else "torch".
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64) or
             "tf32" (below 2e-3). Input products follow torch.backends.cuda.matmul.allow_tf32, and the "torch" backend
             follows torch.backends.cudnn.allow_tf32.
@@ -116,7 +120,7 @@ class BiGRU(nn.RNNBase):
         return (y, h_n) if batched else (y.squeeze(1), h_n.squeeze(1))
 
     def resolve_backend(self, input: Tensor | PackedSequence) -> str:
-        """Name of the backend that serves `input`: "triton", "torch" or "reference".
+        """Name of the backend that serves `input`, never "auto".
 
         Raises:
             RuntimeError: the backend asked for cannot serve it; the message says why.
@@ -128,11 +132,12 @@ class BiGRU(nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
-        refusal = _triton_refusal(input)
+        wanted = "triton" if self.backend == "auto" else self.backend
+        refusal = _refusal(KERNELS[wanted], input, self.hidden_size, self.precision)
         if refusal is None:
-            return "triton"
-        if self.backend == "triton":
-            raise RuntimeError(f"backend 'triton' cannot serve this call: {refusal}")
+            return wanted if self.backend != "auto" else _preferred(data, self.hidden_size, self.precision)
+        if self.backend != "auto":
+            raise RuntimeError(f"backend {wanted!r} cannot serve this call: {refusal}")
         if data.dtype == torch.float32 and self.precision == "fp32" and torch.backends.cudnn.allow_tf32:
             warnings.warn(
                 f"the fused kernel cannot serve this call ({refusal}); ATen's GRU does, and its products may be TF32 "
@@ -178,10 +183,11 @@ class BiGRU(nn.RNNBase):
             gi = input_gates(x, w_ih, b_ih, b_hh)
             b_hn = b_hh[:, 2 * self.hidden_size :] if b_hh is not None else None
             h0 = hx[2 * layer : 2 * layer + 2]
-            if backend == "triton":
+            if backend in KERNELS:
                 # Under autocast gi comes in the user's dtype, and the recurrence follows it.
                 b_hn = b_hn.to(gi.dtype) if b_hn is not None else None
-                y, h_n = fused_gru_recurrence(gi, w_hh.to(gi.dtype), b_hn, h0.to(gi.dtype), self.precision)
+                h0, w_hh = h0.to(gi.dtype), w_hh.to(gi.dtype)
+                y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0, self.precision, KERNELS[backend])
             else:
                 y, h_n, _ = gru_recurrence(gi, w_hh, b_hn, h0)
             states.append(h_n)
@@ -211,18 +217,24 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_refusal(input: Tensor | PackedSequence) -> str | None:
-    """Why the fused kernels cannot serve `input`, or None if they can."""
+def _refusal(kernel: str, input: Tensor | PackedSequence, hidden: int, precision: str) -> str | None:
+    """Why a family of kernels cannot serve `input`, or None if it can."""
     if isinstance(input, PackedSequence):
         return "the input is a PackedSequence"
     if not _triton_installed():
         return "triton is not installed"
     from bigru.kernels import launch
 
+    if input.device.type != "cuda" and kernel != "portable":
+        return f"the input is on {input.device}, and these kernels run on a GPU"
     if input.device.type != "cuda" and not launch.interpreted():
         return f"the input is on {input.device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
-    if input.device.type == "cuda" and (found := torch.cuda.get_device_capability(input.device)) < launch.OLDEST:
-        return f"the GPU's compute capability is {found[0]}.{found[1]}, and the kernels need 8.0"
-    if input.dtype not in launch.DTYPES:
-        return f"the input is {input.dtype}, and the kernels take float32, bfloat16 and float16"
-    return None
+    return launch.refusal(kernel, hidden, input.dtype, precision, launch.describe(input.device))
+
+
+def _preferred(input: Tensor, hidden: int, precision: str) -> str:
+    """Name of the backend that "auto" takes among the fused kernels."""
+    from bigru.kernels import launch
+
+    kernel = launch.preferred(hidden, input.dtype, precision, launch.describe(input.device))
+    return next(backend for backend, name in KERNELS.items() if name == kernel)

@@ -12,10 +12,15 @@ import triton
 from torch import Tensor
 
 from bigru.kernels import portable
+from bigru.kernels.proven import PROVEN
 
 Precision = Literal["fp32", "tf32"]
 
+KERNELS = ("portable", "resident", "cooperative")
+"""The families of kernels; `resident` and `cooperative` are experimental outside `proven.PROVEN`."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_RESIDENT = 128
+"""Largest H whose recurrent weights the registers of one program hold."""
 OLDEST = (8, 0)
 """Compute capability of the first GPUs with TF32 and bf16 products."""
 
@@ -93,13 +98,68 @@ def choose(hidden: int, dtype: torch.dtype, precision: Precision, batch: int, de
     return LaunchConfig(False, 16, min(64, padded), 8, split=False, dot="tf32")
 
 
+@dataclass(frozen=True)
+class ResidentConfig:
+    """How one call of the resident kernels runs."""
+
+    block_batch: int
+    """Batch rows of one program."""
+    padded: int
+    """H padded to a power of two."""
+    split: bool
+    """Both factors of the products as two fp16 parts."""
+
+    def options(self) -> dict[str, int | bool]:
+        """What the compiler is told."""
+        return {"num_warps": self.padded // 16, "enable_fp_fusion": True}
+
+
+def choose_resident(
+    hidden: int, dtype: torch.dtype, precision: Precision, batch: int, device: Device
+) -> ResidentConfig:
+    """Picks the parameters of the resident kernels; arguments as for `choose`."""
+    padded = max(16, triton.next_power_of_2(hidden))
+    split = dtype == torch.float32 and precision == "fp32"
+    # The narrowest block spreads a small batch over the most processors, and its step is the shortest. Two parts of a
+    # row take two of the MMA's eight columns.
+    rows = 4 if split else 8
+    # Once there are more programs than fit at once (W_hh fills the registers at H=128), twice the rows a program take
+    # less than twice the time a step. At H=128 only 16-bit storage has the registers for it.
+    at_once = device.processors * (128 // padded)
+    if 2 * triton.cdiv(batch, rows) > at_once and (padded < 128 or dtype != torch.float32):
+        rows *= 2
+    return ResidentConfig(rows, padded, split)
+
+
+def refusal(kernel: str, hidden: int, dtype: torch.dtype, precision: str, device: Device) -> str | None:
+    """Why a family of kernels cannot serve H, dtype and precision on a device, or None if it can."""
+    if device.capability < OLDEST:
+        return (
+            f"the GPU's compute capability is {device.capability[0]}.{device.capability[1]}, and the kernels need 8.0"
+        )
+    if dtype not in DTYPES:
+        return f"the input is {dtype}, and the kernels take float32, bfloat16 and float16"
+    if kernel == "resident" and hidden > MAX_RESIDENT:
+        return f"hidden_size is {hidden}, and W_hh fits the registers up to {MAX_RESIDENT}"
+    return None
+
+
+def preferred(hidden: int, dtype: torch.dtype, precision: str, device: Device) -> str:
+    """The family of kernels that "auto" takes on a device: one that a recorded run has proven, else "portable"."""
+    for entry in PROVEN:
+        if entry.covers(hidden, str(dtype).removeprefix("torch."), precision, device.capability):
+            return entry.kernel
+    return "portable"
+
+
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on CPU tensors."""
     return not isinstance(portable.gru_forward_kernel, triton.runtime.JITFunction)
 
 
 @functools.cache
-def _describe(device: torch.device) -> Device:
+def describe(device: torch.device) -> Device:
+    """What the choice of a kernel depends on, of a tensor's device."""
     if device.type != "cuda":
         return H100  # the interpreter takes the path of a large GPU
     properties = torch.cuda.get_device_properties(device)
@@ -111,6 +171,11 @@ def _on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
+def gates_shape(kernel: str, steps: int, batch: int, directions: int, hidden: int) -> tuple[int, ...]:
+    """Shape of the saved gates, which is private to a family of kernels."""
+    return (steps, batch, directions, *((4, hidden) if kernel == "portable" else (hidden, 4)))
+
+
 def gru_forward(
     gi: Tensor,  # (T, B, D, 3H)
     w_hh: Tensor,  # (D, 3H, H)
@@ -118,19 +183,38 @@ def gru_forward(
     h0: Tensor,  # (D, B, H)
     precision: Precision,
     save: bool,
+    kernel: str = "portable",
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the forward recurrence: y (T, B, D, H), h_n (D, B, H) and gates (T, B, D, 4, H), empty unless `save`."""
+    """Launches the forward recurrence.
+
+    Returns:
+        y (T, B, D, H); h_n (D, B, H); gates, empty unless `save`: (T, B, D, 4, H) from the portable kernels,
+        (T, B, D, H, 4) from the others, for the backward kernel of the same family.
+    """
     steps, batch, directions, _ = gi.shape
     hidden = h0.shape[-1]
     gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
     bias = gi if b_hn is None else b_hn.contiguous()
     y = gi.new_empty(steps, batch, directions, hidden)
-    gates = gi.new_empty((steps, batch, directions, 4, hidden) if save else (0,))
+    gates = gi.new_empty(gates_shape(kernel, steps, batch, directions, hidden) if save else (0,))
     h_n = torch.empty_like(h0)
     if batch == 0:
         return y, h_n, gates
-    c = config or choose(hidden, gi.dtype, precision, batch, _describe(gi.device))
+    grid: tuple[int, ...]
+    if kernel == "resident":
+        from bigru.kernels.resident import gru_forward_resident_kernel
+
+        r = choose_resident(hidden, gi.dtype, precision, batch, describe(gi.device))
+        grid = (triton.cdiv(batch, r.block_batch), directions)
+        with _on_device_of(gi):
+            gru_forward_resident_kernel[grid](
+                gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
+                H=hidden, HP=r.padded, N=r.block_batch, HAS_BIAS=b_hn is not None, SAVE=save, SPLIT=r.split,
+                **r.options(),
+            )  # fmt: skip
+        return y, h_n, gates
+    c = config or choose(hidden, gi.dtype, precision, batch, describe(gi.device))
     accurate = gi.dtype == torch.float32 and precision == "fp32"
     grid = (triton.cdiv(batch, c.block_batch), directions)
     with _on_device_of(gi):
@@ -156,10 +240,11 @@ def gru_backward(
     dy: Tensor,  # (T, B, D, H)
     dh_n: Tensor,  # (D, B, H)
     y: Tensor,  # (T, B, D, H)
-    gates: Tensor,  # (T, B, D, 4, H)
+    gates: Tensor,  # as the forward kernel of the same family left them
     h0: Tensor,  # (D, B, H)
     w_hh: Tensor,  # (D, 3H, H)
     precision: Precision,
+    kernel: str = "portable",
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward recurrence.
@@ -174,7 +259,19 @@ def gru_backward(
     dh0 = torch.empty_like(h0)
     if batch == 0:
         return dgi, dq, dh0
-    c = config or choose(hidden, y.dtype, precision, batch, _describe(y.device))
+    grid: tuple[int, ...]
+    if kernel == "resident":
+        from bigru.kernels.resident import gru_backward_resident_kernel
+
+        r = choose_resident(hidden, y.dtype, precision, batch, describe(y.device))
+        grid = (triton.cdiv(batch, r.block_batch), directions)
+        with _on_device_of(y):
+            gru_backward_resident_kernel[grid](
+                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
+                H=hidden, HP=r.padded, N=r.block_batch, SPLIT=r.split, **r.options(),
+            )  # fmt: skip
+        return dgi, dq, dh0
+    c = config or choose(hidden, y.dtype, precision, batch, describe(y.device))
     grid = (triton.cdiv(batch, c.block_batch), directions)
     with _on_device_of(y):
         if c.whole:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def fused_gru_recurrence(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str = "portable"
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence in the fused kernels; the equations are in `bigru.kernels.reference`.
 
@@ -18,52 +18,63 @@ def fused_gru_recurrence(
         b_hn: (D, H) recurrent bias of n, or None.
         h0: (D, B, H) initial state.
         precision: "fp32" or "tf32", for fp32 storage.
+        kernel: one of `launch.KERNELS`.
 
     Returns:
         y (T, B, D, H) and h_n (D, B, H).
     """
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (gi, w_hh, b_hn, h0))
-    y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, wanted and torch.is_grad_enabled())
+    save = wanted and torch.is_grad_enabled()
+    y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)
     return y, h_n
 
 
 @torch.library.custom_op("bigru::gru_forward", mutates_args=())
 def gru_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel: str = "portable"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
     from bigru.kernels import launch  # triton is needed from here on, not before
 
-    _check(gi, w_hh, b_hn, h0, precision)
-    return launch.gru_forward(gi, w_hh, b_hn, h0, precision, save)  # type: ignore[arg-type]
+    _check(gi, w_hh, b_hn, h0, precision, kernel)
+    return launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)  # type: ignore[arg-type]
 
 
 @gru_forward.register_fake
-def _(gi, w_hh, b_hn, h0, precision, save):
+def _(gi, w_hh, b_hn, h0, precision, save, kernel="portable"):
+    from bigru.kernels import launch
+
     steps, batch, directions, _ = gi.shape
     hidden = h0.shape[-1]
     y = gi.new_empty(steps, batch, directions, hidden)
-    gates = gi.new_empty((steps, batch, directions, 4, hidden) if save else (0,))
+    gates = gi.new_empty(launch.gates_shape(kernel, steps, batch, directions, hidden) if save else (0,))
     return y, h0.new_empty(h0.shape), gates
 
 
 @torch.library.custom_op("bigru::gru_backward", mutates_args=())
 def gru_backward(
-    dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, precision: str
+    dy: Tensor,
+    dh_n: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    precision: str,
+    kernel: str = "portable",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gi, of q and of h0. Not differentiable itself: double backward raises."""
     from bigru.kernels import launch
 
-    return launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, precision)  # type: ignore[arg-type]
+    return launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, precision, kernel)  # type: ignore[arg-type]
 
 
 @gru_backward.register_fake
-def _(dy, dh_n, y, gates, h0, w_hh, precision):
+def _(dy, dh_n, y, gates, h0, w_hh, precision, kernel="portable"):
     steps, batch, directions, hidden = y.shape
     return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), h0.new_empty(h0.shape)
 
 
-def _check(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str) -> None:
+def _check(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str) -> None:
     from bigru.kernels import launch
 
     if gi.dim() != 4 or gi.shape[2] != 2 or gi.shape[3] % 3:
@@ -89,17 +100,23 @@ def _check(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision:
         raise ValueError(f"gi: expected float32, bfloat16 or float16, got {gi.dtype}")
     if precision not in ("fp32", "tf32"):
         raise ValueError(f"precision: expected 'fp32' or 'tf32', got {precision!r}")
+    if kernel not in launch.KERNELS:
+        raise ValueError(f"kernel: expected one of {launch.KERNELS}, got {kernel!r}")
+    if gi.device.type != "cuda" and kernel != "portable":
+        raise RuntimeError(f"gi: expected a CUDA tensor, which the {kernel} kernels need, got one on {gi.device}")
     if gi.device.type != "cuda" and not launch.interpreted():
         raise RuntimeError(f"gi: expected a CUDA tensor (or TRITON_INTERPRET=1), got one on {gi.device}")
+    if refusal := launch.refusal(kernel, hidden, gi.dtype, precision, launch.describe(gi.device)):
+        raise RuntimeError(f"kernel {kernel!r} cannot serve this call: {refusal}")
 
 
 def _setup_context(ctx, inputs, output):
-    _, w_hh, b_hn, h0, precision, save = inputs
+    _, w_hh, b_hn, h0, precision, save, kernel = inputs
     y, _, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, gates, h0, w_hh)
-    ctx.precision, ctx.saved_gates, ctx.has_bias = precision, save, b_hn is not None
+    ctx.precision, ctx.kernel, ctx.saved_gates, ctx.has_bias = precision, kernel, save, b_hn is not None
 
 
 def _backward(ctx, dy, dh_n, _):
@@ -108,10 +125,10 @@ def _backward(ctx, dy, dh_n, _):
     y, gates, h0, w_hh = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision)
+    dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
     dw_hh = _recurrent_weight_gradient(dgi, dq, y, h0) if ctx.needs_input_grad[1] else None
     db_hn = dq.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return dgi, dw_hh, db_hn, dh0, None, None
+    return dgi, dw_hh, db_hn, dh0, None, None, None
 
 
 def _recurrent_weight_gradient(dgi: Tensor, dq: Tensor, y: Tensor, h0: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class HandForecaster(nn.Module):
         hidden_size: hidden units per direction.
         num_layers: stacked bidirectional layers.
         dropout: probability of dropping a feature before the linear layer; none between the GRU's layers.
-        backend: which implementation of the GRU serves: "auto", "triton", "torch" or "reference".
+        backend: which implementation of the GRU serves, as for `BiGRU`.
         precision: products of the recurrence: "fp32" or "tf32".
 
     Raises:
@@ -53,7 +53,7 @@ class HandForecaster(nn.Module):
         num_layers: int = 2,
         dropout: float = 0.2,
         *,
-        backend: Literal["auto", "triton", "torch", "reference"] = "auto",
+        backend: Literal["auto", "triton", "resident", "cooperative", "torch", "reference"] = "auto",
         precision: Literal["fp32", "tf32"] = "fp32",
     ) -> None:
         super().__init__()

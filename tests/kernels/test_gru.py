@@ -221,15 +221,28 @@ class TestBackends:
         with pytest.raises(RuntimeError, match="the input is on cpu"):
             BiGRU(3, 4, backend="triton")(torch.randn(2, 2, 3))
 
-    def test_an_old_gpu_is_refused(self, monkeypatch):
+    @pytest.mark.parametrize("backend", ["resident", "cooperative"])
+    def test_kernels_without_an_interpreter_are_refused_on_a_cpu(self, backend):
+        pytest.importorskip("triton")
+        with pytest.raises(RuntimeError, match=f"'{backend}' cannot serve this call: the input is on cpu"):
+            BiGRU(3, 4, backend=backend)(torch.randn(2, 2, 3))
+
+    def test_auto_takes_a_proven_kernel(self, monkeypatch):
         pytest.importorskip("triton")
         from types import SimpleNamespace
 
-        from bigru.kernels.gru import _triton_refusal
+        from bigru.kernels import launch
+        from bigru.kernels.proven import Proven
 
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        proven = Proven("resident", (9, 0), (32, 128), "float32", "fp32", "card.json")
+        monkeypatch.setattr(launch, "PROVEN", (proven,))
+        monkeypatch.setattr(launch, "describe", lambda device: launch.H100)
         input = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
-        assert "compute capability is 7.5, and the kernels need 8.0" in _triton_refusal(input)
+        assert BiGRU(3, 128).resolve_backend(input) == "resident"
+        assert BiGRU(3, 64).resolve_backend(input) == "triton"
+        assert BiGRU(3, 128, precision="tf32").resolve_backend(input) == "triton"
+        monkeypatch.setattr(launch, "describe", lambda device: launch.A100)
+        assert BiGRU(3, 128).resolve_backend(input) == "triton"
 
     def test_triton_missing(self, monkeypatch):
         from bigru.kernels import gru
