@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in triton 3.7
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.constexpr_function
@@ -216,8 +216,9 @@ def _to_units(acc, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def _row(t, B, b0, d):
+def _row(t, place):
     """Index of a program's first row in (T, B, D), 64-bit."""
+    B, b0, d = place
     return (t.to(gl.int64) * B + b0) * 2 + d
 
 
@@ -239,11 +240,14 @@ def _load_gates_in(gi_ptr, row, offs, H: gl.constexpr):
 
 @gluon.jit
 def _forward_step(
-    gi_ptr, y_ptr, gates_ptr, read, write, h, gates_in, w_r, w_z, w_n, b_hn, scale, unscale, t, t_next, B, b0, d,
-    offs_gi, offs_y, offs_gates, H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SAVE: gl.constexpr,
-    SPLIT: gl.constexpr, OPERAND: gl.constexpr,
+    pointers, read, write, h, gates_in, weights, b_hn, scales, t, t_next, place, offs, H: gl.constexpr, HP: gl.constexpr,
+    N: gl.constexpr, SAVE: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """One step: the state comes from one buffer and goes to the other; returns it and the next step's input gates."""
+    gi_ptr, y_ptr, gates_ptr = pointers
+    w_r, w_z, w_n = weights
+    scale, unscale = scales
+    offs_gi, offs_y, offs_gates = offs
     ACC: gl.constexpr = _accumulator(HP)
     COLUMNS: gl.constexpr = 2 * N if SPLIT else N
     x = read.permute((1, 0)).load(gl.DotOperandLayout(1, ACC, 2))
@@ -255,10 +259,10 @@ def _forward_step(
     z = _sigmoid(gates_in[1].to(gl.float32) + h_z, not SPLIT)
     n = _tanh(gates_in[2].to(gl.float32) + r * q, not SPLIT)
     # Asked for now, into the registers of this step's; the next step's products hide the latency.
-    gates_in = _load_gates_in(gi_ptr, _row(t_next, B, b0, d), offs_gi, H)
+    gates_in = _load_gates_in(gi_ptr, _row(t_next, place), offs_gi, H)
     h = n + z * (h - n)
     _put(write, h * scale, OPERAND, HP, N, SPLIT)
-    row = _row(t, B, b0, d)
+    row = _row(t, place)
     gl.store(y_ptr + row * H + offs_y, h.to(y_ptr.dtype.element_ty))
     if SAVE:
         quads = gl.join(gl.join(r, n), gl.join(z, q)).permute([0, 2, 3, 1]).reshape([4 * HP, N])
@@ -311,30 +315,32 @@ def gru_forward_resident_kernel(
     even = gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP))
     odd = gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP))
 
+    pointers, weights, scales = (gi_ptr, y_ptr, gates_ptr), (w_r, w_z, w_n), (scale, unscale)
+    place, offs = (B, b0, d), (offs_gi, offs_y, offs_gates)
     t = d * (T - 1)
     step = 1 - 2 * d
-    gates_in = _load_gates_in(gi_ptr, _row(t, B, b0, d), offs_gi, H)
+    gates_in = _load_gates_in(gi_ptr, _row(t, place), offs_gi, H)
     if T % 2 == 1:
         _put(odd, h * scale, OPERAND, HP, N, SPLIT)
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
         h, gates_in = _forward_step(
-            gi_ptr, y_ptr, gates_ptr, odd, even, h, gates_in, w_r, w_z, w_n, b_hn, scale, unscale, t, t_next, B, b0, d,
-            offs_gi, offs_y, offs_gates, H, HP, N, SAVE, SPLIT, OPERAND,
+            pointers, odd, even, h, gates_in, weights, b_hn, scales, t, t_next, place, offs,
+            H, HP, N, SAVE, SPLIT, OPERAND,
         )  # fmt: skip
         t += step
     else:
         _put(even, h * scale, OPERAND, HP, N, SPLIT)
     for _ in range(T // 2):
         h, gates_in = _forward_step(
-            gi_ptr, y_ptr, gates_ptr, even, odd, h, gates_in, w_r, w_z, w_n, b_hn, scale, unscale, t, t + step, B, b0, d,
-            offs_gi, offs_y, offs_gates, H, HP, N, SAVE, SPLIT, OPERAND,
+            pointers, even, odd, h, gates_in, weights, b_hn, scales, t, t + step, place, offs,
+            H, HP, N, SAVE, SPLIT, OPERAND,
         )  # fmt: skip
         t += step
         # There is nothing after the last step, so it asks for its own input gates once more.
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
         h, gates_in = _forward_step(
-            gi_ptr, y_ptr, gates_ptr, odd, even, h, gates_in, w_r, w_z, w_n, b_hn, scale, unscale, t, t_next, B, b0, d,
-            offs_gi, offs_y, offs_gates, H, HP, N, SAVE, SPLIT, OPERAND,
+            pointers, odd, even, h, gates_in, weights, b_hn, scales, t, t_next, place, offs,
+            H, HP, N, SAVE, SPLIT, OPERAND,
         )  # fmt: skip
         t += step
     d = gl.where(t < 0, 1, 0)
@@ -342,16 +348,17 @@ def gru_forward_resident_kernel(
 
 
 @gluon.jit
-def _load_saved(
-    dy_ptr, y_ptr, gates_ptr, h0_ptr, t, step, T, B, b0, d, j, b, offs_gates, H: gl.constexpr
-):  # fmt: skip
+def _load_saved(sources, t, step, T, place, indices, H: gl.constexpr):
     """What a backward step at t reads: dy, the four gates, and the state before it, which is h0 at the first t."""
-    row = _row(t, B, b0, d)
+    dy_ptr, y_ptr, gates_ptr, h0_ptr = sources
+    j, b, offs_gates = indices
+    B, b0, d = place
+    row = _row(t, place)
     dy = gl.load(dy_ptr + row * H + (b * (2 * H) + j))
     quads = gl.load(gates_ptr + row * (4 * H) + offs_gates)
     t_before = t + step
     inside = (t_before >= 0) & (t_before < T)
-    before = y_ptr + _row(t_before, B, b0, d) * H
+    before = y_ptr + _row(t_before, place) * H
     before = before if inside else h0_ptr + (d.to(gl.int64) * B + b0) * H
     h_before = gl.load(before + (b * (2 * H if inside else H) + j))
     return dy, quads, h_before
@@ -372,11 +379,13 @@ def _of_quads(quads, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _backward_step(
-    dy_ptr, y_ptr, gates_ptr, h0_ptr, dgi_ptr, dq_ptr, buffers, dh, saved, w_r, w_z, w_n, w_unscale, t, t_next, step, T,
-    B, b0, d, j, b, offs_gates, H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
-    SCALED: gl.constexpr,
+    sources, targets, buffers, dh, saved, weights, w_unscale, t, t_next, step, T, place, indices, H: gl.constexpr,
+    HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """One step back; returns the gradient of the state before it and what the next step reads."""
+    dgi_ptr, dq_ptr = targets
+    w_r, w_z, w_n = weights
+    j, b, _ = indices
     ACC: gl.constexpr = _accumulator(HP)
     COLUMN: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
     COLUMNS: gl.constexpr = 2 * N if SPLIT else N
@@ -388,7 +397,7 @@ def _backward_step(
     dq = da_n * r
     dh *= z
     # Asked for now, into the registers of this step's; the products hide the latency.
-    saved = _load_saved(dy_ptr, y_ptr, gates_ptr, h0_ptr, t_next, step, T, B, b0, d, j, b, offs_gates, H)
+    saved = _load_saved(sources, t_next, step, T, place, indices, H)
     scale = 1.0
     unscale = 1.0
     if SCALED:
@@ -399,11 +408,11 @@ def _backward_step(
     _put(buffers[0], da_r * scale, OPERAND, HP, N, SPLIT)
     _put(buffers[1], da_z * scale, OPERAND, HP, N, SPLIT)
     _put(buffers[2], dq * scale, OPERAND, HP, N, SPLIT)
-    dgi = dgi_ptr + _row(t, B, b0, d) * (3 * H) + (b * (6 * H) + j)
+    dgi = dgi_ptr + _row(t, place) * (3 * H) + (b * (6 * H) + j)
     gl.store(dgi, da_r.to(dgi_ptr.dtype.element_ty))
     gl.store(dgi + H, da_z.to(dgi_ptr.dtype.element_ty))
     gl.store(dgi + 2 * H, da_n.to(dgi_ptr.dtype.element_ty))
-    gl.store(dq_ptr + _row(t, B, b0, d) * H + (b * (2 * H) + j), dq.to(dq_ptr.dtype.element_ty))
+    gl.store(dq_ptr + _row(t, place) * H + (b * (2 * H) + j), dq.to(dq_ptr.dtype.element_ty))
     acc = gl.zeros([HP, COLUMNS], gl.float32, ACC)
     acc = _multiply(w_r, buffers[0].permute((1, 0)).load(COLUMN), acc, SPLIT)
     acc = _multiply(w_z, buffers[1].permute((1, 0)).load(COLUMN), acc, SPLIT)
@@ -457,27 +466,29 @@ def gru_backward_resident_kernel(
         gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP)),
     )
 
+    sources, targets, weights = (dy_ptr, y_ptr, gates_ptr, h0_ptr), (dgi_ptr, dq_ptr), (w_r, w_z, w_n)
+    place, indices = (B, b0, d), (j, b, offs_gates)
     t = (1 - d) * (T - 1)
     step = 2 * d - 1
-    saved = _load_saved(dy_ptr, y_ptr, gates_ptr, h0_ptr, t, step, T, B, b0, d, j, b, offs_gates, H)
+    saved = _load_saved(sources, t, step, T, place, indices, H)
     if T % 2 == 1:
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
         dh, saved = _backward_step(
-            dy_ptr, y_ptr, gates_ptr, h0_ptr, dgi_ptr, dq_ptr, odd, dh, saved, w_r, w_z, w_n, w_unscale, t, t_next, step,
-            T, B, b0, d, j, b, offs_gates, H, HP, N, SPLIT, OPERAND, SCALED,
+            sources, targets, odd, dh, saved, weights, w_unscale, t, t_next, step, T, place, indices,
+            H, HP, N, SPLIT, OPERAND, SCALED,
         )  # fmt: skip
         t += step
     for _ in range(T // 2):
         dh, saved = _backward_step(
-            dy_ptr, y_ptr, gates_ptr, h0_ptr, dgi_ptr, dq_ptr, even, dh, saved, w_r, w_z, w_n, w_unscale, t, t + step,
-            step, T, B, b0, d, j, b, offs_gates, H, HP, N, SPLIT, OPERAND, SCALED,
+            sources, targets, even, dh, saved, weights, w_unscale, t, t + step, step, T, place, indices,
+            H, HP, N, SPLIT, OPERAND, SCALED,
         )  # fmt: skip
         t += step
         # There is nothing before the first step, so it asks for its own operands once more.
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
         dh, saved = _backward_step(
-            dy_ptr, y_ptr, gates_ptr, h0_ptr, dgi_ptr, dq_ptr, odd, dh, saved, w_r, w_z, w_n, w_unscale, t, t_next, step,
-            T, B, b0, d, j, b, offs_gates, H, HP, N, SPLIT, OPERAND, SCALED,
+            sources, targets, odd, dh, saved, weights, w_unscale, t, t_next, step, T, place, indices,
+            H, HP, N, SPLIT, OPERAND, SCALED,
         )  # fmt: skip
         t += step
     d = gl.where(t < 0, 0, 1)
