@@ -25,7 +25,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
@@ -240,8 +239,8 @@ def _load_gates_in(gi_ptr, row, offs, H: gl.constexpr):
 
 @gluon.jit
 def _forward_step(
-    pointers, read, write, h, gates_in, weights, b_hn, scales, t, t_next, place, offs, H: gl.constexpr, HP: gl.constexpr,
-    N: gl.constexpr, SAVE: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
+    pointers, read, write, h, gates_in, weights, b_hn, scales, t, t_next, place, offs, H: gl.constexpr,
+    HP: gl.constexpr, N: gl.constexpr, SAVE: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """One step: the state comes from one buffer and goes to the other; returns it and the next step's input gates."""
     gi_ptr, y_ptr, gates_ptr = pointers

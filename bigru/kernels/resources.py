@@ -27,8 +27,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from bigru.kernels import launch, portable
+from bigru.kernels import launch, portable, resident
 
 DEVICES = {"sm_80": launch.A100, "sm_90": launch.H100, "sm_100": launch.B200}
 HIDDEN = (16, 32, 64, 100, 128, 200, 256)
@@ -45,18 +46,30 @@ SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 WHOLE = {"forward": "gru_forward_kernel", "backward": "gru_backward_kernel"}
 BLOCKED = {"forward blocked": "gru_forward_blocked_kernel", "backward blocked": "gru_backward_blocked_kernel"}
+RESIDENT = {"forward resident": "gru_forward_resident_kernel", "backward resident": "gru_backward_resident_kernel"}
 WIDE_POINTERS = {"gru_forward_blocked_kernel": "state_ptr", "gru_backward_blocked_kernel": "dh_ptr"}
 """The state's buffer is fp32 whatever the storage."""
 
+BUDGETS = {
+    # Without gates saved, forward: 16-bit operands and TF32's accuracy; fp32's as much again for a quarter of the rows.
+    ("forward resident", False): {"bf16": (160, 2), "fp16": (160, 2), "tf32": (200, 2), "fp32": (230, 2)},
+    ("forward resident", True): {"bf16": (230, 2), "fp16": (230, 2), "tf32": (230, 2), "fp32": (230, 2)},
+    ("backward resident", True): {"bf16": (275, 4), "fp16": (275, 4), "tf32": (345, 4), "fp32": (345, 4)},
+}
+"""Most instructions and barriers of one step of the resident kernels, at H=128 on sm_90 with the narrowest block."""
+BUDGETED_TRITON = (3, 6)
+"""The version that the budgets are for; newer ones may take 15 % more instructions."""
+
 HEADERS = (
     "arch", "kernel", "H", "storage", "precision", "N", "warps", "registers", "spilled B", "shared B", "limit B",
-    "step instr.", "barriers",
+    "step instr.", "barriers", "budget",
 )  # fmt: skip
 FOOTNOTES = """\
 N: batch rows of one program. registers: of one thread; spilled: its stack. shared: of one program.
 step: instructions and barriers of the largest loop in the machine code, one time step; of a blocked kernel this is the
 body of the time loop as it is written, with each inner loop over blocks counted once. Sizes, not times.
-Forward kernels as in training: with bias, gates saved. B and T are taken for any numbers, pointers for aligned ones."""
+Forward kernels as in training, with bias and gates saved, unless they say "inference". budget: most instructions and
+barriers a step. B and T are taken for any numbers, pointers for aligned ones."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +81,23 @@ class Case:
     hidden: int
     storage: str
     precision: str
-    config: launch.LaunchConfig
+    config: launch.LaunchConfig | launch.ResidentConfig
+    save: bool = True
+    """Whether the gates are saved, as in training."""
+
+    @property
+    def name(self) -> str:
+        """The kernel as the table names it."""
+        return self.kernel if self.save else f"{self.kernel}, inference"
+
+    @property
+    def mode(self) -> str:
+        """Precision of fp32 storage, else the storage."""
+        return self.precision if self.storage == "fp32" else self.storage
 
     def __str__(self) -> str:
-        names = f"{self.arch} {self.kernel}, H={self.hidden}, {self.storage} storage, precision {self.precision}"
-        return f"{names}, N={self.config.block_batch}, {self.config.num_warps} warps"
+        names = f"{self.arch} {self.name}, H={self.hidden}, {self.storage} storage, precision {self.precision}"
+        return f"{names}, N={self.config.block_batch}, {self.config.options()['num_warps']} warps"
 
 
 @dataclass(frozen=True)
@@ -110,18 +135,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shipped(archs: Sequence[str] | dict[str, Any]) -> Iterator[Case]:
-    """Every kernel and configuration that `launch.choose` returns on these architectures, each once."""
-    seen = set()
-    for arch in archs:
-        for hidden in HIDDEN:
-            for dtype, precision in MODES:
-                for batch in BATCHES:
-                    config = launch.choose(hidden, dtype, precision, batch, DEVICES[arch])
-                    for kernel in WHOLE if config.whole else BLOCKED:
-                        case = Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
-                        if case not in seen:
-                            seen.add(case)
-                            yield case
+    """Every kernel and configuration that `launch` takes on these architectures, each once."""
+    yield from dict.fromkeys(
+        case
+        for arch in archs
+        for hidden in HIDDEN
+        for dtype, precision in MODES
+        for batch in BATCHES
+        for case in cases_of(arch, hidden, dtype, precision, batch)
+    )
+
+
+def cases_of(arch: str, hidden: int, dtype: torch.dtype, precision: launch.Precision, batch: int) -> Iterator[Case]:
+    """What could serve one call."""
+    config = launch.choose(hidden, dtype, precision, batch, DEVICES[arch])
+    for kernel in WHOLE if config.whole else BLOCKED:
+        yield Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
+    if launch.refusal("resident", hidden, dtype, precision, DEVICES[arch]) is None:
+        narrow = launch.choose_resident(hidden, dtype, precision, batch, DEVICES[arch])
+        for kernel in RESIDENT:
+            yield Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, narrow)
+        yield Case(arch, "forward resident", hidden, SHORT_NAMES[dtype], precision, narrow, save=False)
 
 
 def compile_all(cases: Sequence[Case], jobs: int) -> list[Usage]:
@@ -138,20 +172,28 @@ def measure(case: Case) -> Usage:
         compiled = compile_case(case)
         text = dump(compiled.asm["cubin"])
         registers, spilled = read_usage(text)
-        return Usage(registers, spilled, compiled.metadata.shared, *read_step(text))
+        instructions, barriers = read_step(text)
+        # The resident kernels take two steps at every turn of their loop.
+        steps = 2 if case.kernel in RESIDENT else 1
+        return Usage(registers, spilled, compiled.metadata.shared, -(-instructions // steps), -(-barriers // steps))
     except Exception as error:
         return Usage(error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def compile_case(case: Case) -> Any:
     """Compiles as a launch would, for a GPU that need not be there."""
-    name = (WHOLE | BLOCKED)[case.kernel]
-    kernel = getattr(portable, name)
+    name = (WHOLE | BLOCKED | RESIDENT)[case.kernel]
     config, accurate = case.config, case.storage == "fp32" and case.precision == "fp32"
-    values = {
-        "H": case.hidden, "HP": config.block_hidden, "BH": config.block_hidden, "N": config.block_batch,
-        "HAS_BIAS": True, "SAVE": True, "SPLIT": config.split, "PRECISION": config.dot, "ACCURATE": accurate,
+    values: dict[str, Any] = {
+        "H": case.hidden, "N": config.block_batch, "HAS_BIAS": True, "SAVE": case.save, "SPLIT": config.split,
+        "ACCURATE": accurate,
     }  # fmt: skip
+    if isinstance(config, launch.ResidentConfig):
+        kernel, build = getattr(resident, name), GluonASTSource
+        values |= {"HP": config.padded}
+    else:
+        kernel, build = getattr(portable, name), ASTSource
+        values |= {"HP": config.block_hidden, "BH": config.block_hidden, "PRECISION": config.dot}
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
@@ -164,7 +206,7 @@ def compile_case(case: Case) -> Any:
         else:
             signature[parameter.name] = "i32"
     target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
-    source = ASTSource(kernel, signature, constants, aligned)
+    source = build(kernel, signature, constants, aligned)
     return triton.compile(source, target=target, options=config.options())
 
 
@@ -212,7 +254,22 @@ def problem(case: Case, usage: Usage) -> str | None:
     if usage.spilled:
         return f"spills {usage.spilled} bytes a thread"
     limit = DEVICES[case.arch].shared_memory
-    return f"needs {usage.shared} bytes of shared memory, {limit} there are" if usage.shared > limit else None
+    if usage.shared > limit:
+        return f"needs {usage.shared} bytes of shared memory, {limit} there are"
+    if (most := budget(case)) and (usage.instructions > most[0] or usage.barriers > most[1]):
+        found = f"{usage.instructions} instructions and {usage.barriers} barriers"
+        return f"takes {found} a step, {most[0]} and {most[1]} are allowed"
+    return None
+
+
+def budget(case: Case) -> tuple[int, int] | None:
+    """Most instructions and barriers of one step, for the cases that have a budget."""
+    narrowest = 4 if case.config.split else 8
+    if (case.arch, case.hidden, case.config.block_batch) != ("sm_90", 128, narrowest) or case.kernel not in RESIDENT:
+        return None
+    instructions, barriers = BUDGETS[case.kernel, case.save][case.mode]
+    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) > BUDGETED_TRITON
+    return int(instructions * (1.15 if newer else 1)), barriers
 
 
 def verdict(cases: Sequence[Case], usages: Sequence[Usage]) -> int:
@@ -228,15 +285,17 @@ def table_row(case: Case, usage: Usage) -> tuple[Any, ...]:
     precision = case.precision if case.storage == "fp32" else "-"
     config, limit = case.config, DEVICES[case.arch].shared_memory
     sizes = usage.registers, usage.spilled, usage.shared, limit, usage.instructions, usage.barriers
+    most = budget(case)
     return (
-        case.arch, case.kernel, case.hidden, case.storage, precision, config.block_batch, config.num_warps,
-        *(("error",) * len(sizes) if usage.error else sizes),
+        case.arch, case.name, case.hidden, case.storage, precision, config.block_batch, config.options()["num_warps"],
+        *(("error",) * len(sizes) if usage.error else sizes), f"{most[0]}, {most[1]}" if most else "-",
     )  # fmt: skip
 
 
 def as_record(case: Case, usage: Usage) -> dict[str, Any]:
     """A row with everything known of it, for the JSON file."""
-    return asdict(case) | asdict(usage) | {"limit": DEVICES[case.arch].shared_memory, "problem": problem(case, usage)}
+    more = {"limit": DEVICES[case.arch].shared_memory, "budget": budget(case), "problem": problem(case, usage)}
+    return asdict(case) | asdict(usage) | more
 
 
 if __name__ == "__main__":

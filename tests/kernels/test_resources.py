@@ -37,7 +37,7 @@ Resource usage:
   REG:72 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:424 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 CASE = Case("sm_90", "forward", 128, "fp32", "fp32", launch.choose(128, torch.float32, "fp32", 1, launch.H100))
-FITS = Usage(registers=128, spilled=0, shared=200_000, instructions=572, barriers=26)
+FITS = Usage(registers=128, spilled=0, shared=200_000, instructions=100, barriers=2)
 BAD = {
     "spills": (replace(FITS, spilled=8), "spills 8 bytes"),
     "too much shared memory": (replace(FITS, shared=launch.H100.shared_memory + 1), "needs 232449 bytes"),
@@ -66,7 +66,10 @@ def test_every_choice_is_listed_once():
     cases = list(resources.shipped(resources.DEVICES))
     assert len(cases) == len(set(cases))
     assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
-    assert {case.kernel for case in cases} == {"forward", "backward", "forward blocked", "backward blocked"}
+    assert {case.name for case in cases} == {
+        "forward", "backward", "forward blocked", "backward blocked",
+        "forward resident", "forward resident, inference", "backward resident",
+    }  # fmt: skip
     assert {case.storage for case in cases} == {"fp32", "bf16", "fp16"}
     assert {(case.storage, case.precision) for case in cases} == {
         ("fp32", "fp32"), ("fp32", "tf32"), ("bf16", "fp32"), ("fp16", "fp32"),
@@ -77,6 +80,8 @@ def test_every_choice_is_listed_once():
             for dtype, precision in resources.MODES:
                 for batch in (1, 64, 500, 600, 5000):
                     assert launch.choose(hidden, dtype, precision, batch, device) in listed, (device, hidden, batch)
+                    if hidden <= launch.MAX_RESIDENT:
+                        assert launch.choose_resident(hidden, dtype, precision, batch, device) in listed
 
 
 def test_a_single_architecture_can_be_asked_for():
@@ -94,6 +99,32 @@ def test_the_row_with_a_problem_is_named(usage, reason, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "sm_90 forward, H=128, fp32 storage" in line
     assert reason in line
+
+
+class TestBudget:
+    def case(self, kernel="backward resident", batch=1, **change):
+        config = launch.choose_resident(128, torch.float32, "tf32", batch, launch.H100)
+        return replace(Case("sm_90", kernel, 128, "fp32", "tf32", config), **change)
+
+    def test_of_another_version(self, monkeypatch):
+        monkeypatch.setattr(resources.triton, "__version__", "3.6.0")
+        assert resources.budget(self.case()) == (345, 4)
+        monkeypatch.setattr(resources.triton, "__version__", "3.10.1")
+        assert resources.budget(self.case()) == (396, 4)
+
+    def test_only_where_it_is_stated(self):
+        assert resources.budget(CASE) is None
+        assert resources.budget(self.case(arch="sm_80")) is None
+        assert resources.budget(self.case(hidden=64)) is None
+        wide = launch.choose_resident(128, torch.bfloat16, "fp32", 4096, launch.H100)
+        assert resources.budget(self.case(storage="bf16", config=wide)) is None
+
+    def test_above_it_is_a_problem(self, monkeypatch):
+        monkeypatch.setattr(resources.triton, "__version__", "3.6.0")
+        case = self.case("forward resident", save=False)
+        assert resources.problem(case, replace(FITS, instructions=200)) is None
+        assert "takes 201 instructions and 2 barriers" in resources.problem(case, replace(FITS, instructions=201))
+        assert "takes 100 instructions and 3 barriers" in resources.problem(case, replace(FITS, barriers=3))
 
 
 @pytest.mark.parametrize(("usage", "code"), [(FITS, 0), (BAD["spills"][0], 1)], ids=["fits", "spills"])
