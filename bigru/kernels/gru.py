@@ -1,4 +1,4 @@
-"""`BiGRU`: torch.nn.GRU(bidirectional=True) in every respect but speed."""
+"""`BiGRU`: the parameters, results and errors of torch.nn.GRU(bidirectional=True), and a choice of who computes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bigru.kernels.recurrence import fused_gru_recurrence
-from bigru.kernels.reference import gru_recurrence, input_gates
+from bigru.kernels.layer import fused_gru_layer
+from bigru.kernels.reference import gru_layer, gru_recurrence
 
 KERNELS = {"triton": "portable", "resident": "resident", "cooperative": "cooperative"}
 """The families of kernels (`launch.KERNELS`) by the backend's name."""
@@ -37,9 +37,9 @@ class BiGRU(nn.RNNBase):
             `bigru.kernels.proven` lists a recorded run on a GPU; "torch": ATen's own GRU (cuDNN on a GPU);
             "reference": a plain PyTorch loop, slow, differentiable to any order; "auto": on a GPU the fastest of the
             fused kernels that can serve the call and is proven there, else "torch".
-        precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64) or
-            "tf32" (below 2e-3). Input products follow torch.backends.cuda.matmul.allow_tf32, and the "torch" backend
-            follows torch.backends.cudnn.allow_tf32.
+        precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
+            weight is some 10^5 times as large as the others) or "tf32" (below 2e-3). Input products follow
+            torch.backends.cuda.matmul.allow_tf32, and the "torch" backend follows torch.backends.cudnn.allow_tf32.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -167,33 +167,29 @@ class BiGRU(nn.RNNBase):
             return torch.zeros(shape, dtype=x.dtype, device=x.device)
         if tuple(hx.shape) != shape:
             raise RuntimeError(f"hx: expected shape {shape} (2 * num_layers, batch, hidden), got {tuple(hx.shape)}")
-        if hx.dtype != x.dtype or hx.device != x.device:
-            raise RuntimeError(f"hx: expected {x.dtype} on {x.device} like input, got {hx.dtype} on {hx.device}")
+        if hx.device != x.device:
+            raise RuntimeError(f"hx: expected a tensor on {x.device} like input, got one on {hx.device}")
+        if hx.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(f"hx: expected {x.dtype} like input, got {hx.dtype}")
         return hx
 
     def _forward_layers(self, x: Tensor, hx: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         weights = self._weights()
-        per_direction = len(weights) // (2 * self.num_layers)
+        per_layer = len(weights) // self.num_layers
+        device = x.device.type
+        # Under autocast everything is of its dtype, as in cuDNN's GRU, but the user's own rather than always fp16.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         states = []
-        for layer in range(self.num_layers):
-            start = 2 * per_direction * layer
-            forward, reverse = weights[start : start + per_direction], weights[start + per_direction :]
-            w_ih, w_hh, *biases = (torch.stack(pair) for pair in zip(forward, reverse, strict=False))
-            b_ih, b_hh = biases if self.bias else (None, None)
-            gi = input_gates(x, w_ih, b_ih, b_hh)
-            b_hn = b_hh[:, 2 * self.hidden_size :] if b_hh is not None else None
-            h0 = hx[2 * layer : 2 * layer + 2]
-            if backend in KERNELS:
-                # Under autocast gi comes in the user's dtype, and the recurrence follows it.
-                b_hn = b_hn.to(gi.dtype) if b_hn is not None else None
-                h0, w_hh = h0.to(gi.dtype), w_hh.to(gi.dtype)
-                y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0, self.precision, KERNELS[backend])
-            else:
-                y, h_n, _ = gru_recurrence(gi, w_hh, b_hn, h0)
-            states.append(h_n)
-            x = y.flatten(2)
-            if self.dropout and layer < self.num_layers - 1:
-                x = nn.functional.dropout(x, self.dropout, self.training)
+        with torch.autocast(device, enabled=False):
+            for layer in range(self.num_layers):
+                own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
+                if backend in KERNELS:
+                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, KERNELS[backend])
+                else:
+                    x, h_n = gru_layer(x.to(dtype), h0.to(dtype), [w.to(dtype) for w in own], gru_recurrence)
+                states.append(h_n)
+                if self.dropout and layer < self.num_layers - 1:
+                    x = nn.functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(states)
 
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:

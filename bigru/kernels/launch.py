@@ -123,10 +123,11 @@ def choose_resident(
     # The narrowest block spreads a small batch over the most processors, and its step is the shortest. Two parts of a
     # row take two of the MMA's eight columns.
     rows = 4 if split else 8
-    # Once there are more programs than fit at once (W_hh fills the registers at H=128), twice the rows a program take
-    # less than twice the time a step. At H=128 only 16-bit storage has the registers for it.
+    # Once there are more programs than fit at once, twice the rows a program take less than twice the time a step,
+    # where there are registers for it: at H=128 W_hh leaves too few but with 16-bit storage. Below 64, many programs
+    # fit on a processor.
     at_once = device.processors * (128 // padded)
-    if 2 * triton.cdiv(batch, rows) > at_once and (padded < 128 or dtype != torch.float32):
+    if 2 * triton.cdiv(batch, rows) > at_once and (padded == 64 or (padded == 128 and dtype != torch.float32)):
         rows *= 2
     return ResidentConfig(rows, padded, split)
 

@@ -224,7 +224,8 @@ def gru_forward_blocked_kernel(
     mask_b = (b0 + b < B)[None, :]
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     state_ptr += (d.to(tl.int64) * B + b0) * H
-    half = 2 * H * B.to(tl.int64)
+    # tl.cast and not .to(): a B of 1 is compiled as a constant, which has no methods.
+    half = tl.cast(B, tl.int64) * (2 * H)
 
     t = d * (T - 1)
     for s in range(T):
@@ -337,9 +338,7 @@ def gru_backward_kernel(
         da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
         dh = (dh + dy) * z
         # The next step's operands are asked for before this step's products, which hide their latency.
-        dy, r, z, n, q, h_prev = _load_saved(
-            dy_ptr, y_ptr, h0_ptr, gates_ptr, t + step, s + 1, b0, d, i, b, T, B, H
-        )
+        dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t + step, s + 1, b0, d, i, b, T, B, H)
         if SPLIT:
             # Gradients have no bound, so each batch row is scaled by its own largest one.
             a_peak = _peak(tl.maximum(tl.maximum(tl.abs(da_r), tl.abs(da_z)), tl.abs(dq)), 0)[None, :]

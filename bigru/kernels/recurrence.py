@@ -36,7 +36,7 @@ def gru_forward(
     """y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
     from bigru.kernels import launch  # triton is needed from here on, not before
 
-    _check(gi, w_hh, b_hn, h0, precision, kernel)
+    check_recurrence(gi, w_hh, b_hn, h0, precision, kernel)
     return launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)  # type: ignore[arg-type]
 
 
@@ -74,7 +74,8 @@ def _(dy, dh_n, y, gates, h0, w_hh, precision, kernel="portable"):
     return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), h0.new_empty(h0.shape)
 
 
-def _check(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str) -> None:
+def check_recurrence(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str) -> None:
+    """Raises ValueError or RuntimeError unless a family of kernels can run the recurrence on these operands."""
     from bigru.kernels import launch
 
     if gi.dim() != 4 or gi.shape[2] != 2 or gi.shape[3] % 3:
@@ -126,12 +127,12 @@ def _backward(ctx, dy, dh_n, _):
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
     dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
-    dw_hh = _recurrent_weight_gradient(dgi, dq, y, h0) if ctx.needs_input_grad[1] else None
+    dw_hh = recurrent_weight_gradient(dgi, dq, y, h0) if ctx.needs_input_grad[1] else None
     db_hn = dq.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dgi, dw_hh, db_hn, dh0, None, None, None
 
 
-def _recurrent_weight_gradient(dgi: Tensor, dq: Tensor, y: Tensor, h0: Tensor) -> Tensor:
+def recurrent_weight_gradient(dgi: Tensor, dq: Tensor, y: Tensor, h0: Tensor) -> Tensor:
     """Sum over time and batch of dgh h_prev^T, where h_prev is y shifted by one step and, at the first step, h0."""
     hidden = y.shape[-1]
     rows = []

@@ -15,6 +15,9 @@ b_hn stays apart, since r multiplies it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,29 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | Non
         bias = torch.cat([b_ih[:, : 2 * hidden] + b_hh[:, : 2 * hidden], b_ih[:, 2 * hidden :]], dim=1).flatten()
     gi = torch.nn.functional.linear(x, w_ih.flatten(0, 1), bias)
     return gi.unflatten(-1, (directions, gates))
+
+
+def gru_layer(
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], recurrence: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """One bidirectional layer of `torch.nn.GRU` in operators that autograd and compilers see through.
+
+    Args:
+        x: (T, B, I) input.
+        h0: (D, B, H) initial states.
+        weights: w_ih (3H, I), w_hh (3H, H) and, with biases, b_ih (3H), b_hh (3H), of the first direction, then of the
+            second.
+        recurrence: takes gi, w_hh, b_hn, h0 as `gru_recurrence` does, and returns y and h_n first.
+
+    Returns:
+        y (T, B, D * H) and h_n (D, B, H).
+    """
+    half = len(weights) // 2
+    w_ih, w_hh, *biases = (torch.stack(pair) for pair in zip(weights[:half], weights[half:], strict=True))
+    b_ih, b_hh = biases if biases else (None, None)
+    b_hn = b_hh[:, 2 * h0.shape[2] :] if b_hh is not None else None
+    y, h_n, *_ = recurrence(input_gates(x, w_ih, b_ih, b_hh), w_hh, b_hn, h0)
+    return y.flatten(2), h_n
 
 
 def gru_recurrence(

@@ -156,7 +156,9 @@ def _load_operand(w, unit_stride, k_stride, scale, H: gl.constexpr, HP: gl.const
     k = gl.arange(0, HP, layout=gl.SliceLayout(0, LAYOUT))
     # Row p of a warp's 16 is the unit that `_units` names so.
     unit = gl.minimum((p & ~15) | ((p & 7) << 1) | ((p >> 3) & 1), H - 1)
-    high = gl.load(w + unit[:, None] * unit_stride + k[None, :] * k_stride, mask=(k < H)[None, :], other=0.0)
+    high = gl.load(w + unit[:, None] * unit_stride + gl.minimum(k, H - 1)[None, :] * k_stride)
+    if H < HP:
+        high = gl.where((k < H)[None, :], high, 0.0)
     low = high
     if high.dtype == gl.float32:
         high, low = _halves(high * scale)

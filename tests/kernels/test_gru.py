@@ -244,6 +244,18 @@ class TestBackends:
         monkeypatch.setattr(launch, "describe", lambda device: launch.A100)
         assert BiGRU(3, 128).resolve_backend(input) == "triton"
 
+    @pytest.mark.parametrize("change", [{}, {"precision": "tf32"}, {"dtype": torch.bfloat16}])
+    def test_falling_back_warns_where_cudnn_may_be_less_exact(self, change, monkeypatch, recwarn):
+        from types import SimpleNamespace
+
+        from bigru.kernels import gru
+
+        monkeypatch.setattr(gru, "_refusal", lambda *_: "of a test")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        input = SimpleNamespace(device=torch.device("cuda:0"), dtype=change.get("dtype", torch.float32))
+        assert BiGRU(3, 4, **change).resolve_backend(input) == "torch"
+        assert ["its products may be TF32" in str(warning.message) for warning in recwarn] == ([] if change else [True])
+
     def test_triton_missing(self, monkeypatch):
         from bigru.kernels import gru
 
@@ -259,6 +271,93 @@ class TestBackends:
 
     def test_repr_says_what_runs(self):
         assert "bidirectional=True, backend='auto', precision='fp32'" in repr(BiGRU(3, 4))
+
+
+class TestAutocast:
+    """Everything in autocast's dtype, as nn.GRU on a GPU has it (on a CPU it does not)."""
+
+    @pytest.mark.parametrize("hx_dtype", [None, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("backend", ["triton", "reference"])
+    def test_takes_its_dtype_and_returns_gradients_in_each_ones_own(self, backend, x_dtype, hx_dtype, kernel_device):
+        if backend == "triton":
+            pytest.importorskip("triton")
+        torch.manual_seed(0)
+        gru = BiGRU(3, 4, 2, backend=backend, device=kernel_device)
+        x = torch.randn(3, 2, 3, device=kernel_device).to(x_dtype).requires_grad_()
+        hx = None
+        if hx_dtype is not None:
+            hx = torch.randn(4, 2, 4, device=kernel_device).to(hx_dtype).requires_grad_()
+        with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+            y, h_n = gru(x, hx)
+        assert y.dtype == h_n.dtype == torch.bfloat16
+        (y.float().square().sum() + h_n.float().sum()).backward()
+        exact = BiGRU(3, 4, 2, backend="reference").double()
+        exact.load_state_dict(gru.state_dict())
+        x64 = x.detach().cpu().double().requires_grad_()
+        y64, h_n64 = exact(x64, None if hx is None else hx.detach().cpu().double())
+        (y64.square().sum() + h_n64.sum()).backward()
+        assert error(y, y64) < 2e-2
+        assert error(x.grad, x64.grad) < 2e-2
+        assert x.grad.dtype == x_dtype
+        for (name, parameter), wanted in zip(gru.named_parameters(), exact.parameters(), strict=True):
+            assert parameter.grad.dtype == torch.float32
+            assert error(parameter.grad, wanted.grad) < 2e-2, name
+
+    def test_a_state_of_another_dtype_is_refused_without_it(self):
+        with pytest.raises(RuntimeError, match=r"hx: expected torch.bfloat16 like input"):
+            BiGRU(3, 4, dtype=torch.bfloat16)(torch.randn(2, 2, 3).bfloat16(), torch.randn(2, 2, 4))
+
+
+class TestFusedLayer:
+    """One autograd node in eager mode, operators under a compiler: the same numbers."""
+
+    @pytest.fixture(autouse=True)
+    def with_triton(self):
+        pytest.importorskip("triton")
+
+    @pytest.mark.parametrize("asked", ["all", "input", "state", "weights", "one bias"])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_eager_and_spelled_out_agree(self, bias, asked, kernel_device, monkeypatch):
+        results = []
+        for compiling in (False, True):
+            torch.manual_seed(0)
+            gru = BiGRU(3, 4, 2, bias, backend="triton", batch_first=True, device=kernel_device)
+            x = torch.randn(2, 3, 3).to(kernel_device)
+            hx = torch.randn(4, 2, 4).to(kernel_device)
+            leaves = {"input": x, "state": hx} | dict(gru.named_parameters())
+            for name, leaf in leaves.items():
+                wanted = {
+                    "all": True,
+                    "weights": name.startswith(("weight", "bias")),
+                    "one bias": name == "bias_hh_l1_reverse" or (not bias and name == "weight_ih_l0"),
+                }
+                leaf.requires_grad_(wanted.get(asked, name == asked))
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+            y, h_n = gru(x, hx)
+            torch.autograd.backward((y, h_n), (y.detach() + 1, h_n.detach() - 1))
+            results.append([y, h_n, *(leaf.grad for leaf in leaves.values())])
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or error(ours, theirs) < 1e-6
+
+    def test_keeps_nothing_where_no_gradient_is_wanted(self, kernel_device):
+        gru = BiGRU(3, 4, backend="triton", device=kernel_device)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            with torch.no_grad():
+                gru(torch.randn(2, 2, 3, device=kernel_device))
+            gru.requires_grad_(False)(torch.randn(2, 2, 3, device=kernel_device))
+            assert kept == []
+            gru.requires_grad_(True)(torch.randn(2, 2, 3, device=kernel_device))
+        assert len(kept) == 6  # y, gates, x, h0, w_ih, w_hh
+
+    def test_double_backward_is_refused(self, kernel_device):
+        gru = BiGRU(3, 4, backend="triton", device=kernel_device)
+        x = torch.randn(2, 2, 3, device=kernel_device, requires_grad=True)
+        (dx,) = torch.autograd.grad(gru(x)[0].square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
 
 
 BAD_CONSTRUCTIONS = [

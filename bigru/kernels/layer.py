@@ -1,0 +1,112 @@
+"""One bidirectional layer in the fused kernels: input products, recurrence and every gradient.
+
+In eager mode a layer is one autograd node that works below autograd, since at the sizes people train the GPU waits for
+Python: recorded one by one, the stacking, slicing and adding of eight small tensors costs more than the recurrence.
+Under torch.compile and torch.export the same layer is spelled out in operators that they can see through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bigru.kernels.recurrence import check_recurrence, fused_gru_recurrence, recurrent_weight_gradient
+from bigru.kernels.reference import gru_layer
+
+
+def fused_gru_layer(
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, precision: str, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Runs one layer; the equations are in `bigru.kernels.reference`.
+
+    Args:
+        x: (T, B, I) input.
+        h0: (D, B, H) initial states.
+        weights: w_ih (3H, I), w_hh (3H, H) and, with biases, b_ih (3H), b_hh (3H), of the first direction, then of the
+            second: the order of `torch.nn.GRU`.
+        dtype: what all of them are converted to.
+        precision: "fp32" or "tf32", for fp32 storage.
+        kernel: one of `launch.KERNELS`.
+
+    Returns:
+        y (T, B, D * H) and h_n (D, B, H).
+    """
+    if torch.compiler.is_compiling():
+        recurrence = functools.partial(fused_gru_recurrence, precision=precision, kernel=kernel)
+        return gru_layer(x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights], recurrence)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
+        y, h_n = _Layer.apply(x, h0, precision, kernel, dtype, *weights)
+    else:
+        y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, save=False)
+    return y.flatten(2), h_n
+
+
+def _forward(
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], precision: str, kernel: str, dtype: torch.dtype, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (T, B, D, H), h_n and, for the backward pass, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed
+    with."""
+    from bigru.kernels import launch  # triton is needed from here on, not before
+
+    hidden = h0.shape[2]
+    half = len(weights) // 2
+    w_ih, w_hh, *biases = zip(weights[:half], weights[half:], strict=True)
+    # One copy gathers all weights, w_hh first, which the kernels read fastest where memory is aligned; b_hn comes a
+    # second time, in one piece.
+    pieces: list[tuple[Tensor, ...]] = [w_hh, w_ih, *biases]
+    if biases:
+        pieces.append(tuple(b_hh[2 * hidden :] for b_hh in biases[1]))
+    flat = torch.cat([tensor.reshape(-1) for piece in pieces for tensor in piece]).to(dtype)
+    x, h0 = x.to(dtype).contiguous(), h0.to(dtype)
+    w_hh, w_ih, *biases = flat.split([2 * piece[0].numel() for piece in pieces])
+    w_ih, w_hh = w_ih.view(6 * hidden, -1), w_hh.view(2, 3 * hidden, hidden)
+    bias, b_hn = None, None
+    if biases:
+        bias, b_hh, b_hn = biases
+        bias.view(2, -1)[:, : 2 * hidden] += b_hh.view(2, -1)[:, : 2 * hidden]
+        b_hn = b_hn.view(2, hidden)
+    gi = torch.nn.functional.linear(x, w_ih, bias).unflatten(-1, (2, 3 * hidden))
+    check_recurrence(gi, w_hh, b_hn, h0, precision, kernel)
+    y, h_n, gates = launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)  # type: ignore[arg-type]
+    return y, h_n, gates, x, h0, w_ih, w_hh
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h0, precision, kernel, dtype, *weights):
+        y, h_n, gates, *operands = _forward(x, h0, weights, precision, kernel, dtype, save=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, gates, *operands)
+        ctx.precision, ctx.kernel, ctx.dtypes = precision, kernel, [t.dtype for t in (x, h0, *weights)]
+        return y, h_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh_n):
+        from bigru.kernels import launch
+
+        y, gates, x, h0, w_ih, w_hh = ctx.saved_tensors
+        dy = torch.zeros_like(y) if dy is None else dy
+        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+        dgi, dq, dh0 = launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
+        hidden = y.shape[3]
+        needs_x, needs_h0, _, _, _, *needs = ctx.needs_input_grad
+        half = len(needs) // 2
+        rows = dgi.flatten(2).flatten(0, 1)
+        dx = (rows @ w_ih).view(x.shape) if needs_x else None
+        dw: list[Tensor | None] = [None] * half
+        if needs[0] or needs[half]:
+            dw[0] = (rows.T @ x.flatten(0, 1)).view(2, 3 * hidden, -1)
+        if needs[1] or needs[half + 1]:
+            dw[1] = recurrent_weight_gradient(dgi, dq, y, h0)
+        if any(needs[2:half]) or any(needs[half + 2 :]):
+            db_ih = rows.sum(0).view(2, 3 * hidden)
+            dw[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum((0, 1))], 1)
+        per_direction = (gradient[d] if gradient is not None else None for d in range(2) for gradient in dw)
+        gradients = [dx, dh0 if needs_h0 else None, *per_direction]
+        gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return *gradients[:2], None, None, None, *gradients[2:]
