@@ -27,6 +27,7 @@ SHAPES = {  # T, B, H
     "hidden 100 padded to 128": (2, 2, 100),
     "largest on chip": (2, 2, 128),
     "smallest blocked": (3, 2, 129),
+    "blocked, batch of one": (2, 1, 130),
     "blocked, several batch blocks": (2, 17, 130),
 }
 MODES = {

@@ -66,9 +66,10 @@ def test_every_choice_is_listed_once():
     cases = list(resources.shipped(resources.DEVICES))
     assert len(cases) == len(set(cases))
     assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
-    assert {case.name for case in cases} == {
-        "forward", "backward", "forward blocked", "backward blocked",
-        "forward resident", "forward resident, inference", "backward resident",
+    kernels = {"forward", "backward", "forward blocked", "backward blocked", "forward resident", "backward resident"}
+    ones = {f"{kernel}, T=B=1" for kernel in kernels - {"forward resident"}}
+    assert {case.name for case in cases} == kernels | ones | {
+        "forward resident, inference", "forward resident, inference, T=B=1",
     }  # fmt: skip
     assert {case.storage for case in cases} == {"fp32", "bf16", "fp16"}
     assert {(case.storage, case.precision) for case in cases} == {
