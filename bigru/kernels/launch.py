@@ -186,18 +186,19 @@ def gru_forward(
     save: bool,
     kernel: str = "portable",
     config: LaunchConfig | None = None,
+    out: Tensor | None = None,  # (T, B, D, H), contiguous
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward recurrence.
 
     Returns:
-        y (T, B, D, H); h_n (D, B, H); gates, empty unless `save`: (T, B, D, 4, H) from the portable kernels,
-        (T, B, D, H, 4) from the others, for the backward kernel of the same family.
+        y (T, B, D, H), which is `out` if given; h_n (D, B, H); gates, empty unless `save`: (T, B, D, 4, H) from the
+        portable kernels, (T, B, D, H, 4) from the others, for the backward kernel of the same family.
     """
     steps, batch, directions, _ = gi.shape
     hidden = h0.shape[-1]
     gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
     bias = gi if b_hn is None else b_hn.contiguous()
-    y = gi.new_empty(steps, batch, directions, hidden)
+    y = gi.new_empty(steps, batch, directions, hidden) if out is None else out
     gates = gi.new_empty(gates_shape(kernel, steps, batch, directions, hidden) if save else (0,))
     h_n = torch.empty_like(h0)
     if batch == 0:

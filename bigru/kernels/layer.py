@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bigru.kernels.recurrence import check_recurrence, fused_gru_recurrence, recurrent_weight_gradient
+from bigru.kernels.recurrence import check_recurrence, fused_gru_recurrence
 from bigru.kernels.reference import gru_layer
 
 
@@ -47,9 +47,9 @@ def fused_gru_layer(
 
 def _forward(
     x: Tensor, h0: Tensor, weights: Sequence[Tensor], precision: str, kernel: str, dtype: torch.dtype, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y (T, B, D, H), h_n and, for the backward pass, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed
-    with."""
+) -> tuple[Tensor, ...]:
+    """y (T, B, D, H), h_n and, for the backward pass, gates, `_before` of y (T + 2, B, D, H), and x, h0, w_ih
+    (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     from bigru.kernels import launch  # triton is needed from here on, not before
 
     hidden = h0.shape[2]
@@ -71,16 +71,29 @@ def _forward(
         b_hn = b_hn.view(2, hidden)
     gi = torch.nn.functional.linear(x, w_ih, bias).unflatten(-1, (2, 3 * hidden))
     check_recurrence(gi, w_hh, b_hn, h0, precision, kernel)
-    y, h_n, gates = launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)  # type: ignore[arg-type]
-    return y, h_n, gates, x, h0, w_ih, w_hh
+    # A row before the first step and one behind the last hold h0, so that the states before all steps are one tensor.
+    padded = gi.new_empty(gi.shape[0] + 2, *gi.shape[1:3], hidden)
+    y, h_n, gates = launch.gru_forward(
+        gi, w_hh, b_hn, h0, precision, save, kernel, out=padded[1:-1]  # type: ignore[arg-type]
+    )  # fmt: skip
+    if save:
+        steps, batch = gi.shape[:2]
+        padded.as_strided((2, batch, hidden), ((steps + 1) * batch * 2 * hidden + hidden, 2 * hidden, 1)).copy_(h0)
+    return y, h_n, gates, padded, x, h0, w_ih, w_hh
+
+
+def _before(padded: Tensor) -> Tensor:
+    """(D, T * B, H) state before each step: direction 0 has it a row earlier, direction 1 a row later."""
+    rows, batch, _, hidden = padded.shape
+    return padded.as_strided((2, (rows - 2) * batch, hidden), (2 * batch * 2 * hidden + hidden, 2 * hidden, 1))
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h0, precision, kernel, dtype, *weights):
-        y, h_n, gates, *operands = _forward(x, h0, weights, precision, kernel, dtype, save=True)
+        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, save=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, gates, *operands)
+        ctx.save_for_backward(*kept)
         ctx.precision, ctx.kernel, ctx.dtypes = precision, kernel, [t.dtype for t in (x, h0, *weights)]
         return y, h_n
 
@@ -89,7 +102,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, dy, dh_n):
         from bigru.kernels import launch
 
-        y, gates, x, h0, w_ih, w_hh = ctx.saved_tensors
+        gates, padded, x, h0, w_ih, w_hh = ctx.saved_tensors
+        y = padded[1:-1]
         dy = torch.zeros_like(y) if dy is None else dy
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
         dgi, dq, dh0 = launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
@@ -102,7 +116,9 @@ class _Layer(torch.autograd.Function):
         if needs[0] or needs[half]:
             dw[0] = (rows.T @ x.flatten(0, 1)).view(2, 3 * hidden, -1)
         if needs[1] or needs[half + 1]:
-            dw[1] = recurrent_weight_gradient(dgi, dq, y, h0)
+            by_direction = dgi.flatten(0, 1).permute(1, 2, 0), dq.flatten(0, 1).permute(1, 2, 0)
+            before = _before(padded)
+            dw[1] = torch.cat([by_direction[0][:, : 2 * hidden] @ before, by_direction[1] @ before], 1)
         if any(needs[2:half]) or any(needs[half + 2 :]):
             db_ih = rows.sum(0).view(2, 3 * hidden)
             dw[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum((0, 1))], 1)

@@ -350,7 +350,7 @@ class TestFusedLayer:
             gru.requires_grad_(False)(torch.randn(2, 2, 3, device=kernel_device))
             assert kept == []
             gru.requires_grad_(True)(torch.randn(2, 2, 3, device=kernel_device))
-        assert len(kept) == 6  # y, gates, x, h0, w_ih, w_hh
+        assert len(kept) == 6  # gates, y with h0, x, h0, w_ih, w_hh
 
     def test_double_backward_is_refused(self, kernel_device):
         gru = BiGRU(3, 4, backend="triton", device=kernel_device)
