@@ -1,7 +1,9 @@
-"""What several rooms' tests share: the tolerance table and the error measure."""
+"""What tests and benchmarks share: the tolerance table, the error measure, and the recurrence's inputs and truth."""
 
 import torch
 from torch import Tensor
+
+from bigru.kernels import reference
 
 # Norm-relative error against the fp64 reference, by storage dtype and precision. Loosening a row is a changelog line.
 TOLERANCE = {
@@ -24,3 +26,41 @@ def error(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     norm = expected.norm()
     return ((actual - expected).norm() / (norm if norm > 0 else 1.0)).item()
+
+
+NAMES = ("y", "h_n", "dgi", "dw_hh", "db_hn", "dh0")
+"""What the recurrence gives: outputs and gradients."""
+
+
+def make_inputs(shape, dtype, device, *, bias=True, seed=0):
+    """Inputs (gi, w_hh, b_hn, h0) and upstream gradients (dy, dh_n) for shape (T, B, H), rounded to `dtype`."""
+    steps, batch, hidden = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*size, bound):
+        return ((2 * torch.rand(*size, generator=generator) - 1) * bound).to(device, dtype)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    bound = hidden**-0.5
+    w_hh = uniform(2, 3 * hidden, hidden, bound=bound)
+    b_hn = uniform(2, hidden, bound=bound) if bias else None
+    inputs = [normal(steps, batch, 2, 3 * hidden), w_hh, b_hn, normal(2, batch, hidden)]
+    return inputs, [normal(steps, batch, 2, hidden), normal(2, batch, hidden)]
+
+
+def outputs_and_gradients(recurrence, inputs, upstream):
+    """All of `NAMES`, None where there is no bias."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    y, h_n = recurrence(*leaves)
+    torch.autograd.backward([y, h_n], upstream)
+    return [y.detach(), h_n.detach(), *(None if x is None else x.grad for x in leaves)]
+
+
+def expected(inputs, upstream):
+    """The fp64 reference on the same numbers, where they are."""
+    wide = [None if x is None else x.double() for x in inputs]
+    return outputs_and_gradients(
+        lambda *args: reference.gru_recurrence(*args)[:2], wide, [x.double() for x in upstream]
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -133,9 +134,10 @@ class BiGRU(nn.RNNBase):
         if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
         wanted = "triton" if self.backend == "auto" else self.backend
-        refusal = _refusal(KERNELS[wanted], input, self.hidden_size, self.precision)
+        call = data.device, data.dtype, self.hidden_size, self.precision
+        refusal = _refusal(KERNELS[wanted], data is not input, *call)
         if refusal is None:
-            return wanted if self.backend != "auto" else _preferred(data, self.hidden_size, self.precision)
+            return wanted if self.backend != "auto" else _preferred(*call)
         if self.backend != "auto":
             raise RuntimeError(f"backend {wanted!r} cannot serve this call: {refusal}")
         if data.dtype == torch.float32 and self.precision == "fp32" and torch.backends.cudnn.allow_tf32:
@@ -176,11 +178,14 @@ class BiGRU(nn.RNNBase):
     def _forward_layers(self, x: Tensor, hx: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         weights = self._weights()
         per_layer = len(weights) // self.num_layers
-        device = x.device.type
-        # Under autocast everything is of its dtype, as in cuDNN's GRU, but the user's own rather than always fp16.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        device, dtype = x.device.type, x.dtype
+        inside: AbstractContextManager = nullcontext()
+        if torch.is_autocast_enabled(device):
+            # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16.
+            dtype = torch.get_autocast_dtype(device)
+            inside = torch.autocast(device, enabled=False)
         states = []
-        with torch.autocast(device, enabled=False):
+        with inside:
             for layer in range(self.num_layers):
                 own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
                 if backend in KERNELS:
@@ -213,24 +218,29 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _refusal(kernel: str, input: Tensor | PackedSequence, hidden: int, precision: str) -> str | None:
-    """Why a family of kernels cannot serve `input`, or None if it can."""
-    if isinstance(input, PackedSequence):
+# Compilers need not look inside: the answer depends on nothing that changes while the program runs.
+@torch.compiler.assume_constant_result
+def _refusal(
+    kernel: str, packed: bool, device: torch.device, dtype: torch.dtype, hidden: int, precision: str
+) -> str | None:
+    """Why a family of kernels cannot serve an input, or None if it can."""
+    if packed:
         return "the input is a PackedSequence"
     if not _triton_installed():
         return "triton is not installed"
     from bigru.kernels import launch
 
-    if input.device.type != "cuda" and kernel != "portable":
-        return f"the input is on {input.device}, and these kernels run on a GPU"
-    if input.device.type != "cuda" and not launch.interpreted():
-        return f"the input is on {input.device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
-    return launch.refusal(kernel, hidden, input.dtype, precision, launch.describe(input.device))
+    if device.type != "cuda" and kernel != "portable":
+        return f"the input is on {device}, and these kernels run on a GPU"
+    if device.type != "cuda" and not launch.interpreted():
+        return f"the input is on {device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
+    return launch.refusal(kernel, hidden, dtype, precision, launch.describe(device))
 
 
-def _preferred(input: Tensor, hidden: int, precision: str) -> str:
+@torch.compiler.assume_constant_result
+def _preferred(device: torch.device, dtype: torch.dtype, hidden: int, precision: str) -> str:
     """Name of the backend that "auto" takes among the fused kernels."""
     from bigru.kernels import launch
 
-    kernel = launch.preferred(hidden, input.dtype, precision, launch.describe(input.device))
+    kernel = launch.preferred(hidden, dtype, precision, launch.describe(device))
     return next(backend for backend, name in KERNELS.items() if name == kernel)

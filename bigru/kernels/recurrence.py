@@ -29,25 +29,26 @@ def fused_gru_recurrence(
     return y, h_n
 
 
+# The last argument is not called `kernel`: torch 2.11 to 2.13's inductor has one of that name.
 @torch.library.custom_op("bigru::gru_forward", mutates_args=())
 def gru_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel: str = "portable"
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, family: str = "portable"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
     from bigru.kernels import launch  # triton is needed from here on, not before
 
-    check_recurrence(gi, w_hh, b_hn, h0, precision, kernel)
-    return launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)  # type: ignore[arg-type]
+    check_recurrence(gi, w_hh, b_hn, h0, precision, family)
+    return launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, family)  # type: ignore[arg-type]
 
 
 @gru_forward.register_fake
-def _(gi, w_hh, b_hn, h0, precision, save, kernel="portable"):
+def _(gi, w_hh, b_hn, h0, precision, save, family="portable"):
     from bigru.kernels import launch
 
     steps, batch, directions, _ = gi.shape
     hidden = h0.shape[-1]
     y = gi.new_empty(steps, batch, directions, hidden)
-    gates = gi.new_empty(launch.gates_shape(kernel, steps, batch, directions, hidden) if save else (0,))
+    gates = gi.new_empty(launch.gates_shape(family, steps, batch, directions, hidden) if save else (0,))
     return y, h0.new_empty(h0.shape), gates
 
 
@@ -60,16 +61,16 @@ def gru_backward(
     h0: Tensor,
     w_hh: Tensor,
     precision: str,
-    kernel: str = "portable",
+    family: str = "portable",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gi, of q and of h0. Not differentiable itself: double backward raises."""
     from bigru.kernels import launch
 
-    return launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, precision, kernel)  # type: ignore[arg-type]
+    return launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, precision, family)  # type: ignore[arg-type]
 
 
 @gru_backward.register_fake
-def _(dy, dh_n, y, gates, h0, w_hh, precision, kernel="portable"):
+def _(dy, dh_n, y, gates, h0, w_hh, precision, family="portable"):
     steps, batch, directions, hidden = y.shape
     return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), h0.new_empty(h0.shape)
 
@@ -112,12 +113,12 @@ def check_recurrence(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, 
 
 
 def _setup_context(ctx, inputs, output):
-    _, w_hh, b_hn, h0, precision, save, kernel = inputs
+    _, w_hh, b_hn, h0, precision, save, family = inputs
     y, _, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, gates, h0, w_hh)
-    ctx.precision, ctx.kernel, ctx.saved_gates, ctx.has_bias = precision, kernel, save, b_hn is not None
+    ctx.precision, ctx.family, ctx.saved_gates, ctx.has_bias = precision, family, save, b_hn is not None
 
 
 def _backward(ctx, dy, dh_n, _):
@@ -126,7 +127,7 @@ def _backward(ctx, dy, dh_n, _):
     y, gates, h0, w_hh = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
+    dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.family)
     dw_hh = recurrent_weight_gradient(dgi, dq, y, h0) if ctx.needs_input_grad[1] else None
     db_hn = dq.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dgi, dw_hh, db_hn, dh0, None, None, None

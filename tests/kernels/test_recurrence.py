@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from support import TOLERANCE, error
+from support import NAMES, TOLERANCE, error, expected, make_inputs, outputs_and_gradients
 
 from bigru.kernels import reference
 from bigru.kernels.recurrence import fused_gru_recurrence
@@ -36,41 +36,6 @@ MODES = {
     "bf16": (torch.bfloat16, "fp32"),
     "fp16": (torch.float16, "fp32"),
 }
-NAMES = ("y", "h_n", "dgi", "dw_hh", "db_hn", "dh0")
-
-
-def make_inputs(shape, dtype, device, *, bias=True, seed=0):
-    """Inputs (gi, w_hh, b_hn, h0) and upstream gradients (dy, dh_n), rounded to `dtype`."""
-    steps, batch, hidden = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*size, bound):
-        return ((2 * torch.rand(*size, generator=generator) - 1) * bound).to(device, dtype)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator).to(device, dtype)
-
-    bound = hidden**-0.5
-    w_hh = uniform(2, 3 * hidden, hidden, bound=bound)
-    b_hn = uniform(2, hidden, bound=bound) if bias else None
-    inputs = [normal(steps, batch, 2, 3 * hidden), w_hh, b_hn, normal(2, batch, hidden)]
-    return inputs, [normal(steps, batch, 2, hidden), normal(2, batch, hidden)]
-
-
-def outputs_and_gradients(recurrence, inputs, upstream):
-    """All of `NAMES`, None where there is no bias."""
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
-    y, h_n = recurrence(*leaves)
-    torch.autograd.backward([y, h_n], upstream)
-    return [y.detach(), h_n.detach(), *(None if x is None else x.grad for x in leaves)]
-
-
-def expected(inputs, upstream):
-    """The fp64 reference on the same numbers."""
-    wide = [None if x is None else x.double().cpu() for x in inputs]
-    return outputs_and_gradients(
-        lambda *args: reference.gru_recurrence(*args)[:2], wide, [x.double().cpu() for x in upstream]
-    )
 
 
 def recurrence_of(kernel, inputs, precision="fp32"):
