@@ -8,7 +8,7 @@ import shutil
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "kernels", "resources", "bench"]
+nox.options.sessions = ["lint", "tests", "kernels", "resources", "bench", "gpu_smoke"]
 nox.options.error_on_missing_interpreters = True
 
 CONSTRAINTS = "constraints.txt"
@@ -65,6 +65,23 @@ def bench(session: nox.Session) -> None:
     """The benchmarks: the full comparison on a GPU, a small one on a CPU, which says so."""
     install(session)
     session.run("python", "-m", "pytest", "benchmarks", *session.posargs)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Proves every kernel on this machine's GPU and times it beside nn.GRU; at most nine minutes, one JSON file."""
+    install(session)
+    session.run("python", "-m", "benchmarks.gpu", *(session.posargs or ["--out", "benchmarks/results"]))
+
+
+@nox.session
+def gpu_smoke(session: nox.Session) -> None:
+    """The code of `gpu` at tiny sizes on a CPU."""
+    install(session)
+    out = ["--out", session.create_tmp()]
+    session.run(
+        "python", "-m", "benchmarks.gpu", "--cpu-smoke", *(session.posargs or out), env={"OMP_NUM_THREADS": "1"}
+    )
 
 
 @nox.session(python="3.12" if shutil.which("python3.12") else None, default=False)

@@ -56,8 +56,10 @@ def products(mode: Mode) -> Iterator[None]:
     """Sets whether ATen and cuDNN may use TF32, for as long as the block runs."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = mode.tf32
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def require_same(name: str, actual: Tensor, expected: Tensor, mode: Mode) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-Work = Callable[[], object]
+from benchmarks.timing import Work, finished, gpu_time_ms
 
 
 @dataclass(frozen=True)
@@ -63,24 +62,10 @@ def compare(benchmark: BenchmarkFixture, name: str, bigru: Work, nn_gru: Work, d
     # The warm-up rounds come first, and are not in `ours`.
     theirs = times[-len(ours) :]
     low, ratio, high = statistics.quantiles([b / a for a, b in zip(ours, theirs, strict=True)], n=4)
-    gpu_ms = [gpu_time_ms(work) for work in (bigru, nn_gru)] if gpu else [None, None]
-    result = Comparison(
-        name, 1e3 * statistics.median(ours), 1e3 * statistics.median(theirs), ratio, low, high, *gpu_ms
-    )
+    gpu_ms = [median_gpu_ms(work) for work in (bigru, nn_gru)] if gpu else [None, None]
+    result = Comparison(name, 1e3 * statistics.median(ours), 1e3 * statistics.median(theirs), ratio, low, high, *gpu_ms)
     RESULTS.append(result)
     benchmark.extra_info.update(vars(result), nn_gru_times_s=theirs)
-
-
-def finished(work: Work, device: torch.device) -> Work:
-    """The work and the wait for its end."""
-    if device.type != "cuda":
-        return work
-
-    def wait_too() -> None:
-        work()
-        torch.cuda.synchronize(device)
-
-    return wait_too
 
 
 def rounds_within(seconds: float, work: Work) -> int:
@@ -91,19 +76,9 @@ def rounds_within(seconds: float, work: Work) -> int:
     return min(100, max(5, int(seconds / (time.perf_counter() - start))))
 
 
-def gpu_time_ms(work: Work, rounds: int = 50) -> float:
-    """Median time between two CUDA events around the work, without what the CPU takes to launch it."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # About ten milliseconds of nothing, in which the CPU gets ahead of the GPU.
-        torch.cuda._sleep(20_000_000)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def median_gpu_ms(work: Work, rounds: int = 50) -> float:
+    """Median of the device's own time over the rounds."""
+    return statistics.median(gpu_time_ms(work) for _ in range(rounds))
 
 
 def table() -> str:

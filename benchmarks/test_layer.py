@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.cases import CASES, FEATURES, LAYERS, MODES, STEPS, products, require_same, require_same_gradients
 from benchmarks.paired import compare
+from benchmarks.rivals import step
 from bigru import BiGRU
 
 
@@ -22,15 +23,6 @@ def make_pair(case, device):
     bigru.load_state_dict(nn_gru.state_dict())
     x = torch.randn(case.batch, STEPS, FEATURES, device=device, dtype=mode.dtype)
     return bigru, nn_gru, x, torch.randn(case.batch, STEPS, 2 * case.hidden, device=device, dtype=mode.dtype)
-
-
-def step(gru, x, dy):
-    """Forward and backward, from no gradients to all of them."""
-    gru.zero_grad(set_to_none=True)
-    x.grad = None
-    y, _ = gru(x)
-    y.backward(dy)
-    return y
 
 
 def prove(bigru, nn_gru, x, dy, mode):

@@ -1,5 +1,6 @@
 """One training step of the forecaster beside the same network on `torch.nn.GRU`."""
 
+import functools
 from dataclasses import asdict
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks.cases import CASES, FEATURES, LAYERS, MAIN, MODES, STEPS, products, require_same, require_same_gradients
+from benchmarks.forecaster import Training
 from benchmarks.paired import compare
 from bigru import HandForecaster
-from bigru.model.metrics import masked_mse
 
 # Parameters are fp32 in training; the precision of products is what differs.
 TRAINED = [case for case in CASES if case.mode in ("fp32", "tf32") and case.hidden == MAIN.hidden]
@@ -25,22 +26,6 @@ def make_pair(case, device):
     return ours, theirs.to(device)
 
 
-def make_step(model, x, target):
-    """What bigru.train does with a batch, as a function of nothing."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-
-    def step():
-        prediction = model(x)
-        loss = masked_mse(prediction, target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return prediction
-
-    return step
-
-
 @pytest.mark.parametrize("case", TRAINED, ids=str)
 def test_training_step(benchmark, device, case):
     benchmark.group = "training"
@@ -49,7 +34,7 @@ def test_training_step(benchmark, device, case):
     ours, theirs = make_pair(case, device)
     x = torch.randn(case.batch, STEPS, FEATURES, device=device)
     target = torch.randn_like(x)
-    steps = [make_step(model, x, target) for model in (ours, theirs)]
+    steps = [functools.partial(Training(model).step, x, target) for model in (ours, theirs)]
     with products(mode):
         predictions = []
         for step in steps:
