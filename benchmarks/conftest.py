@@ -30,7 +30,8 @@ def pytest_report_header() -> str:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Adds card and versions to the JSON record, and takes the machine's name out of it."""
-    machine_info.pop("node", None)
+    for name in ("node", "release", "python_build"):
+        machine_info.pop(name, None)
     gpu = DEVICE.type == "cuda"
     machine_info["bigru"] = {
         "card": torch.cuda.get_device_name() if gpu else None,

@@ -221,11 +221,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 def read_yaml(path: Path) -> TrainConfig:
     """Reads settings from a YAML file, under our names (flat or in sections) or the reference trainer's.
 
-    A file that holds several models' settings by name is read at `bigru`. Relative paths in it are relative to the
-    current folder, as they are on the command line.
+    A file that holds several models' settings by name is read at `bigru`; what stands beside it must be mappings
+    under other names: other models, or what they share. Relative paths are relative to the current folder, as they
+    are on the command line.
 
     Raises:
-        ConfigError: for a file that cannot be read, an unknown key or a value that cannot be used.
+        ConfigError: for a file that cannot be read, an unknown key, a setting beside `bigru` or a value that cannot be
+            used.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -237,7 +239,15 @@ def read_yaml(path: Path) -> TrainConfig:
         content = {}
     if not isinstance(content, Mapping):
         raise ConfigError(f"config: {path}: expected a mapping of settings, got {type(content).__name__}")
-    return from_mapping(content.get("bigru", content), str(path))
+    if "bigru" not in content:
+        return from_mapping(content, str(path))
+    # What is not read must not look like a setting.
+    stray = [str(key) for key, value in content.items()
+             if key != "bigru" and (key in NESTS or not isinstance(value, Mapping))]
+    if stray:
+        raise ConfigError(f"config: {path}: {', '.join(stray)} beside bigru: settings belong in it; only other models' "
+                          "may stand beside it")
+    return from_mapping(content["bigru"], str(path))
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str) -> TrainConfig:

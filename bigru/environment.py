@@ -17,14 +17,17 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU if there is one.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: there is no such device here, or it is neither a CPU nor a GPU that speaks CUDA.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda"):
+            return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    raise ConfigError(f"device: expected auto, cpu or cuda, got {name!r}")
 
 
 def device_name(device: torch.device) -> str:

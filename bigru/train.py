@@ -108,19 +108,19 @@ def resume(folder: Path) -> Path:
     """Goes on with an interrupted run from its last whole checkpoint, to the bit on the CPU; returns its folder.
 
     Raises:
-        ConfigError: for a folder that holds no run, and as `train` does.
+        ConfigError: for a folder that holds no run or is not named after its start, and as `train` does.
     """
     if not folder.name:
         folder = folder.resolve()
     settings = folder / "config.json"
     if not settings.is_file():
         raise ConfigError(f"resume: {folder} holds no run (no config.json in it)")
-    if not re.match(r"\d{8}_\d{6}", folder.name):
-        raise ConfigError(f"resume: a run's folder is named after its start, as 20250522_023917, got {folder.name}")
     if (folder / "summary.json").is_file():
         log.info("%s has finished; writing its document again", folder)
         report(folder)
         return folder
+    # Asked now, not after the last epoch.
+    start_of(folder)
     try:
         content = json.loads(settings.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -208,6 +208,17 @@ def start_folder(config: TrainConfig) -> Path:
             time.sleep(0.1)
     write_json(folder / "config.json", config.as_dict())
     return folder
+
+
+def start_of(folder: Path) -> datetime:
+    """When a run began: its folder's name, or what that name begins with, since the folder may be a copy."""
+    # The report takes letters, digits and underscores only.
+    named = re.fullmatch(r"(\d{8}_\d{6})\w*", folder.name, re.ASCII)
+    try:
+        return datetime.strptime(named[1] if named else "", STAMP)
+    except ValueError as error:
+        raise ConfigError("resume: a run's folder is named after its start, as 20250522_023917 or "
+                          f"20250522_023917_copy, got {folder.name}") from error
 
 
 def go_on(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: Progress) -> Progress:
@@ -302,8 +313,7 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
     epochs_s = [row["train_s"] + row["val_s"] for row in progress.history]
     summary = {
         "format": 1,
-        "stamp": folder.name[:15],
-        "started": datetime.strptime(folder.name[:15], STAMP).strftime("%Y-%m-%d %H:%M:%S"),
+        "started": start_of(folder).strftime("%Y-%m-%d %H:%M:%S"),
         "total_params": count_parameters(model),
         "modules": [{"module": name, "params": own} for name, module in model.named_modules()
                     if (own := sum(parameter.numel() for parameter in module.parameters(recurse=False)))],

@@ -135,6 +135,10 @@ def test_an_empty_file_changes_nothing(tmp_path):
     ("lr: -1", r"settings\.yaml: lr: expected a finite number above 0, got -1\.0"),
     ("[1, 2]", "expected a mapping of settings, got list"),
     ("bigru: 3", "expected a mapping of settings, got 3"),
+    ("bigru: {lr: 1e-3}\nepochs: 3\nbilstm: {lr: 1}", r"settings\.yaml: epochs beside bigru: settings belong in it"),
+    ("speed: 3\n7: x\nbigru: {lr: 1e-3}", "speed, 7 beside bigru"),
+    ("optim: {lr: 1e-3}\nbigru: {epochs: 3}", "optim beside bigru"),
+    ("scheduler: {min_lr: 0}\nbigru: {epochs: 3}", "scheduler beside bigru"),
     ("a: [", "is not YAML"),
     ("!!python/object/apply:os.getcwd []", "is not YAML"),
 ])

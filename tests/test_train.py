@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from bigru.data.clips import Skipped
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import Dataset, NoWindowsError, Windows
 from bigru.model.forecaster import HandForecaster
-from bigru.model.metrics import evaluate, summarise
+from bigru.model.metrics import BASELINES, evaluate, score, summarise
+from bigru.report.record import read_run
 from bigru.train import DivergedError, learning_rate, main, resume, train
 
 FRAMES = 4
@@ -134,7 +136,7 @@ def test_the_summary_is_what_the_best_weights_do(config):
     assert summary["modalities"] == {"hands": True, "gaze": False, "objects": False, "surrogate": False}
     assert set(summary["environment"]) == {
         "device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform"}
-    assert (summary["format"], summary["stamp"], summary["stopped_early"]) == (1, folder.name, False)
+    assert (summary["format"], summary["stopped_early"]) == (1, False)
     assert summary["started"] == time.strftime("%Y-%m-%d %H:%M:%S", time.strptime(folder.name, "%Y%m%d_%H%M%S"))
     assert summary["command"].startswith("python -m bigru.train --data-root")
     assert summary["timing"]["total_s"] == pytest.approx(sum(row["train_s"] + row["val_s"] for row in history))
@@ -264,6 +266,34 @@ def test_a_moved_run_goes_on_but_not_on_other_data(config, monkeypatch, tmp_path
     assert not any(config.run.out.iterdir())
 
 
+def test_a_copy_goes_on_as_a_run_of_its_own(config, monkeypatch):
+    mend = stop_in(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    mend()
+    (folder,) = config.run.out.iterdir()
+    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}_copy"))
+    assert timeless(resume(copy)) == timeless(resume(folder))
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (copy, folder))
+    assert ours["started"] == theirs["started"]
+    assert read_run(copy).stamp == copy.name != read_run(folder).stamp
+
+
+@pytest.mark.parametrize("name", ["20261399_999999", "20261123_224560", "20261123_2245", "20261123_224500-2",
+                                  "20261123_224500 copy", "best_run"])
+def test_a_run_with_another_name_is_refused_before_any_work(config, monkeypatch, capsys, name):
+    stop = stop_in(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    stop()
+    (folder,) = config.run.out.iterdir()
+    renamed = folder.rename(folder.with_name(name))
+    monkeypatch.setattr(training, "load_dataset", lambda config: pytest.fail("read the data"))
+    assert main(["--resume", str(renamed)]) == 2
+    error = capsys.readouterr().err
+    assert f"a run's folder is named after its start, as 20250522_023917 or 20250522_023917_copy, got {name}\n" in error
+
+
 def test_runs_of_one_second_get_folders_of_their_own(config):
     config = change(config, "optim", epochs=1)
     assert len({train(config) for _ in range(3)}) == 3
@@ -339,6 +369,23 @@ def test_missing_hands_are_learnt_only_without_the_mask(config, monkeypatch):
     assert seen == [None] * 5
 
 
+@pytest.mark.parametrize("mask", [True, False], ids=["masked", "unmasked"])
+def test_missing_hands_are_scored_only_without_the_mask(config, mask):
+    folder = train(change(change(config, "optim", epochs=1), "data", mask_missing=mask))
+    model = HandForecaster(hidden_size=8)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    data, (row,) = dataset(), rows(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    validation = {name: row[f"va_{name}"] for name in ("loss", "joint_error", "joint_error_px")}
+    written = [(data.val, model.eval(), validation), (data.test, model, summary["test"])]
+    written += [(data.test, BASELINES[name], scores) for name, scores in summary["baselines"].items()]
+    for split, predict, scores in written:
+        expected, other = (dataclasses.asdict(summarise(score(predict, split.batches(5), masked)))
+                           for masked in (mask, not mask))
+        assert scores == pytest.approx({name: expected[name] for name in scores}, rel=1e-5)
+        assert scores["joint_error"] != pytest.approx(other["joint_error"], rel=1e-3)
+
+
 def test_a_loss_that_is_no_number(config, monkeypatch, capsys):
     real, calls = training.masked_mse, [0]
 
@@ -410,6 +457,7 @@ def options(config):
     (["--weights", "none.pt"], "weights: none.pt is not a file"),
     (["--config", "none.yaml"], "none.yaml cannot be read"),
     (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
+    (["--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),
 ])
 def test_the_users_errors_end_with_2_and_a_sentence(config, capsys, extra, message):
     assert main([*options(config), *extra]) == 2

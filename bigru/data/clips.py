@@ -37,6 +37,16 @@ FRAME_SHAPES: dict[str, tuple[int, ...]] = {
 # damaged, and reading it would ask for gigabytes.
 MAX_FRAMES = 100_000
 
+# How many coordinates of a point or a box are image-normalised, 0 to 1 within the image: x and y of a landmark, whose
+# z has a scale of its own, and all of a box. Gaze is left free: a line of sight meets the image's plane anywhere.
+IMAGE_COORDINATES = {"left_landmarks": 2, "right_landmarks": 2, OBJECT_DATASET: 4, SURROGATE_DATASET: 4}
+
+# A joint estimated outside the image lies a little outside 0 to 1 (-0.06 seen), pixels run to 1,728: 10 parts the two.
+FARTHEST = 10.0
+
+# Nobody films hands at fewer frames per second, or at more. Milliseconds taken for seconds give 0.02 or 0.06.
+FRAME_RATES = (1.0, 1000.0)
+
 
 class DataError(ValueError):
     """Clips, an index or a split that cannot be used; the message is meant for the person who named them."""
@@ -47,8 +57,8 @@ class ClipError(DataError):
 
     Attributes:
         reason: a short fixed phrase to count by: `missing`, `short`, `unreadable`, `missing dataset`, `linked`,
-            `wrong dtype`, `wrong shape`, `too long`, `frame counts differ`, `non-finite`, `bad name`,
-            `duplicate` or `no split`.
+            `wrong dtype`, `wrong shape`, `too long`, `frame counts differ`, `non-finite`, `out of range`,
+            `bad timestamps`, `bad name`, `duplicate` or `no split`.
         detail: what was found, in words.
     """
 
@@ -135,8 +145,8 @@ def read_index(path: Path) -> ClipIndex:
     Rows of other cameras are counted, rows with an unusable name and repeated rows are skipped with a reason.
 
     Raises:
-        DataError: the file is empty, not text, lacks a column, or has a row of the wrong width; the message
-            names the file, the line and what was expected.
+        DataError: the file is empty, not text, lacks a column or has it twice, or has a row of the wrong width; the
+            message names the file, the line and what was expected.
     """
     clips: list[IndexedClip] = []
     skipped: list[Skipped] = []
@@ -177,6 +187,9 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 missing = [name for name in COLUMNS if name not in fields]
                 if missing:
                     raise DataError(f"index {path}, line {line}: no column {', '.join(missing)}; {expected}")
+                repeated = [name for name in COLUMNS if fields.count(name) > 1]
+                if repeated:
+                    raise DataError(f"index {path}, line {line}: repeated column {', '.join(repeated)}; {expected}")
                 header = fields
             elif text.strip():
                 if len(fields) != len(header):
@@ -255,13 +268,13 @@ def _read_open_clip(file: h5py.File, participant: int, config: DataConfig) -> Cl
     needed = config.observed + config.predicted
     if frames < needed:
         raise ClipError("short", f"{frames} frames, {needed} needed")
-    hands = np.stack([_read_finite(datasets[name]) for name in HAND_DATASETS], axis=1)
+    hands = np.stack([_read_values(datasets[name]) for name in HAND_DATASETS], axis=1)
     return Clip(
         fps=_frame_rate(file, frames, participant),
         hands=hands,
-        gaze=_read_finite(datasets[GAZE_DATASET]) if config.gaze else None,
-        objects=_read_finite(datasets[OBJECT_DATASET]) if config.objects else None,
-        surrogate=_read_finite(datasets[SURROGATE_DATASET]) if config.surrogate else None,
+        gaze=_read_values(datasets[GAZE_DATASET]) if config.gaze else None,
+        objects=_read_values(datasets[OBJECT_DATASET]) if config.objects else None,
+        surrogate=_read_values(datasets[SURROGATE_DATASET]) if config.surrogate else None,
     )
 
 
@@ -287,8 +300,9 @@ def _checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     if dataset is None:
         older = name in (OBJECT_DATASET, SURROGATE_DATASET) and file.id.links.exists(b"bboxes")
         raise ClipError("missing dataset", name + (" (the older layout, bboxes only)" if older else ""))
-    if dataset.dtype.kind not in "fiu":
-        raise ClipError("wrong dtype", f"{name} is {dataset.dtype}, expected float32")
+    # Whole numbers are pixels or something else, but no normalised coordinates.
+    if dataset.dtype.kind != "f":
+        raise ClipError("wrong dtype", f"{name} is {dataset.dtype}, expected a floating-point type, such as float32")
     expected = FRAME_SHAPES[name]
     if dataset.shape is None or len(dataset.shape) != 1 + len(expected) or dataset.shape[1:] != expected:
         raise ClipError("wrong shape", f"{name} is {dataset.shape}, expected (F, {', '.join(map(str, expected))})")
@@ -297,14 +311,21 @@ def _checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def _read_finite(dataset: h5py.Dataset) -> np.ndarray:
+def _read_values(dataset: h5py.Dataset) -> np.ndarray:
     """Read a whole dataset as float32 and check its values."""
+    name = dataset.name.lstrip("/")
     values = np.empty(dataset.shape, np.float32)
     dataset.read_direct(values)
     finite = np.isfinite(values)
     if not finite.all():
         frame = int(np.argwhere(~finite)[0, 0])
-        raise ClipError("non-finite", f"{dataset.name.lstrip('/')} in frame {frame}")
+        raise ClipError("non-finite", f"{name} in frame {frame}")
+    coordinates = values[..., : IMAGE_COORDINATES.get(name, 0)]
+    far = np.abs(coordinates) > FARTHEST
+    if far.any():
+        first = tuple(np.argwhere(far)[0])
+        expected = f"expected image-normalised values, -{FARTHEST:g} to {FARTHEST:g}"
+        raise ClipError("out of range", f"{name} in frame {first[0]} holds {coordinates[first]:g}, {expected}")
     return values
 
 
@@ -314,7 +335,11 @@ def published_frame_rate(participant: int) -> float:
 
 
 def _frame_rate(file: h5py.File, frames: int, participant: int) -> float:
-    """Return frames per second: from the median step of the timestamps if those are sound, else as published."""
+    """Return frames per second: from the median step of the timestamps, or as published where they tell no rate.
+
+    Raises:
+        ClipError: `bad timestamps`, they tell a rate that cannot be; or `frame counts differ`.
+    """
     dataset = _own_dataset(file, "timestamps")
     if dataset is None or dataset.dtype.kind not in "fiu" or dataset.ndim != 1:
         return published_frame_rate(participant)
@@ -323,5 +348,11 @@ def _frame_rate(file: h5py.File, frames: int, participant: int) -> float:
     steps = np.diff(dataset[:].astype(np.float64))
     if not np.isfinite(steps).all() or steps.min() < 0 or np.median(steps) == 0:
         return published_frame_rate(participant)
+    # Python's division, as NumPy's warns where the quotient overflows.
+    fps = 1 / float(np.median(steps))
+    slowest, fastest = FRAME_RATES
+    if not slowest <= fps <= fastest:
+        expected = f"expected seconds, {slowest:g} to {fastest:,g} frames each"
+        raise ClipError("bad timestamps", f"they tell {fps:.3g} frames per second, {expected}")
     # float32 seconds resolve a step to about 1e-4 of its length: one decimal keeps clips of one rate together.
-    return round(float(1 / np.median(steps)), 1)
+    return round(fps, 1)

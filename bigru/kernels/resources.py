@@ -304,7 +304,8 @@ def table_row(case: Case, usage: Usage) -> tuple[Any, ...]:
 
 def as_record(case: Case, usage: Usage) -> dict[str, Any]:
     """A row with everything known of it, for the JSON file."""
-    more = {"limit": DEVICES[case.arch].shared_memory, "budget": budget(case), "problem": problem(case, usage)}
+    more = {"name": case.name, "num_warps": case.config.options()["num_warps"]}
+    more |= {"limit": DEVICES[case.arch].shared_memory, "budget": budget(case), "problem": problem(case, usage)}
     return asdict(case) | asdict(usage) | more
 
 

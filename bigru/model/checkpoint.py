@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bigru.model.forecaster import POSE_SIZE
 
 FORMAT = 1
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -129,7 +130,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             torch.cuda.set_rng_state(content["rng_cuda"], device)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this run: {error}") from error
     return progress
 
@@ -146,11 +147,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     A file that holds the state dict under "model", "state_dict" or "model_state_dict" will do.
 
     Raises:
-        CheckpointError: for a file that is missing or unreadable, holds more than data, or whose names, shapes or
-            modalities are not the model's.
+        CheckpointError: for a file that is missing or unreadable, holds more than data, whose names, shapes or
+            modalities are not the model's, or whose tensors are not dense ones of finite real numbers.
     """
     weights = _read_weights(path)
     expected = model.state_dict()
+    # Asked first: of some tensors not even the shape can be told.
+    kinds = {name: _kind(weights[name]) for name in expected if name in weights}
+    odd = [f"{name} is {kind}" for name, kind in kinds.items() if kind]
+    if odd:
+        raise CheckpointError(f"weights: {path}: expected dense tensors of float16, bfloat16, float32 or float64, but "
+                              f"{', '.join(odd)}")
     problems = []
     if missing := sorted(expected.keys() - weights.keys()):
         problems.append(f"missing {', '.join(missing)}")
@@ -162,7 +169,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if problems:
         hint = _modality_hint(weights, expected)
         raise CheckpointError(f"weights: {path} does not fit the network: {hint}{'; '.join(sorted(problems))}")
-    bad = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
+    # As the model will hold them: a float64 may be too large for it.
+    bad = sorted(name for name, tensor in weights.items() if not tensor.to(expected[name].dtype).isfinite().all())
     if bad:
         raise CheckpointError(f"weights: {path} holds values that are not finite in {', '.join(bad)}")
     model.load_state_dict(weights)
@@ -185,6 +193,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise CheckpointError(f"weights: {path} holds no state dict, {{name: tensor}}")
     return dict(content)
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is other than dense real floating-point numbers on the CPU; empty where it is just that."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout)
+    if tensor.is_meta:
+        return "without values (meta)"
+    return "" if tensor.dtype in WEIGHT_DTYPES else str(tensor.dtype)
 
 
 def _modality_hint(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -231,8 +250,9 @@ def _unpickled(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused, it is damaged or holds more than tensors and numbers: "
                               f"{str(error).splitlines()[0]}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    # What the unpickler raises for a damaged file depends on where the damage is: nearly anything.
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return dict(content)

@@ -142,10 +142,10 @@ def by_frame_rate(rows: Tensor, fps: Tensor) -> list[dict[str, Any]]:
 
     Args:
         rows: (N, 7) of `window_errors`.
-        fps: (N,) frames per second, rounded to whole ones here: 22.998 and 23 are one rate.
+        fps: (N,) frames per second, rounded to whole ones here, but never to 0: 22.998 and 23 are one rate.
     """
-    rates = fps.round().to(rows.device)
-    return [{"fps": int(rate), **summarise(rows[rates == rate]).scores()} for rate in rates.unique().tolist()]
+    rates = torch.where(fps < 1, fps, fps.round()).to(rows.device)
+    return [{"fps": rate, **summarise(rows[rates == rate]).scores()} for rate in rates.unique().tolist()]
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
-"""The report of a run: `results_bigru.md` and its pictures, a function of the run folder alone."""
+"""The documents, each a function of files alone: `results_bigru.md` of a run, `PERFORMANCE.md` of the records."""
 
 from bigru.report.document import write_report
+from bigru.report.performance import write_performance
 from bigru.report.record import RunError
 
-__all__ = ["RunError", "write_report"]
+__all__ = ["RunError", "write_performance", "write_report"]

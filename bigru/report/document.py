@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tabulate import tabulate
 
 from bigru.report import figures
+from bigru.report.markdown import blocks, code, listed, plain, replace, table
 from bigru.report.record import PUBLISHED_COLUMNS, RunError, RunRecord, Scores, read_run
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has none.
+    fcntl = None  # type: ignore[assignment]
 
 DOCUMENT = "results_bigru.md"
 TITLE = "# BIGRU Performance"
@@ -48,31 +56,39 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
     """Writes the document and the pictures of a run that has been read; returns their paths, the document first."""
     out = record.folder.parent if out is None else out
     document = out / DOCUMENT
-    # Merged first: a damaged document stops the report before any file is touched.
-    try:
-        existing = document.read_text(encoding="utf-8") if document.exists() else ""
-    except UnicodeDecodeError as error:
-        raise RunError(f"{document}: not UTF-8 text, left as it is: {error}") from error
-    text = merge(existing, record, out)
+    # Drawn before the lock is taken: it takes a second, in which another run may report.
     pictures = {
-        out / _curves_path(record): figures.learning_curves(record),
-        out / _forecasts_path(record): figures.forecasts(record),
+        out / _curves_path(record): figures.png(figures.learning_curves(record)),
+        out / _forecasts_path(record): figures.png(figures.forecasts(record)),
     }
-    (out / "plots").mkdir(parents=True, exist_ok=True)
-    for path, figure in pictures.items():
-        _replace(path, figures.png(figure))
-    _replace(document, text.encode("utf-8"))
+    out.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(document):
+        # Merged first: a damaged document stops the report before any file is replaced.
+        try:
+            existing = document.read_text(encoding="utf-8") if document.exists() else ""
+        except UnicodeDecodeError as error:
+            raise RunError(f"{document}: not UTF-8 text, left as it is: {error}") from error
+        text = merge(existing, record, out)
+        (out / "plots").mkdir(exist_ok=True)
+        for path, picture in pictures.items():
+            replace(path, picture)
+        replace(document, text.encode("utf-8"))
     return [document, *pictures]
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+@contextmanager
+def _one_at_a_time(document: Path) -> Iterator[None]:
+    """Keeps other reports off a document for as long as the block runs, where the system has such locks."""
+    if fcntl is None:
+        yield
+        return
+    # A file of its own, as the document is replaced; it stays, since whoever waits for it holds it open.
+    with document.with_name(f".{document.name}.lock").open("a") as lock:
+        # Some network file systems have no locks: a document written without one is better than none.
+        with suppress(OSError):
+            # Given back when the file is closed, or its process ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def merge(existing: str, record: RunRecord, out: Path) -> str:
@@ -109,13 +125,13 @@ def merge(existing: str, record: RunRecord, out: Path) -> str:
 
 def head(record: RunRecord) -> str:
     """The title and the model, which the document gives once."""
-    return _blocks(TITLE, _total_params(record), "## Model parameter breakdown", _breakdown(record))
+    return blocks(TITLE, _total_params(record), "## Model parameter breakdown", _breakdown(record))
 
 
 def section(record: RunRecord, out: Path, own_model: bool) -> str:
     """A run between its marks; with its own model where that is not the one in the document's head."""
     model = [_total_params(record), "### Model parameter breakdown", _breakdown(record)] if own_model else []
-    return _blocks(
+    return blocks(
         f"<!-- run {record.stamp} -->",
         f"## Run at {record.started}",
         *model,
@@ -141,10 +157,6 @@ def section(record: RunRecord, out: Path, own_model: bool) -> str:
     )
 
 
-def _blocks(*blocks: str) -> str:
-    return "\n\n".join(blocks)
-
-
 def _curves_path(record: RunRecord) -> str:
     return f"plots/{record.stamp}_bigru_learning_curves.png"
 
@@ -159,7 +171,7 @@ def _total_params(record: RunRecord) -> str:
 
 def _breakdown(record: RunRecord) -> str:
     # The published table leaves out what has no parameters, the dropout.
-    rows = [(_plain(module), params / 1e6) for module, params in record.modules if params]
+    rows = [(plain(module), params / 1e6) for module, params in record.modules if params]
     return tabulate(rows, headers=("Module", "Params (M)"), tablefmt="pipe", floatfmt=".3f")
 
 
@@ -185,20 +197,14 @@ def _score_cells(scores: Scores) -> list[str]:
     return [f"{getattr(scores, name):,.{decimals}f}" for name, _, decimals in MEASURES]
 
 
-def _text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A pipe table of cells already formatted: the first `left` columns to the left, the others to the right."""
-    align = ["left"] * left + ["right"] * (len(headers) - left)
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=align)
-
-
 def _comparison(record: RunRecord) -> str:
     forecasters = {"this run": record.test, **record.baselines}
-    rows = [[_plain(name), *_score_cells(scores)] for name, scores in forecasters.items()]
-    table = _text_table(["Forecast", *(label for _, label, _ in MEASURES)], rows, left=1)
-    return _blocks(
+    rows = [[plain(name), *_score_cells(scores)] for name, scores in forecasters.items()]
+    compared = table(["Forecast", *(label for _, label, _ in MEASURES)], rows, left=1)
+    return blocks(
         f"{record.test.windows:,} test windows. Lengths are in centred units, one of which is half the image in each "
         "axis; pixels are those of the 1728 x 972 image.",
-        table,
+        compared,
         verdict(record.test, record.baselines),
         _definitions(mask_missing=record.config["data"]["mask_missing"]),
     )
@@ -217,7 +223,7 @@ def verdict(test: Scores, baselines: dict[str, Scores]) -> str:
                 against = f"{label} ({ours:,.{decimals}f} against {theirs:,.{decimals}f})"
                 found.setdefault(_standing(ours, theirs), []).append(against)
         found = found or {"beats": ["every measure"]}
-        sentences += [f'This run {standing} "{_plain(name)}" on {_listed(on)}.' for standing, on in found.items()]
+        sentences += [f'This run {standing} "{plain(name)}" on {listed(on)}.' for standing, on in found.items()]
     return " ".join(sentences)
 
 
@@ -226,10 +232,6 @@ def _standing(ours: float, theirs: float) -> str:
         return "loses to"
     # What is neither larger, smaller nor equal is NaN.
     return "is level with" if ours == theirs else "cannot be compared with"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _definitions(mask_missing: bool) -> str:
@@ -258,9 +260,9 @@ def _by_frame_rate(record: RunRecord) -> str:
     if not rows:
         return "No test window was scored."
     headers = ["fps", "horizon (s)", "windows", *(label for _, label, _ in MEASURES)]
-    return _blocks(
+    return blocks(
         f"The {predicted} predicted frames reach further ahead the lower the frame rate.",
-        _text_table(headers, rows, left=0),
+        table(headers, rows, left=0),
     )
 
 
@@ -272,11 +274,11 @@ def _details(record: RunRecord, out: Path) -> str:
         "Epochs run": f"{len(metrics['epoch'])}, {'stopped early' if record.stopped_early else 'not stopped early'}",
         "Best epoch": f"{record.best_epoch}, validation MPJPE (published) {metrics['va_mpjpe'][best]:.3f}, true "
         f"per-joint error {metrics['va_joint_error'][best]:.3f} ({metrics['va_joint_error_px'][best]:.1f} px)",
-        "Device": _plain(environment["device"]),
-        "Backend, precision": f"{_plain(environment['backend'])}, {_plain(environment['precision'])}",
-        "Versions": _plain(versions),
-        "Platform": _plain(environment["platform"]),
-        "Data": f"{_plain(record.source)}, split by {_plain(record.split)}",
+        "Device": plain(environment["device"]),
+        "Backend, precision": f"{plain(environment['backend'])}, {plain(environment['precision'])}",
+        "Versions": plain(versions),
+        "Platform": plain(environment["platform"]),
+        "Data": f"{plain(record.source)}, split by {plain(record.split)}",
         "Clips": _counted(record.clips),
         "Windows": _counted(record.windows),
         "Clips skipped": _counted(record.skipped) or "none",
@@ -284,8 +286,8 @@ def _details(record: RunRecord, out: Path) -> str:
         "Training speed": f"{timing['train_windows_per_s_median']:,.0f} windows/s (median)",
         "Wall time": f"{timing['total_s']:,.0f} s ({timing['total_s'] / 60:,.1f} min)",
         **{f"Options, {group}": _options(options) for group, options in record.config.items()},
-        "Run again with": _code(record.command),
-        "Report again with": f"{_code(f'python -m bigru.report {_as_seen_from(record.folder, out)}')}, "
+        "Run again with": code(record.command),
+        "Report again with": f"{code(f'python -m bigru.report {_as_seen_from(record.folder, out)}')}, "
         "in this document's folder",
     }
     if record.torn_line is not None:
@@ -294,25 +296,15 @@ def _details(record: RunRecord, out: Path) -> str:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{_plain(name)} {count:,}" for name, count in counts.items())
+    return ", ".join(f"{plain(name)} {count:,}" for name, count in counts.items())
 
 
 def _options(options: dict[str, object]) -> str:
     """All options as `name=value`, less those not given and the output folder, which the document itself is in."""
     given = {name: value for name, value in options.items() if value is not None and name != "out"}
-    return _code(" ".join(f"{name}={value}" for name, value in given.items())) if given else "none"
+    return code(" ".join(f"{name}={value}" for name, value in given.items())) if given else "none"
 
 
 def _as_seen_from(folder: Path, out: Path) -> str:
     # Never as the caller spelt it: the document must not depend on the folder it was reported from.
     return Path(os.path.relpath(folder, out.resolve())).as_posix()
-
-
-def _plain(text: str) -> str:
-    """Free text on one line, with what Markdown would read as markup escaped."""
-    return re.sub(r"[\\`*<>|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    text = " ".join(text.split())
-    return f"`` {text} ``" if "`" in text else f"`{text}`"

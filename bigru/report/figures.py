@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.style
 import numpy as np
@@ -18,6 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bigru.report.record import RunRecord, Samples
+
+P = ParamSpec("P")
+F = TypeVar("F", bound=Figure | None)
 
 WIDTH_IN = 7.2
 DPI = 180
@@ -63,13 +66,15 @@ def _house_style() -> Iterator[None]:
         yield
 
 
-def _styled(draw: Callable[[RunRecord], Figure]) -> Callable[[RunRecord], Figure]:
-    @wraps(draw)
-    def styled(record: RunRecord) -> Figure:
-        with _house_style():
-            return draw(record)
+def styled(draw: Callable[P, F]) -> Callable[P, F]:
+    """A drawing function in the style of all figures here."""
 
-    return styled
+    @wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> F:
+        with _house_style():
+            return draw(*args, **kwargs)
+
+    return in_style
 
 
 def png(figure: Figure) -> bytes:
@@ -80,7 +85,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@_styled
+@styled
 def learning_curves(record: RunRecord) -> Figure:
     """MPJPE, ADE and FDE (published definitions, centred units) of train and validation against the epoch."""
     figure = Figure(figsize=(WIDTH_IN, 2.75), dpi=DPI)
@@ -114,7 +119,7 @@ def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
-    _scale_errors(axes, np.array([*train, *validation], dtype=float))
+    scale_values(axes, np.array([*train, *validation], dtype=float))
 
 
 def _lone_points(values: list[float]) -> list[int]:
@@ -123,7 +128,7 @@ def _lone_points(values: list[float]) -> list[int]:
     return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()
 
 
-def _scale_errors(axes: Axes, values: np.ndarray) -> None:
+def scale_values(axes: Axes, values: np.ndarray) -> None:
     """A linear axis from 0, or a logarithmic one where huge first epochs would flatten all others."""
     values = values[np.isfinite(values) & (values > 0)]
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
@@ -142,7 +147,7 @@ def _scale_errors(axes: Axes, values: np.ndarray) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-@_styled
+@styled
 def forecasts(record: RunRecord) -> Figure:
     """Hand skeletons of the sample windows: last observed frame, then true and predicted at 25, 50, 75 and 100 %.
 

@@ -71,6 +71,7 @@ class RunRecord:
     torn_line: int | None
     """Number of the unfinished last line of metrics.jsonl, which is left out."""
     stamp: str
+    """The folder's name, by which the document knows the run: a copy of a run is a run of its own."""
     started: str
     total_params: int
     modules: tuple[tuple[str, int], ...]
@@ -153,8 +154,9 @@ def read_run(run: Path) -> RunRecord:
         what the folder says, with every number in the unit that the trainer wrote.
 
     Raises:
-        RunError: not a run folder, an unfinished run (the message says how to resume it), an unknown format, or an
-            entry that is missing, mistyped or torn; the message names the file, and the line in metrics.jsonl.
+        RunError: not a run folder, one whose name the document cannot use, an unfinished run (the message says how to
+            resume it), an unknown format, or an entry that is missing, mistyped or torn; the message names the file,
+            and the line in metrics.jsonl.
     """
     folder = run.resolve()
     if not folder.is_dir():
@@ -162,6 +164,9 @@ def read_run(run: Path) -> RunRecord:
     for name in ("config.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise RunError(f"{run} is not a run folder: it holds no {name}")
+    # The name becomes part of file names and of an HTML comment.
+    if not re.fullmatch(r"\w+", folder.name, re.ASCII):
+        raise RunError(f"{run}: a run folder's name should be letters, digits and underscores, got {folder.name!r}")
     for name in ("summary.json", "samples.npz"):
         if not (folder / name).is_file():
             raise RunError(
@@ -250,14 +255,6 @@ def _read_frame_rate(fields: Fields) -> tuple[float, Scores]:
     return fps, _read_scores(fields)
 
 
-def _read_stamp(summary: Fields) -> str:
-    stamp = summary.text("stamp")
-    # The stamp becomes a file name and an HTML comment.
-    if not re.fullmatch(r"\w+", stamp, re.ASCII):
-        raise RunError(f"{summary.where}: stamp should be letters, digits and underscores, got {stamp!r}")
-    return stamp
-
-
 def _from_summary(
     summary: Fields,
     folder: Path,
@@ -276,7 +273,7 @@ def _from_summary(
         config=config,
         metrics=metrics,
         torn_line=torn_line,
-        stamp=_read_stamp(summary),
+        stamp=folder.name,
         started=summary.text("started"),
         total_params=summary.count("total_params"),
         modules=tuple((entry.text("module"), entry.count("params")) for entry in summary.objects("modules")),

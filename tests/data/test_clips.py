@@ -133,14 +133,35 @@ def test_published_frame_rate_changes_after_participant_28():
     assert [published_frame_rate(p) for p in (1, 28, 29, 70)] == [23.0, 23.0, 59.0, 59.0]
 
 
-def test_other_numeric_types_are_read_as_float32(path):
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        pytest.param(1e3, "they tell 0.023 frames per second, ", id="milliseconds"),
+        pytest.param(1e-6, "they tell 2.3e+07 frames per second, ", id="megaseconds"),
+        pytest.param(1e-40, "they tell 2.3e+41 frames per second, ", id="denormal"),
+        pytest.param(1e-320, "they tell inf frames per second, ", id="beyond-any-number"),
+        pytest.param(23 / 0.99, "they tell 0.99 frames per second, ", id="just-too-slow"),
+        pytest.param(23 / 1001, "they tell 1e+03 frames per second, ", id="just-too-fast"),
+        pytest.param(23 / 1000, None, id="fastest"),
+        pytest.param(23, None, id="slowest"),
+    ],
+)
+def test_timestamps_that_tell_an_impossible_rate(path, scale, told):
+    write_clip(path, clip_arrays() | {"timestamps": scale * np.arange(FRAMES) / 23})
+    if told is None:
+        assert read_clip(path, SHORT).fps == round(23 / scale)
+    else:
+        assert refusal(path) == ("bad timestamps", told + "expected seconds, 1 to 1,000 frames each")
+
+
+def test_other_floating_point_types_are_read_as_float32(path):
     arrays = clip_arrays()
     arrays["left_landmarks"] = arrays["left_landmarks"].astype(">f8")
-    arrays["right_landmarks"] = np.ones((FRAMES, 21, 3), np.int16)
+    arrays["right_landmarks"] = arrays["right_landmarks"].astype(np.float16)
     write_clip(path, arrays)
     hands = read_clip(path, SHORT).hands
     np.testing.assert_array_equal(hands[:, 0], arrays["left_landmarks"].astype(np.float32))
-    np.testing.assert_array_equal(hands[:, 1], 1)
+    np.testing.assert_array_equal(hands[:, 1], arrays["right_landmarks"].astype(np.float32))
 
 
 def test_missing_file(path):
@@ -219,6 +240,38 @@ def test_non_finite_values(path, name, value):
     assert refusal(path, ALL) == ("non-finite", f"{name} in frame 5")
 
 
+@pytest.mark.parametrize("value", [-10.5, 10.5, 1728.0, -3e38])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("left_landmarks", (20, 0)),
+        ("right_landmarks", (0, 1)),
+        ("rec_bboxes", (29, 3)),
+        ("surrogate_hands", (1, 0)),
+    ],
+)
+def test_values_far_outside_the_image(path, name, place, value):
+    arrays = clip_arrays()
+    arrays[name][5, *place] = value
+    write_clip(path, arrays)
+    expected = "expected image-normalised values, -10 to 10"
+    assert refusal(path, ALL) == ("out of range", f"{name} in frame 5 holds {value:g}, {expected}")
+
+
+def test_values_a_little_outside_the_image_and_those_with_other_scales(path):
+    arrays = clip_arrays()
+    arrays["left_landmarks"][2, 3, :2] = -0.06, 10
+    arrays["rec_bboxes"][2, 3] = -10
+    # Wrist-relative depth, and where a line of sight meets the image's plane.
+    arrays["right_landmarks"][2, 3, 2] = -300
+    arrays["norm_gaze"][2] = 40, -40
+    write_clip(path, arrays)
+    clip = read_clip(path, ALL)
+    np.testing.assert_array_equal(clip.hands[:, 0], arrays["left_landmarks"])
+    np.testing.assert_array_equal(clip.hands[:, 1], arrays["right_landmarks"])
+    np.testing.assert_array_equal(clip.gaze, arrays["norm_gaze"])
+
+
 def test_value_too_large_for_float32(path):
     arrays = clip_arrays()
     arrays["left_landmarks"] = arrays["left_landmarks"].astype(np.float64)
@@ -248,7 +301,7 @@ def test_absurd_length_is_refused_before_it_is_read(path):
     assert "10,000,000,000 frames" in detail
 
 
-@pytest.mark.parametrize("dtype", [object, "S4", bool, np.complex64, [("x", "f4")]], ids=str)
+@pytest.mark.parametrize("dtype", [object, "S4", bool, np.int16, np.uint8, np.complex64, [("x", "f4")]], ids=str)
 def test_wrong_dtype(path, dtype):
     arrays = clip_arrays()
     del arrays["left_landmarks"]
@@ -258,7 +311,8 @@ def test_wrong_dtype(path, dtype):
         file.create_dataset("left_landmarks", shape=(FRAMES, 21, 3), dtype=stored)
     reason, detail = refusal(path)
     assert reason == "wrong dtype"
-    assert "left_landmarks" in detail
+    assert detail.startswith("left_landmarks is ")
+    assert detail.endswith(", expected a floating-point type, such as float32")
 
 
 @pytest.mark.parametrize("kind", ["external", "dangling", "soft", "virtual", "raw"])
@@ -308,6 +362,11 @@ def test_index_with_other_column_order_bom_and_windows_line_ends(tmp_path):
     assert read_index(path).clips == (IndexedClip(STEM, 1, "BHO"),)
 
 
+def test_index_with_other_columns_of_one_name(tmp_path):
+    path = write_rows(tmp_path / "index.csv", (*row_of(STEM), "", ""), header=(*COLUMNS, "", ""))
+    assert read_index(path).clips == (IndexedClip(STEM, 1, "BHO"),)
+
+
 def test_index_counts_other_cameras_and_skips_repeated_rows(tmp_path):
     other = row_of(STEM.replace("CAM_AV", "CAM_LL"))
     index = read_index(write_rows(tmp_path / "index.csv", row_of(STEM), other, row_of(LATE_STEM), row_of(STEM)))
@@ -352,6 +411,7 @@ def test_digits_of_other_scripts_are_no_digits(tmp_path):
         pytest.param(b"", 1, "empty", id="empty"),
         pytest.param("\t".join(COLUMNS).encode() + b"\n", 2, "no row", id="header-only"),
         pytest.param(b"participant\tcamera\ttask\nx\ty\tz\n", 1, "no column subtask", id="columns-missing"),
+        pytest.param("\t".join((*COLUMNS, "task")).encode() + b"\n", 1, "repeated column task", id="column-twice"),
         pytest.param(",".join(COLUMNS).encode() + b"\n", 1, "no column participant", id="commas"),
         pytest.param(b"\x89HDF\r\n\x1a\n\x00\x00\xff\xfe", 1, "not text", id="binary"),
         pytest.param("\t".join(COLUMNS).encode() + b"\na\tb\x00\n", 2, "not text", id="nul"),

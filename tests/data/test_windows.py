@@ -208,6 +208,8 @@ def broken_dataset(root):
     nan["left_landmarks"][0] = np.nan
     bare = clip_arrays(8)
     del bare["norm_gaze"]
+    pixels = clip_arrays(8)
+    pixels["right_landmarks"][..., :2] *= 972
     bad = {
         "missing": None,
         "short": clip_arrays(7),
@@ -215,6 +217,9 @@ def broken_dataset(root):
         "missing dataset": bare,
         "non-finite": nan,
         "frame counts differ": clip_arrays(8) | {"right_landmarks": np.zeros((9, 21, 3), np.float32)},
+        "out of range": pixels,
+        "wrong dtype": clip_arrays(8) | {"left_landmarks": np.ones((8, 21, 3), np.int32)},
+        "bad timestamps": clip_arrays(8) | {"timestamps": 1000 * np.arange(8) / 23},
         "unreadable": clip_arrays(8),
     }
     stems = {reason: stem_of(2, number) for number, reason in enumerate(bad)}
@@ -231,14 +236,16 @@ def test_unusable_clips_are_counted_and_listed(tmp_path):
     assert {skip.reason: skip.stem for skip in dataset.skipped} == stems
     assert dataset.skip_counts() == dict.fromkeys(stems, 1)
     assert dataset.clips == {"train": 1, "val": 1, "test": 1}
-    assert dataset.listed == 10
+    assert dataset.listed == len(stems) + 3
     text = dataset.describe()
     for reason, stem in stems.items():
         assert f"{reason}: 1\n    {stem}: " in text
-    assert "skipped 7:" in text
+    assert f"skipped {len(stems)}:" in text
 
 
-@pytest.mark.parametrize("reason", ["missing", "short", "non-finite", "unreadable"])
+@pytest.mark.parametrize(
+    "reason", ["missing", "short", "non-finite", "out of range", "wrong dtype", "bad timestamps", "unreadable"]
+)
 def test_strict_stops_at_the_first_unusable_clip(tmp_path, reason):
     stems = broken_dataset(tmp_path)
     write_index(tmp_path, [stem_of(1), stems[reason], stems["wrong shape"], stem_of(49), stem_of(60)])

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import struct
 
 import pytest
 import torch
@@ -169,6 +171,83 @@ def test_weights_that_cannot_be_read(tmp_path, name):
     with pytest.raises(CheckpointError, match=name):
         load_weights(model, path)
     assert torch.equal(model.pose_head[2].weight, before)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02a", b"\x80\x02G", b"\x80\x02}K\x01R.", b"\x80\x02(e", b"\x80\x02h"])
+def test_a_damaged_pickle_is_named_with_what_went_wrong(tmp_path, content):
+    # Each breaks the unpickler in another place, and it was not written to say so.
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    model, optimizer = network()
+    for load in (lambda: load_weights(model, path), lambda: load_checkpoint(path, model, optimizer)):
+        with pytest.raises(CheckpointError, match=r"damaged\.pt") as caught:
+            load()
+        assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, AttributeError, TypeError, struct.error, MemoryError])
+def test_whatever_the_unpickler_raises(tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error("at byte 7")
+
+    path = tmp_path / "w.pt"
+    path.write_bytes(b"")
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(CheckpointError, match=rf"w\.pt cannot be read: {error.__name__}: at byte 7") as caught:
+        load_weights(network()[0], path)
+    assert isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize("entry", ["progress", "model", "optimizer", "rng_cpu"])
+def test_a_checkpoint_with_an_odd_entry(tmp_path, entry):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, *network(), Progress())
+    content = torch.load(path, weights_only=True)
+    for odd in (None, [], 3):
+        torch.save(content | {entry: odd}, path)
+        with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
+            load_checkpoint(path, *network())
+
+
+ODD_TENSORS = {
+    "torch.float8_e4m3fn": lambda values: values.to(torch.float8_e4m3fn),
+    "torch.complex64": lambda values: torch.complex(values, values),
+    "torch.int64": lambda values: values.long(),
+    "torch.bool": lambda values: values > 0,
+    "torch.sparse_coo": lambda values: values.to_sparse(),
+    "without values (meta)": lambda values: values.to("meta"),
+    "nested": lambda values: torch.nested.nested_tensor([values, values]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_tensors_that_are_no_weights(tmp_path, kind):
+    model, _ = network()
+    before = model.pose_head[2].weight.clone()
+    weights = model.state_dict()
+    weights["pose_head.2.weight"] = ODD_TENSORS[kind](weights["pose_head.2.weight"])
+    torch.save(weights, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=rf"odd\.pt: .*, but pose_head\.2\.weight is {re.escape(kind)}$"):
+        load_weights(model, tmp_path / "odd.pt")
+    assert torch.equal(model.pose_head[2].weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_other_precisions(tmp_path, dtype):
+    model, _ = network()
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    save_weights(tmp_path / "w.safetensors", weights)
+    load_weights(model, tmp_path / "w.safetensors")
+    assert all(torch.equal(value, weights[name].float()) for name, value in model.state_dict().items())
+
+
+def test_a_weight_too_large_for_the_network(tmp_path):
+    model, _ = network()
+    weights = model.state_dict() | {"pose_head.2.bias": torch.full((84,), 1e39, dtype=torch.float64)}
+    save_weights(tmp_path / "w.safetensors", weights)
+    with pytest.raises(CheckpointError, match=r"not finite in pose_head\.2\.bias"):
+        load_weights(model, tmp_path / "w.safetensors")
 
 
 def test_progress_counts_gains_and_keeps_the_best():

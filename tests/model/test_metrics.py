@@ -175,6 +175,20 @@ def test_frame_rates_are_told_apart():
     assert "loss" not in slow
 
 
+def test_no_frame_rate_is_rounded_to_none():
+    _, prediction, target, present = windows(4)
+    rates = by_frame_rate(window_errors(prediction, target, present), torch.tensor([1.25, 0.25, 1.0, 0.25]))
+    assert [(rate["fps"], rate["windows"]) for rate in rates] == [(0.25, 2), (1, 2)]
+
+
+def test_evaluation_leaves_the_mode_as_it_was():
+    x, _, target, present = windows()
+    model = HandForecaster(hidden_size=8)
+    for mode in (True, False):
+        evaluate(model.train(mode), batches(x, target, present, 3))
+        assert {module.training for module in model.modules()} == {mode}
+
+
 def test_evaluation_changes_nothing():
     torch.manual_seed(0)
     x, _, target, present = windows()

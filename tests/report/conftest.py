@@ -1,10 +1,11 @@
-"""Fabricates run folders as the trainer writes them: smooth hands, falling errors, no training."""
+"""Fabricates run folders as the trainer writes them, and records of benchmarks on a card that does not exist."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ def fabricate_summary(stamp: str, epochs: int) -> dict[str, Any]:
     started = f"{day[:4]}-{day[4:6]}-{day[6:]} {time[:2]}:{time[2:4]}:{time[4:]}"
     return {
         "format": 1,
-        "stamp": stamp,
         "started": started,
         "total_params": 482900,
         "modules": [
@@ -156,3 +156,97 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+CARD = "Test Card"
+
+
+def timing(path: str = "nn.GRU", gpu_ms: float | None = 1.0, **changes: Any) -> dict[str, Any]:
+    """A row of the main workload's forward pass; the other two times follow from the GPU's."""
+    row = {
+        "group": "layer", "work": "forward", "path": path, "steps": 60, "batch": 64, "input": 84, "hidden": 128,
+        "layers": 2, "dtype": "fp32", "precision": "fp32", "gpu_ms": gpu_ms,
+        "eager_ms": gpu_ms and gpu_ms + 0.5, "graph_ms": gpu_ms and gpu_ms + 0.1,
+        "quartiles": {"gpu_ms": gpu_ms and [0.99 * gpu_ms, 1.01 * gpu_ms]}, "rounds": 50, "peak_mib": 100.0,
+        "floor_ms": None, "error": 1.5e-7, "status": "measured", "message": None,
+    }  # fmt: skip
+    return row | changes
+
+
+def without_figures(status: str, message: str | None, **changes: Any) -> dict[str, Any]:
+    """A row that was not measured, with nothing in the places of its figures."""
+    figures = ("gpu_ms", "eager_ms", "graph_ms", "peak_mib", "floor_ms", "error")
+    return timing(status=status, message=message, quartiles={}, rounds=0, **dict.fromkeys(figures)) | changes
+
+
+def correctness(kernel: str = "portable", **changes: Any) -> dict[str, Any]:
+    row = {
+        "kernel": kernel, "steps": 7, "batch": 3, "hidden": 128, "dtype": "fp32", "precision": "fp32", "bias": True,
+        "errors": {"y": 1e-7, "h_n": 1e-7, "dgi": 4e-7, "dw_hh": 3e-7, "db_hn": 2e-7, "dh0": 1e-7}, "tolerance": 1e-5,
+        "deterministic": True, "status": "passed", "message": None,
+    }  # fmt: skip
+    return row | changes
+
+
+def gpu_record(timings: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    record = {
+        "schema": 1, "kind": "gpu", "date": "2026-12-01T10:20:30+00:00", "seconds": 321.0, "complete": True,
+        "command": "python -m benchmarks.gpu --out DIR",
+        "machine": {
+            "card": CARD, "capability": [9, 9], "processors": 7, "memory_gib": 11.5, "driver": "1.2.3",
+            "cpu": "Test CPU", "cpu_cores": 5,
+        },
+        "versions": {
+            "bigru": "0.1.0", "python": "3.12.1", "torch": "9.9.9", "triton": "8.8.8", "numpy": "2.4.6",
+            "cuda": "77.7", "cudnn": 91002,
+        },
+        "facts": {
+            "copy_gb_s": 1234.5, "launch_us": 2.5, "graph_launch_us": None, "step_floor_us": {"mufu": {"128": 0.2}},
+        },
+        "correctness": [], "checks": [], "timings": timings,
+    }  # fmt: skip
+    return record | changes
+
+
+def cpu_record(card: str | None = None, **changes: Any) -> dict[str, Any]:
+    """What pytest-benchmark writes, as far as it is read."""
+    times = {"bigru_ms": 40.0, "nn_gru_ms": 50.0, "ratio": 1.26, "low": 1.2, "high": 1.3}
+    record = {
+        "machine_info": {
+            "machine": "x86_64",
+            "cpu": {"brand_raw": "Test CPU", "count": 2},
+            "bigru": {"card": card, "threads": 1, "python": "3.12.1", "torch": "9.9.9", "numpy": "2.4.6"},
+        },
+        "datetime": "2026-12-01T10:20:30.123456+00:00",
+        "benchmarks": [{"extra_info": {"name": "layer forward fp32 B=64 H=128"} | times}],
+    }
+    return record | changes
+
+
+def compiled(kernel: str = "forward", **changes: Any) -> dict[str, Any]:
+    row = {
+        "arch": "sm_90", "kernel": kernel, "hidden": 128, "storage": "fp32", "precision": "fp32",
+        "config": {"block_batch": 8, "num_warps": 4}, "registers": 123, "spilled": 0, "shared": 45678,
+        "instructions": 321, "barriers": 9, "error": None, "limit": 99999, "problem": None,
+    }  # fmt: skip
+    return row | changes
+
+
+def resources_record(rows: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
+    rows = [compiled()] if rows is None else rows
+    return {"triton": "8.8.8", "ptxas": "77.7", "date": "2026-12-01", "rows": rows} | changes
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """An empty folder for records."""
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def fake() -> SimpleNamespace:
+    """The makers of records and their rows, by name."""
+    makers = (timing, without_figures, correctness, gpu_record, cpu_record, compiled, resources_record)
+    return SimpleNamespace(**{maker.__name__: maker for maker in makers})

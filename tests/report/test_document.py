@@ -6,19 +6,26 @@ import ast
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import bigru.report
-from bigru.report import RunError, figures, write_report
+from bigru.report import RunError, document, figures, write_report
 from bigru.report.__main__ import main
+from bigru.report.record import RunRecord
 
 STAMP, LATER = "20261123_224500", "20261124_101112"
+PLOTS = ("learning_curves", "forecasts")
 
 # Typed from the published document, the parts of which must not drift.
 PUBLISHED_HEAD = """\
@@ -291,6 +298,64 @@ def test_interrupted_write_leaves_the_old_document(make_run: MakeRun, monkeypatc
     assert not list(document.parent.rglob("*.tmp"))
 
 
+def test_two_runs_that_report_at_once_are_both_in_the_document(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing, merging = threading.Barrier(2), threading.Barrier(2)
+    real = document.merge
+
+    def draw(record: RunRecord) -> None:
+        # Passed only by two at once, so drawing must not be under the lock.
+        drawing.wait(timeout=30)
+
+    def merge(*args: Any) -> str:
+        text = real(*args)
+        # Passed at once by two that merge into the same text; whoever is alone goes on after a while.
+        with suppress(threading.BrokenBarrierError):
+            merging.wait(timeout=1)
+        return text
+
+    monkeypatch.setattr(figures, "learning_curves", draw)
+    monkeypatch.setattr(document, "merge", merge)
+    runs = [make_run(STAMP, epochs=2), make_run(LATER, epochs=2)]
+    with ThreadPoolExecutor(2) as pool:
+        path, _ = pool.map(write_report, runs)
+    text = path.read_text()
+    assert [text.count(f"\n<!-- run {stamp} -->\n") for stamp in (STAMP, LATER)] == [1, 1]
+
+
+@pytest.mark.parametrize("lacking", ["module", "file system"])
+def test_a_system_without_locks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Function not implemented")
+
+    if lacking == "module":
+        monkeypatch.setattr(document, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", refuse)
+    assert f"<!-- run {STAMP} -->" in write_report(make_run()).read_text()
+
+
+def test_a_copy_of_a_run_has_its_own_section(make_run: MakeRun) -> None:
+    run = make_run()
+    once = write_report(run).read_text()
+    copy = shutil.copytree(run, run.with_name(f"{STAMP}_copy"))
+    text = write_report(copy).read_text()
+    assert text.startswith(once)
+    assert f"\n<!-- run {STAMP}_copy -->\n" in text
+    plots = {path.name for path in (run.parent / "plots").iterdir()}
+    assert plots == {f"{name}_bigru_{plot}.png" for name in (STAMP, f"{STAMP}_copy") for plot in PLOTS}
+    assert all(f"(plots/{name})" in text for name in plots)
+
+
+@pytest.mark.parametrize("name", ["best run", "20261123_224500-->", "läufe"])
+def test_a_name_that_the_document_cannot_use(make_run: MakeRun, name: str) -> None:
+    run = make_run()
+    with pytest.raises(RunError, match=r"a run folder's name should be letters, digits and underscores, got '"):
+        write_report(run.rename(run.with_name(name)))
+    assert not (run.parent / "results_bigru.md").exists()
+
+
 def test_out_folder(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     document = write_report(run, tmp_path / "new" / "place")
@@ -367,7 +432,6 @@ def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None
     ("changes", "message"),
     [
         pytest.param({"format": 2}, r"summary\.json: format 2 is not known", id="format"),
-        pytest.param({"stamp": "../up"}, r"stamp should be letters, digits and underscores", id="stamp"),
         pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
         pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
         pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: test: ade is missing", id="score missing"),
