@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bigru.kernels import portable
+from bigru.kernels import cooperative, portable
 from bigru.kernels.proven import PROVEN
 
 Precision = Literal["fp32", "tf32"]
@@ -142,6 +142,8 @@ def refusal(kernel: str, hidden: int, dtype: torch.dtype, precision: str, device
         return f"the input is {dtype}, and the kernels take float32, bfloat16 and float16"
     if kernel == "resident" and hidden > MAX_RESIDENT:
         return f"hidden_size is {hidden}, and W_hh fits the registers up to {MAX_RESIDENT}"
+    if kernel == "cooperative":
+        return cooperative.refusal(hidden, dtype, precision, device)
     return None
 
 
@@ -174,7 +176,7 @@ def _on_device_of(tensor: Tensor):
 
 def gates_shape(kernel: str, steps: int, batch: int, directions: int, hidden: int) -> tuple[int, ...]:
     """Shape of the saved gates, which is private to a family of kernels."""
-    return (steps, batch, directions, *((4, hidden) if kernel == "portable" else (hidden, 4)))
+    return (steps, batch, directions, *((hidden, 4) if kernel == "resident" else (4, hidden)))
 
 
 def gru_forward(
@@ -191,51 +193,65 @@ def gru_forward(
     """Launches the forward recurrence.
 
     Returns:
-        y (T, B, D, H), which is `out` if given; h_n (D, B, H); gates, empty unless `save`: (T, B, D, 4, H) from the
-        portable kernels, (T, B, D, H, 4) from the others, for the backward kernel of the same family.
+        y (T, B, D, H), which is `out` if given; h_n (D, B, H); gates, empty unless `save`: (T, B, D, H, 4) from the
+        resident kernels, (T, B, D, 4, H) from the others, for the backward kernel of the same family.
     """
     steps, batch, directions, _ = gi.shape
     hidden = h0.shape[-1]
     gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
-    bias = gi if b_hn is None else b_hn.contiguous()
+    b_hn = None if b_hn is None else b_hn.contiguous()
     y = gi.new_empty(steps, batch, directions, hidden) if out is None else out
     gates = gi.new_empty(gates_shape(kernel, steps, batch, directions, hidden) if save else (0,))
     h_n = torch.empty_like(h0)
-    if batch == 0:
-        return y, h_n, gates
-    grid: tuple[int, ...]
-    if kernel == "resident":
-        from bigru.kernels.resident import gru_forward_resident_kernel
-
-        r = choose_resident(hidden, gi.dtype, precision, batch, describe(gi.device))
-        grid = (triton.cdiv(batch, r.block_batch), directions)
+    if batch > 0:
+        call = hidden, gi.dtype, precision, batch, describe(gi.device)
+        operands, outputs = (gi, w_hh, b_hn, h0), (y, h_n, gates)
         with _on_device_of(gi):
-            gru_forward_resident_kernel[grid](
-                gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
-                H=hidden, HP=r.padded, N=r.block_batch, HAS_BIAS=b_hn is not None, SAVE=save, SPLIT=r.split,
-                **r.options(),
-            )  # fmt: skip
-        return y, h_n, gates
-    c = config or choose(hidden, gi.dtype, precision, batch, describe(gi.device))
-    accurate = gi.dtype == torch.float32 and precision == "fp32"
-    grid = (triton.cdiv(batch, c.block_batch), directions)
-    with _on_device_of(gi):
-        if c.whole:
-            portable.gru_forward_kernel[grid](
-                gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
-                H=hidden, HP=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=save,
-                SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, **c.options(),
-            )  # fmt: skip
-        else:
-            state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
-            state[0].copy_(h0)
-            portable.gru_forward_blocked_kernel[grid](
-                gi, w_hh, bias, state, y, gates, steps, batch, hidden,
-                H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=save,
-                PRECISION=c.dot, ACCURATE=accurate, **c.options(),
-            )  # fmt: skip
-            h_n.copy_(state[steps % 2])
+            if kernel == "resident":
+                _forward_resident(*operands, *outputs, choose_resident(*call))
+            elif kernel == "cooperative":
+                cooperative.forward(*operands, *outputs, cooperative.choose_cooperative(*call))
+            else:
+                accurate = gi.dtype == torch.float32 and precision == "fp32"
+                _forward_portable(*operands, *outputs, config or choose(*call), accurate)
     return y, h_n, gates
+
+
+def _forward_portable(
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor, c: LaunchConfig,
+    accurate: bool,
+) -> None:  # fmt: skip
+    steps, batch, directions, hidden = y.shape
+    bias = gi if b_hn is None else b_hn
+    grid = (triton.cdiv(batch, c.block_batch), directions)
+    if c.whole:
+        portable.gru_forward_kernel[grid](
+            gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
+            H=hidden, HP=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
+            SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, **c.options(),
+        )  # fmt: skip
+    else:
+        state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
+        state[0].copy_(h0)
+        portable.gru_forward_blocked_kernel[grid](
+            gi, w_hh, bias, state, y, gates, steps, batch, hidden,
+            H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
+            PRECISION=c.dot, ACCURATE=accurate, **c.options(),
+        )  # fmt: skip
+        h_n.copy_(state[steps % 2])
+
+
+def _forward_resident(
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor, c: ResidentConfig
+) -> None:
+    from bigru.kernels.resident import gru_forward_resident_kernel  # Gluon is needed from here on, not before
+
+    steps, batch, directions, hidden = y.shape
+    gru_forward_resident_kernel[triton.cdiv(batch, c.block_batch), directions](
+        gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, steps, batch,
+        H=hidden, HP=c.padded, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, SPLIT=c.split,
+        **c.options(),
+    )  # fmt: skip
 
 
 def gru_backward(
@@ -256,37 +272,52 @@ def gru_backward(
     """
     steps, batch, directions, hidden = y.shape
     dy, dh_n, y, gates, h0, w_hh = (tensor.contiguous() for tensor in (dy, dh_n, y, gates, h0, w_hh))
+    operands = dy, dh_n, y, gates, h0, w_hh
     dgi = y.new_empty(steps, batch, directions, 3 * hidden)
     dq = torch.empty_like(y)
     dh0 = torch.empty_like(h0)
-    if batch == 0:
-        return dgi, dq, dh0
-    grid: tuple[int, ...]
-    if kernel == "resident":
-        from bigru.kernels.resident import gru_backward_resident_kernel
-
-        r = choose_resident(hidden, y.dtype, precision, batch, describe(y.device))
-        grid = (triton.cdiv(batch, r.block_batch), directions)
+    if batch > 0:
+        call = hidden, y.dtype, precision, batch, describe(y.device)
+        outputs = dgi, dq, dh0
         with _on_device_of(y):
-            gru_backward_resident_kernel[grid](
-                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
-                H=hidden, HP=r.padded, N=r.block_batch, SPLIT=r.split, **r.options(),
-            )  # fmt: skip
-        return dgi, dq, dh0
-    c = config or choose(hidden, y.dtype, precision, batch, describe(y.device))
-    grid = (triton.cdiv(batch, c.block_batch), directions)
-    with _on_device_of(y):
-        if c.whole:
-            portable.gru_backward_kernel[grid](
-                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
-                H=hidden, HP=c.block_hidden, N=c.block_batch,
-                SPLIT=c.split, PRECISION=c.dot, **c.options(),
-            )  # fmt: skip
-        else:
-            dh = dh_n.to(torch.float32, copy=True)
-            portable.gru_backward_blocked_kernel[grid](
-                dy, y, gates, h0, w_hh, dh, dgi, dq, steps, batch, hidden,
-                H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(),
-            )  # fmt: skip
-            dh0.copy_(dh)
+            if kernel == "resident":
+                _backward_resident(*operands, *outputs, choose_resident(*call))
+            elif kernel == "cooperative":
+                cooperative.backward(*operands, *outputs, cooperative.choose_cooperative(*call))
+            else:
+                _backward_portable(*operands, *outputs, config or choose(*call))
     return dgi, dq, dh0
+
+
+def _backward_portable(
+    dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor, dh0: Tensor,
+    c: LaunchConfig,
+) -> None:  # fmt: skip
+    steps, batch, directions, hidden = y.shape
+    grid = (triton.cdiv(batch, c.block_batch), directions)
+    if c.whole:
+        portable.gru_backward_kernel[grid](
+            dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
+            H=hidden, HP=c.block_hidden, N=c.block_batch,
+            SPLIT=c.split, PRECISION=c.dot, **c.options(),
+        )  # fmt: skip
+    else:
+        dh = dh_n.to(torch.float32, copy=True)
+        portable.gru_backward_blocked_kernel[grid](
+            dy, y, gates, h0, w_hh, dh, dgi, dq, steps, batch, hidden,
+            H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(),
+        )  # fmt: skip
+        dh0.copy_(dh)
+
+
+def _backward_resident(
+    dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor, dh0: Tensor,
+    c: ResidentConfig,
+) -> None:  # fmt: skip
+    from bigru.kernels.resident import gru_backward_resident_kernel
+
+    steps, batch, directions, hidden = y.shape
+    gru_backward_resident_kernel[triton.cdiv(batch, c.block_batch), directions](
+        dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
+        H=hidden, HP=c.padded, N=c.block_batch, SPLIT=c.split, **c.options(),
+    )  # fmt: skip

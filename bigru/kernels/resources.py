@@ -29,10 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from bigru.kernels import launch, portable, resident
+from bigru.kernels import cooperative, launch, portable, resident
 
 DEVICES = {"sm_80": launch.A100, "sm_90": launch.H100, "sm_100": launch.B200}
-HIDDEN = (16, 32, 64, 100, 128, 200, 256)
+HIDDEN = (16, 32, 64, 100, 128, 200)
 """Each padded size, and two that need padding."""
 BATCHES = (1, 4096)
 """Fewer programs than processors, and more."""
@@ -47,8 +47,19 @@ SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 WHOLE = {"forward": "gru_forward_kernel", "backward": "gru_backward_kernel"}
 BLOCKED = {"forward blocked": "gru_forward_blocked_kernel", "backward blocked": "gru_backward_blocked_kernel"}
 RESIDENT = {"forward resident": "gru_forward_resident_kernel", "backward resident": "gru_backward_resident_kernel"}
-WIDE_POINTERS = {"gru_forward_blocked_kernel": "state_ptr", "gru_backward_blocked_kernel": "dh_ptr"}
-"""The state's buffer is fp32 whatever the storage."""
+COOPERATIVE = {
+    "forward cooperative": "gru_forward_cooperative_kernel",
+    "backward cooperative": "gru_backward_cooperative_kernel",
+}
+SPLIT_HIDDEN = (192, 256, 512, 1024)
+"""Hidden sizes of the cooperative kernels: with padding and without, few programs and many."""
+BUFFERS = {
+    "gru_forward_blocked_kernel": {"state_ptr": "*fp32"},
+    "gru_backward_blocked_kernel": {"dh_ptr": "*fp32"},
+    "gru_forward_cooperative_kernel": {"arrivals_ptr": "*i64"},
+    "gru_backward_cooperative_kernel": {"shares_ptr": "*fp32", "arrivals_ptr": "*i64"},
+}
+"""What is not of the storage's type."""
 
 BUDGETS = {
     # Without gates saved, forward: 16-bit operands and TF32's accuracy; fp32's as much again for a quarter of the rows.
@@ -56,7 +67,8 @@ BUDGETS = {
     ("forward resident", True): {"bf16": (230, 2), "fp16": (230, 2), "tf32": (230, 2), "fp32": (230, 2)},
     ("backward resident", True): {"bf16": (275, 4), "fp16": (275, 4), "tf32": (345, 4), "fp32": (345, 4)},
 }
-"""Most instructions and barriers of one step of the resident kernels, at H=128 on sm_90 with the narrowest block."""
+"""Most instructions and barriers of one step of the resident kernels, on sm_90 with the narrowest block."""
+BUDGETED_HIDDEN = 128
 BUDGETED_TRITON = (3, 6)
 """The version that the budgets are for; newer ones may take 15 % more instructions."""
 
@@ -81,7 +93,7 @@ class Case:
     hidden: int
     storage: str
     precision: str
-    config: launch.LaunchConfig | launch.ResidentConfig
+    config: launch.LaunchConfig | launch.ResidentConfig | cooperative.CooperativeConfig
     save: bool = True
     """Whether the gates are saved, as in training."""
     ones: bool = False
@@ -93,13 +105,19 @@ class Case:
         return self.kernel + (", inference" if not self.save else "") + (", T=B=1" if self.ones else "")
 
     @property
+    def rows(self) -> int:
+        """Batch rows of one program."""
+        config = self.config
+        return config.rows if isinstance(config, cooperative.CooperativeConfig) else config.block_batch
+
+    @property
     def mode(self) -> str:
         """Precision of fp32 storage, else the storage."""
         return self.precision if self.storage == "fp32" else self.storage
 
     def __str__(self) -> str:
         names = f"{self.arch} {self.name}, H={self.hidden}, {self.storage} storage, precision {self.precision}"
-        return f"{names}, N={self.config.block_batch}, {self.config.options()['num_warps']} warps"
+        return f"{names}, N={self.rows}, {self.config.options()['num_warps']} warps"
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,15 @@ def shipped(archs: Sequence[str] | dict[str, Any]) -> Iterator[Case]:
         for batch in BATCHES
         for case in cases_of(arch, hidden, dtype, precision, batch)
     )
+    cases |= dict.fromkeys(
+        Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
+        for arch in archs
+        for hidden in SPLIT_HIDDEN
+        for dtype, precision in MODES
+        if launch.refusal("cooperative", hidden, dtype, precision, DEVICES[arch]) is None
+        for config in [cooperative.choose_cooperative(hidden, dtype, precision, 64, DEVICES[arch])]
+        for kernel in COOPERATIVE
+    )
     # Once for each kernel is enough: what matters is that it compiles.
     ones = {case.kernel: replace(case, ones=True) for case in cases}
     yield from cases
@@ -161,7 +188,8 @@ def cases_of(arch: str, hidden: int, dtype: torch.dtype, precision: launch.Preci
         narrow = launch.choose_resident(hidden, dtype, precision, batch, DEVICES[arch])
         for kernel in RESIDENT:
             yield Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, narrow)
-        yield Case(arch, "forward resident", hidden, SHORT_NAMES[dtype], precision, narrow, save=False)
+        if hidden == BUDGETED_HIDDEN:
+            yield Case(arch, "forward resident", hidden, SHORT_NAMES[dtype], precision, narrow, save=False)
 
 
 def compile_all(cases: Sequence[Case], jobs: int) -> list[Usage]:
@@ -188,17 +216,22 @@ def measure(case: Case) -> Usage:
 
 def compile_case(case: Case) -> Any:
     """Compiles as a launch would, for a GPU that need not be there."""
-    name = (WHOLE | BLOCKED | RESIDENT)[case.kernel]
+    name = (WHOLE | BLOCKED | RESIDENT | COOPERATIVE)[case.kernel]
     config, accurate = case.config, case.storage == "fp32" and case.precision == "fp32"
     values: dict[str, Any] = {
-        "H": case.hidden, "N": config.block_batch, "HAS_BIAS": True, "SAVE": case.save, "SPLIT": config.split,
+        "H": case.hidden, "N": case.rows, "HAS_BIAS": True, "SAVE": case.save, "SPLIT": config.split,
         "ACCURATE": accurate,
     }  # fmt: skip
+    build, types = ASTSource, dict(BUFFERS.get(name, {}))
     if isinstance(config, launch.ResidentConfig):
         kernel, build = getattr(resident, name), GluonASTSource
         values |= {"HP": config.padded}
+    elif isinstance(config, cooperative.CooperativeConfig):
+        kernel = getattr(cooperative, name)
+        values |= {"S": config.units, "CHUNK": config.chunk, "WARPS": config.num_warps, "MAX_POLLS": config.max_polls}
+        types.setdefault("state_ptr", "*fp16" if case.storage == "fp32" else f"*{case.storage}")
     else:
-        kernel, build = getattr(portable, name), ASTSource
+        kernel = getattr(portable, name)
         values |= {"HP": config.block_hidden, "BH": config.block_hidden, "PRECISION": config.dot}
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -206,10 +239,9 @@ def compile_case(case: Case) -> Any:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = values[parameter.name]
         elif parameter.name.endswith("_ptr"):
-            wide = parameter.name == WIDE_POINTERS.get(name)
-            signature[parameter.name] = "*fp32" if wide else f"*{case.storage}"
+            signature[parameter.name] = types.get(parameter.name, f"*{case.storage}")
             aligned[(i,)] = [["tt.divisibility", 16]]
-        elif case.ones and parameter.name in ("T", "B"):
+        elif case.ones and parameter.name in ("T", "B", "first_d"):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = 1
         else:
@@ -274,8 +306,8 @@ def problem(case: Case, usage: Usage) -> str | None:
 def budget(case: Case) -> tuple[int, int] | None:
     """Most instructions and barriers of one step, for the cases that have a budget."""
     narrowest = 4 if case.config.split else 8
-    where = case.arch, case.hidden, case.config.block_batch
-    if where != ("sm_90", 128, narrowest) or case.kernel not in RESIDENT or case.ones:
+    where = case.arch, case.hidden, case.rows
+    if where != ("sm_90", BUDGETED_HIDDEN, narrowest) or case.kernel not in RESIDENT or case.ones:
         return None
     instructions, barriers = BUDGETS[case.kernel, case.save][case.mode]
     newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) > BUDGETED_TRITON
@@ -293,11 +325,11 @@ def verdict(cases: Sequence[Case], usages: Sequence[Usage]) -> int:
 def table_row(case: Case, usage: Usage) -> tuple[Any, ...]:
     """A row under `HEADERS`."""
     precision = case.precision if case.storage == "fp32" else "-"
-    config, limit = case.config, DEVICES[case.arch].shared_memory
+    limit = DEVICES[case.arch].shared_memory
     sizes = usage.registers, usage.spilled, usage.shared, limit, usage.instructions, usage.barriers
     most = budget(case)
     return (
-        case.arch, case.name, case.hidden, case.storage, precision, config.block_batch, config.options()["num_warps"],
+        case.arch, case.name, case.hidden, case.storage, precision, case.rows, case.config.options()["num_warps"],
         *(("error",) * len(sizes) if usage.error else sizes), f"{most[0]}, {most[1]}" if most else "-",
     )  # fmt: skip
 

@@ -66,7 +66,10 @@ def test_every_choice_is_listed_once():
     cases = list(resources.shipped(resources.DEVICES))
     assert len(cases) == len(set(cases))
     assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
-    kernels = {"forward", "backward", "forward blocked", "backward blocked", "forward resident", "backward resident"}
+    kernels = {
+        f"{direction}{form}" for direction in ("forward", "backward")
+        for form in ("", " blocked", " resident", " cooperative")
+    }  # fmt: skip
     ones = {f"{kernel}, T=B=1" for kernel in kernels - {"forward resident"}}
     assert {case.name for case in cases} == kernels | ones | {
         "forward resident, inference", "forward resident, inference, T=B=1",
