@@ -50,6 +50,8 @@ SMALLEST = 129
 """First hidden size served: up to 128, W_hh fits one multiprocessor."""
 ABANDONED = tl.constexpr(1 << 48)
 """Added to a group's count of arrivals by a program that gives up; more than all arrivals."""
+SIZES = ("T", "B", "first_b", "first_d")
+"""Arguments that a kernel is not compiled anew for, as in `portable`."""
 COUNTER = tl.constexpr(16)
 """64-bit integers from one group's count to the next: each in a cache line of its own."""
 
@@ -166,7 +168,7 @@ def _state_product(
     return tl.sum(acc, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gru_forward_cooperative_kernel(
     gi_ptr,  # (T, B, D, 3H)
     w_hh_ptr,  # (D, 3H, H)
@@ -289,7 +291,7 @@ def _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i, b, T, B, H: tl
     return dy, r, z, n, q, h_prev
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gru_backward_cooperative_kernel(
     dy_ptr,  # (T, B, D, H)
     dh_n_ptr,  # (D, B, H)

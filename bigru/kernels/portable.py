@@ -23,6 +23,9 @@ import triton.language as tl
 # changes nothing: products of two bf16 or fp16 numbers are exact in fp32.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 
+SIZES = ("T", "B")
+"""Arguments that a kernel is not compiled anew for: left to itself, Triton does so for 1 and for multiples of 16."""
+
 
 @triton.jit
 def _tanh(x, ACCURATE: tl.constexpr):
@@ -122,7 +125,7 @@ def _store_gates(gates_ptr, row, offs, mask, r, z, n, q, H: tl.constexpr):
     tl.store(gates + 3 * H, q, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gru_forward_kernel(
     gi_ptr,  # (T, B, D, 3H)
     w_hh_ptr,  # (D, 3H, H)
@@ -198,7 +201,7 @@ def gru_forward_kernel(
     tl.store(h_n_ptr + offs_h, h, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gru_forward_blocked_kernel(
     gi_ptr,  # (T, B, D, 3H)
     w_hh_ptr,  # (D, 3H, H)
@@ -224,8 +227,7 @@ def gru_forward_blocked_kernel(
     mask_b = (b0 + b < B)[None, :]
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     state_ptr += (d.to(tl.int64) * B + b0) * H
-    # tl.cast and not .to(): a B of 1 is compiled as a constant, which has no methods.
-    half = tl.cast(B, tl.int64) * (2 * H)
+    half = B.to(tl.int64) * (2 * H)
 
     t = d * (T - 1)
     for s in range(T):
@@ -291,7 +293,7 @@ def _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_
     tl.store(dq_ptr + row * H + offs_y, dq, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gru_backward_kernel(
     dy_ptr,  # (T, B, D, H)
     dh_n_ptr,  # (D, B, H)
@@ -359,7 +361,7 @@ def gru_backward_kernel(
     tl.store(dh0_ptr + offs_h, dh, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gru_backward_blocked_kernel(
     dy_ptr,  # (T, B, D, H)
     y_ptr,  # (T, B, D, H)

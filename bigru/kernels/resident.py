@@ -25,6 +25,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from bigru.kernels.portable import SIZES
+
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
@@ -272,7 +274,7 @@ def _forward_step(
     return h, gates_in
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def gru_forward_resident_kernel(
     gi_ptr,  # (T, B, D, 3H)
     w_hh_ptr,  # (D, 3H, H)
@@ -422,7 +424,7 @@ def _backward_step(
     return dh, saved
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def gru_backward_resident_kernel(
     dy_ptr,  # (T, B, D, H)
     dh_n_ptr,  # (D, B, H)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ N: batch rows of one program. registers: of one thread; spilled: its stack. shar
 step: instructions and barriers of the largest loop in the machine code, one time step; of a blocked kernel this is the
 body of the time loop as it is written, with each inner loop over blocks counted once. Sizes, not times.
 Forward kernels as in training, with bias and gates saved, unless they say "inference". budget: most instructions and
-barriers a step. B and T are any numbers unless 1 is said, pointers are aligned."""
+barriers a step. B and T are any numbers, pointers are aligned."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,11 @@ class Case:
     config: launch.LaunchConfig | launch.ResidentConfig | cooperative.CooperativeConfig
     save: bool = True
     """Whether the gates are saved, as in training."""
-    ones: bool = False
-    """Whether T and B are 1, which a launch compiles apart, as constants."""
 
     @property
     def name(self) -> str:
         """The kernel as the table names it."""
-        return self.kernel + (", inference" if not self.save else "") + (", T=B=1" if self.ones else "")
+        return self.kernel + (", inference" if not self.save else "")
 
     @property
     def rows(self) -> int:
@@ -156,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def shipped(archs: Sequence[str] | dict[str, Any]) -> Iterator[Case]:
     """Every kernel and configuration that `launch` takes on these architectures, each once."""
-    cases = dict.fromkeys(
+    yield from dict.fromkeys(
         case
         for arch in archs
         for hidden in HIDDEN
@@ -164,7 +162,7 @@ def shipped(archs: Sequence[str] | dict[str, Any]) -> Iterator[Case]:
         for batch in BATCHES
         for case in cases_of(arch, hidden, dtype, precision, batch)
     )
-    cases |= dict.fromkeys(
+    yield from dict.fromkeys(
         Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
         for arch in archs
         for hidden in SPLIT_HIDDEN
@@ -173,10 +171,6 @@ def shipped(archs: Sequence[str] | dict[str, Any]) -> Iterator[Case]:
         for config in [cooperative.choose_cooperative(hidden, dtype, precision, 64, DEVICES[arch])]
         for kernel in COOPERATIVE
     )
-    # Once for each kernel is enough: what matters is that it compiles.
-    ones = {case.kernel: replace(case, ones=True) for case in cases}
-    yield from cases
-    yield from ones.values()
 
 
 def cases_of(arch: str, hidden: int, dtype: torch.dtype, precision: launch.Precision, batch: int) -> Iterator[Case]:
@@ -241,9 +235,6 @@ def compile_case(case: Case) -> Any:
         elif parameter.name.endswith("_ptr"):
             signature[parameter.name] = types.get(parameter.name, f"*{case.storage}")
             aligned[(i,)] = [["tt.divisibility", 16]]
-        elif case.ones and parameter.name in ("T", "B", "first_d"):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = 1
         else:
             signature[parameter.name] = "i32"
     target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
@@ -307,7 +298,7 @@ def budget(case: Case) -> tuple[int, int] | None:
     """Most instructions and barriers of one step, for the cases that have a budget."""
     narrowest = 4 if case.config.split else 8
     where = case.arch, case.hidden, case.rows
-    if where != ("sm_90", BUDGETED_HIDDEN, narrowest) or case.kernel not in RESIDENT or case.ones:
+    if where != ("sm_90", BUDGETED_HIDDEN, narrowest) or case.kernel not in RESIDENT:
         return None
     instructions, barriers = BUDGETS[case.kernel, case.save][case.mode]
     newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) > BUDGETED_TRITON

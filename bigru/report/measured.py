@@ -204,8 +204,6 @@ class Compiled:
     instructions: int | None
     barriers: int | None
     problem: str
-    ones: bool
-    """Whether T and B are 1, compiled in as constants."""
 
 
 @dataclass(frozen=True)
@@ -511,10 +509,9 @@ def _read_compiled(fields: Fields) -> Compiled:
         kernel=fields.text("kernel") + (", inference" if fields.values.get("save") is False else ""),
         hidden=fields.count("hidden"),
         mode=_read_mode(fields, "storage"),
-        rows=_count(config, "block_batch"),
+        rows=_count(config, "block_batch") or _count(config, "rows"),
         warps=_count(fields, "num_warps") or _count(config, "num_warps"),
         limit=fields.count("limit"),
         problem=_text(fields, "problem"),
-        ones=fields.values.get("ones") is True,
         **sizes,
     )

@@ -130,16 +130,14 @@ def _compiled(records: Sequence[ResourcesRecord], folder: str) -> str:
         f"python -m bigru.kernels.resources --json {folder}/{record.file}",
     )
     archs = list(dict.fromkeys(row.arch for row in record.kernels))
-    usual = [row for row in record.kernels if not row.ones]
-    main = [row for row in usual if row.hidden == MAIN.hidden]
-    others = [row for row in usual if row.hidden != MAIN.hidden and row.mode == "fp32"]
+    main = [row for row in record.kernels if row.hidden == MAIN.hidden]
+    others = [row for row in record.kernels if row.hidden != MAIN.hidden and row.mode == "fp32"]
     # One architecture is enough to see the rest, the one with most to say about the main workload.
     arch = "sm_90" if "sm_90" in archs else archs[-1] if archs else ""
     return blocks(
         "Sizes, not times: no GPU is needed for these, and none was used. N: batch rows of one program; registers: of "
         "one thread; spilled: its stack; shared: of one program; instructions and barriers: of the largest loop in the "
-        "machine code, one time step. Forward kernels save the gates, as in training, unless they say inference. Those "
-        "that are compiled apart for a T and B of 1 count by architecture only.",
+        "machine code, one time step. Forward kernels save the gates, as in training, unless they say inference.",
         "**By architecture**",
         table(
             ["architecture", "kernels", "most registers", "spilling", "not to be shipped"],

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import TOLERANCE, error, expected, make_inputs
+from support import NAMES, TOLERANCE, error, expected, make_inputs
 
 pytest.importorskip("triton")
 
@@ -210,6 +210,37 @@ def run(config, inputs, upstream):
     return {"y": y, "h_n": h_n, "dgi": dgi, "dh0": dh0, "db_hn": dq.sum((0, 1))}
 
 
+class TestOneProgramAGroup:
+    """The arithmetic, with nobody to wait for: so it runs in the interpreter too."""
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize(("mode", "hidden", "rows"), [
+        ("fp32", 16, 16), ("tf32", 13, 16), ("bf16", 16, 32), ("fp16", 7, 16)
+    ])  # fmt: skip
+    def test_matches_fp64_reference(self, mode, hidden, rows, kernel_device):
+        dtype, precision = MODES[mode]
+        inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
+        config = CooperativeConfig(16, rows, 128, 1, blocks=1, directions=2, split=mode == "fp32")
+        wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
+        for name, value in run(config, inputs, upstream).items():
+            assert error(value, wanted[name]) < TOLERANCE[dtype, precision], name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, programs run at once, and none waits in vain")
+def test_a_wait_in_vain_ends_in_nan(kernel_device):
+    """The interpreter runs one program after another: the first waits for a second that has not begun."""
+    inputs, upstream = make_inputs((3, 5, 32), torch.float32, kernel_device)
+    config = CooperativeConfig(16, 16, 128, 2, blocks=1, directions=2, split=True, max_polls=5)
+    y, h_n, gates = forward(config, inputs)
+    assert y.isnan().all()
+    assert h_n.isnan().all()
+    dgi, _, dh0 = backward(config, inputs, upstream, torch.zeros_like(y), torch.zeros_like(gates))
+    assert dh0.isnan().all()
+    # The first backward step, the last of direction 0 and the first of direction 1, waits for nothing.
+    assert dgi[:-1, :, 0].isnan().all()
+    assert dgi[1:, :, 1].isnan().all()
+
+
 @needs_gpu
 @pytest.mark.usefixtures("poisoned")
 class TestOnGpu:
@@ -227,7 +258,7 @@ class TestOnGpu:
         dtype, precision = MODES[mode]
         inputs, upstream = make_inputs((5, 35, 200), dtype, kernel_device)
         config = CooperativeConfig(units, rows, 256, -(-200 // units), blocks, directions, split=mode == "fp32")
-        wanted = dict(zip(("y", "h_n", "dgi", "dw_hh", "db_hn", "dh0"), expected(inputs, upstream), strict=True))
+        wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
         for name, value in run(config, inputs, upstream).items():
             assert error(value, wanted[name]) < TOLERANCE[dtype, precision], name
 
