@@ -14,6 +14,12 @@ from bigru.config import DataConfig
 INDEX_NAME = "subtasks_byTask_time.csv"
 COLUMNS = ("participant", "camera", "task", "subtask", "start_time", "end_time", "filename")
 CAMERA = "CAM_AV"
+SUBTASKS = (
+    *("BHO", "BPC", "CG", "CS", "FO", "HBNS", "HBPP", "HBPS", "HCP", "HCS", "HEC", "HGOT"),
+    *("HHO", "HNS", "HPCS", "HPH", "HPP", "HPS", "HPT", "HSA", "RBNS", "RBPP", "RBPS", "RCG"),
+    *("RCS", "REC", "RHO", "RNS", "RPCS", "RPH", "RPP", "RPS", "RPT", "RSA", "STP", "THP"),
+)
+"""The published subtasks, in alphabetical order: one map of classes for all splits."""
 
 # ASCII digits only: \d alone would let other scripts' digits through.
 CLIP_NAME = re.compile(
@@ -327,6 +333,12 @@ def _read_values(dataset: h5py.Dataset) -> np.ndarray:
         expected = f"expected image-normalised values, -{FARTHEST:g} to {FARTHEST:g}"
         raise ClipError("out of range", f"{name} in frame {first[0]} holds {coordinates[first]:g}, {expected}")
     return values
+
+
+def subtask_number(stem: str) -> int:
+    """Return the place in SUBTASKS of the subtask that a clip is named after, -1 for another or for no such name."""
+    match = CLIP_NAME.fullmatch(f"{stem}.mp4")
+    return SUBTASKS.index(match[4]) if match is not None and match[4] in SUBTASKS else -1
 
 
 def published_frame_rate(participant: int) -> float:

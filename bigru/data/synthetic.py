@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, published_frame_rate, read_index
+from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
 from bigru.data.windows import SPLITS
 
 FORMAT = 1
@@ -43,11 +43,6 @@ clips are short, with hardly more windows to learn from than to be judged by."""
 TASKS = (
     *("BIAH_BS", "BIAH_BV", "BIAH_RB", "BRIDGE_AS", "BRIDGE_BV"),
     *("STAIRWAY_AP", "STAIRWAY_MS", "TOWER_HO", "TOWER_MS"),
-)
-SUBTASKS = (
-    *("BHO", "BPC", "CG", "CS", "FO", "HBNS", "HBPP", "HBPS", "HCP", "HCS", "HEC", "HGOT"),
-    *("HHO", "HNS", "HPCS", "HPH", "HPP", "HPS", "HPT", "HSA", "RBNS", "RBPP", "RBPS", "RCG"),
-    *("RCS", "REC", "RHO", "RNS", "RPCS", "RPH", "RPP", "RPS", "RPT", "RSA", "STP", "THP"),
 )
 
 # Clip lengths are lognormal, with a median per frame rate and one spread. Least squares over what is published of

@@ -14,7 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bigru.config import DataConfig
-from bigru.data.clips import Clip, ClipError, DataError, Skipped, find_clip, find_index, read_clip, read_index
+from bigru.data.clips import (
+    Clip,
+    ClipError,
+    DataError,
+    Skipped,
+    find_clip,
+    find_index,
+    read_clip,
+    read_index,
+    subtask_number,
+)
 
 SPLITS = {"train": range(1, 49), "val": range(49, 60), "test": range(60, 71)}
 """The published split, by participant number."""
@@ -66,6 +76,12 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def subtask(self) -> Tensor:
+        """(N,) int64: each window's subtask, an index into `bigru.data.clips.SUBTASKS`, -1 for one not among them."""
+        of_clip = torch.tensor([subtask_number(stem) for stem in self.stems], dtype=torch.int64)
+        return of_clip.to(self.clip.device)[self.clip]
 
     def batch(self, indices: Tensor) -> Batch:
         """Gather the windows numbered `indices`, (B,) int64, on the device of `frames`."""

@@ -8,13 +8,12 @@ import pytest
 
 from bigru.config import DataConfig
 from bigru.data import load_dataset
-from bigru.data.clips import CLIP_NAME, INDEX_NAME, read_index
+from bigru.data.clips import CLIP_NAME, INDEX_NAME, SUBTASKS, read_index
 from bigru.data.synthetic import (
     EMBEDDED,
     FORMAT,
     MARKER_NAME,
     PARTICIPANTS,
-    SUBTASKS,
     clip_arrays,
     ensure_synthetic,
     main,

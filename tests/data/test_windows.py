@@ -8,7 +8,7 @@ import torch
 
 from bigru.config import DataConfig
 from bigru.data import ClipError, NoWindowsError, load_dataset
-from bigru.data.clips import Clip
+from bigru.data.clips import SUBTASKS, Clip
 from bigru.data.synthetic import write_clip, write_index
 from bigru.data.windows import frame_features, split_frames, window_count
 
@@ -163,6 +163,22 @@ def test_fps_of_each_window(tmp_path):
     assert dataset.train.fps.tolist() == [23, 23, 59, 59]
     assert dataset.test.batch(torch.tensor([1, 0])).fps.tolist() == [30, 30]
     assert dataset.test.fps.dtype == torch.float32
+
+
+def test_subtask_of_each_window_by_one_map_for_all_splits(tmp_path):
+    names = ("BHO", "THP", "CG", "RPP", "ZZZ", "BHO")
+    stems = [stem_of(p).replace("BHO", name) for p, name in zip((1, 2, 3, 4, 50, 60), names, strict=True)]
+    write_dataset(tmp_path, {stem: clip_arrays(8 + 3 * n) for n, stem in enumerate(stems)})
+    dataset = load_dataset(config_for(tmp_path / "BHO", index=tmp_path / "subtasks_byTask_time.csv"))
+    assert [SUBTASKS[n] for n in dataset.train.subtask] == ["BHO", *["THP"] * 2, *["CG"] * 3, *["RPP"] * 4]
+    assert dataset.val.subtask.tolist() == [-1] * 5
+    assert dataset.test.subtask.tolist() == [SUBTASKS.index("BHO")] * 6
+    assert dataset.test.subtask.dtype == torch.int64
+
+
+def test_the_36_published_subtasks_in_alphabetical_order():
+    assert len(SUBTASKS) == 36
+    assert list(SUBTASKS) == sorted(set(SUBTASKS))
 
 
 @pytest.mark.parametrize("frames", [8, 23, 24, 25, 40, 54, 100, 331])
