@@ -48,6 +48,15 @@ class DataConfig:
     """Leave the joints of missing hands out of the loss and of the true per-joint error."""
     strict: bool = False
     """Stop at the first clip that cannot be used instead of counting and skipping it."""
+    resample: float | None = None
+    """Frames per second, 1 to 1000, that every clip is brought to; default: each clip keeps its own."""
+    centre: Literal["frame", "last"] = "frame"
+    """Origin of the hands: each frame's own midpoint of the wrists, as published, or the last observed frame's, so
+    that the motion of the hands as a whole is predicted too."""
+    cache: Path | None = None
+    """Folder for the file of frames that the next run maps instead of reading the clips; default: the data root."""
+    no_cache: bool = False
+    """Read the clips every time, and leave no file of frames."""
 
     def __post_init__(self) -> None:
         for name in ("observed", "predicted", "stride"):
@@ -55,6 +64,19 @@ class DataConfig:
         if self.observed != self.predicted:
             raise ConfigError(f"predicted: expected {self.observed} as in observed (output frame t is read off encoder "
                               f"step t), got {self.predicted}; set both")
+        if self.resample is not None and not 1 <= self.resample <= 1000:
+            raise ConfigError(f"resample: expected 1 to 1000 frames per second, got {self.resample}")
+        if self.centre not in ("frame", "last"):
+            raise ConfigError(f"centre: expected frame or last, got {self.centre!r}")
+
+    @property
+    def departures(self) -> list[str]:
+        """What is done to the data that the published protocol does not do, in words; empty by default."""
+        said = {
+            f"resampled to {self.resample:g} frames per second" if self.resample is not None else "",
+            "centred on the last observed frame" if self.centre == "last" else "",
+        }
+        return sorted(said - {""})
 
     @property
     def input_size(self) -> int:

@@ -327,7 +327,7 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
                        "surrogate": config.data.surrogate},
         "data": {"source": describe_source(config),
                  "split": config.data.split, "clips": dict(dataset.clips), "windows": progress.windows,
-                 "skipped": dict(dataset.skip_counts())},
+                 "skipped": dict(dataset.skip_counts()), "departures": config.data.departures},
         "environment": describe_environment(next(model.parameters()).device, backend, config.run.precision),
         "timing": {"epoch_s_median": statistics.median(epochs_s),
                    "train_windows_per_s_median": statistics.median(row["train_windows_per_s"]

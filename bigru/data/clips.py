@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,18 @@ import h5py
 import numpy as np
 
 from bigru.config import DataConfig
+from bigru.data.hdf5 import (
+    GAZE_DATASET,
+    HAND_DATASETS,
+    MAX_FRAMES,
+    OBJECT_DATASET,
+    SURROGATE_DATASET,
+    ClipError,
+    DataError,
+    checked_dataset,
+    own_dataset,
+    read_values,
+)
 
 INDEX_NAME = "subtasks_byTask_time.csv"
 COLUMNS = ("participant", "camera", "task", "subtask", "start_time", "end_time", "filename")
@@ -27,51 +41,15 @@ CLIP_NAME = re.compile(
     re.ASCII,
 )
 
-HAND_DATASETS = ("left_landmarks", "right_landmarks")
-GAZE_DATASET = "norm_gaze"
-OBJECT_DATASET = "rec_bboxes"
-SURROGATE_DATASET = "surrogate_hands"
-FRAME_SHAPES: dict[str, tuple[int, ...]] = {
-    "left_landmarks": (21, 3),
-    "right_landmarks": (21, 3),
-    GAZE_DATASET: (2,),
-    OBJECT_DATASET: (30, 4),
-    SURROGATE_DATASET: (2, 4),
-}
-
-# The longest published clip has 1,591 frames; 100,000 are 28 minutes at 59 fps. A file that declares more is
-# damaged, and reading it would ask for gigabytes.
-MAX_FRAMES = 100_000
-
-# How many coordinates of a point or a box are image-normalised, 0 to 1 within the image: x and y of a landmark, whose
-# z has a scale of its own, and all of a box. Gaze is left free: a line of sight meets the image's plane anywhere.
-IMAGE_COORDINATES = {"left_landmarks": 2, "right_landmarks": 2, OBJECT_DATASET: 4, SURROGATE_DATASET: 4}
-
-# A joint estimated outside the image lies a little outside 0 to 1 (-0.06 seen), pixels run to 1,728: 10 parts the two.
-FARTHEST = 10.0
-
 # Nobody films hands at fewer frames per second, or at more. Milliseconds taken for seconds give 0.02 or 0.06.
 FRAME_RATES = (1.0, 1000.0)
 
+# Part of a step between two frames within which a resampled frame is taken for one of the two: float32 timestamps
+# tell no less, and a clip that has the wanted rate passes unchanged.
+SNAP = 0.01
 
-class DataError(ValueError):
-    """Clips, an index or a split that cannot be used; the message is meant for the person who named them."""
-
-
-class ClipError(DataError):
-    """A clip that cannot be used.
-
-    Attributes:
-        reason: a short fixed phrase to count by: `missing`, `short`, `unreadable`, `missing dataset`, `linked`,
-            `wrong dtype`, `wrong shape`, `too long`, `frame counts differ`, `non-finite`, `out of range`,
-            `bad timestamps`, `bad name`, `duplicate` or `no split`.
-        detail: what was found, in words.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+# 45 times the published index.
+MAX_INDEX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -118,6 +96,8 @@ class Clip:
     """(F, 30, 4): centre x, y, width, height, image-normalised; zero-padded."""
     surrogate: np.ndarray | None
     """(F, 2, 4): the robot surrogate's hands, coded like `objects`."""
+    seconds: np.ndarray
+    """(F,) float64: when each frame was taken, from 0, never falling."""
 
     @property
     def present(self) -> np.ndarray:
@@ -177,6 +157,9 @@ def read_index(path: Path) -> ClipIndex:
 def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Return (line number, column -> text) for every row of the index."""
     expected = f"expected tab-separated columns {' '.join(COLUMNS)}"
+    size = path.stat().st_size
+    if size > MAX_INDEX_BYTES:
+        raise DataError(f"index {path}: {size:,} bytes, at most {MAX_INDEX_BYTES:,} are read; {expected}")
     header: list[str] = []
     rows = []
     # Bytes, decoded line by line, so that the message can name the line that is not text.
@@ -220,6 +203,11 @@ def _indexed_clip(row: dict[str, str]) -> IndexedClip:
     return IndexedClip(name.removesuffix(".mp4"), int(match[1][1:]), match[4])
 
 
+def clip_places(root: str, clip: IndexedClip) -> tuple[str, str]:
+    """Return the paths at which a clip's file may be, the likelier first."""
+    return f"{root}/{clip.subtask}/{clip.stem}.h5", f"{root}/{clip.stem}.h5"
+
+
 def find_clip(root: Path, clip: IndexedClip) -> Path:
     """Locate a clip's file: `{root}/{subtask}/{stem}.h5`, else `{root}/{stem}.h5`.
 
@@ -227,7 +215,8 @@ def find_clip(root: Path, clip: IndexedClip) -> Path:
         ClipError: `missing`, or `unreadable` where the folder may not be looked into.
     """
     try:
-        for path in (root / clip.subtask / f"{clip.stem}.h5", root / f"{clip.stem}.h5"):
+        for place in clip_places(str(root), clip):
+            path = Path(place)
             if path.is_file():
                 return path
     except OSError as error:
@@ -235,27 +224,39 @@ def find_clip(root: Path, clip: IndexedClip) -> Path:
     raise ClipError("missing", f"no .h5 file in {root / clip.subtask} or {root}")
 
 
-def read_clip(path: Path, config: DataConfig) -> Clip:
-    """Read the datasets that `config` asks for from one HDF5 clip, once.
+def read_clip(path: Path, config: DataConfig, needed: int | None = None) -> Clip:
+    """Read the datasets that `config` asks for from one HDF5 clip, once, and resample them if it says so.
 
     Shapes and types are checked before anything is read, so a short clip costs no more than its opening. Links
     are not followed: a clip holds its own data or is not used.
 
     Args:
         path: the clip, named as in the index with `.h5` for `.mp4`.
-        config: which modalities are on, and how many frames a window takes.
+        config: which modalities are on, how many frames a window takes, and the frame rate to bring the clip to.
+        needed: frames that the clip must have; default: those of one window, observed and predicted.
 
     Raises:
         ClipError: the clip cannot be used; its `reason` says why.
     """
-    match = CLIP_NAME.fullmatch(f"{path.stem}.mp4")
-    if match is None:
+    needed = config.observed + config.predicted if needed is None else needed
+    with open_clip(path) as file:
+        return read_open_clip(file, config, needed)
+
+
+@contextmanager
+def open_clip(path: Path) -> Iterator[h5py.File]:
+    """Open a clip for reading; what h5py raises in the block becomes a ClipError.
+
+    Raises:
+        ClipError: `bad name`, `missing` or `unreadable`.
+    """
+    if CLIP_NAME.fullmatch(f"{path.stem}.mp4") is None:
         raise ClipError("bad name", f"{path.name[:100]!r}")
     if not path.is_file():
         raise ClipError("missing", f"no file {path}")
     try:
         with h5py.File(path, "r") as file:
-            return _read_open_clip(file, int(match[1][1:]), config)
+            yield file
     except ClipError:
         raise
     # What h5py raises for a damaged file depends on where the damage is.
@@ -263,76 +264,34 @@ def read_clip(path: Path, config: DataConfig) -> Clip:
         raise ClipError("unreadable", str(error).splitlines()[0] if str(error) else repr(error)) from error
 
 
-def _read_open_clip(file: h5py.File, participant: int, config: DataConfig) -> Clip:
+def read_open_clip(file: h5py.File, config: DataConfig, needed: int) -> Clip:
+    """As `read_clip`, from a file that `open_clip` opened."""
     names = [*HAND_DATASETS]
     names += [GAZE_DATASET] * config.gaze + [OBJECT_DATASET] * config.objects + [SURROGATE_DATASET] * config.surrogate
-    datasets = {name: _checked_dataset(file, name) for name in names}
+    datasets = {name: checked_dataset(file, name) for name in names}
     lengths = {name: dataset.shape[0] for name, dataset in datasets.items()}
     frames = lengths[HAND_DATASETS[0]]
     if set(lengths.values()) != {frames}:
         raise ClipError("frame counts differ", ", ".join(f"{name} {length}" for name, length in lengths.items()))
-    needed = config.observed + config.predicted
-    if frames < needed:
-        raise ClipError("short", f"{frames} frames, {needed} needed")
-    hands = np.stack([_read_values(datasets[name]) for name in HAND_DATASETS], axis=1)
-    return Clip(
-        fps=_frame_rate(file, frames, participant),
-        hands=hands,
-        gaze=_read_values(datasets[GAZE_DATASET]) if config.gaze else None,
-        objects=_read_values(datasets[OBJECT_DATASET]) if config.objects else None,
-        surrogate=_read_values(datasets[SURROGATE_DATASET]) if config.surrogate else None,
+    # Before anything is read, where the clip's own frames are what counts.
+    if frames < (needed if config.resample is None else 1):
+        raise ClipError("short", f"{frames} frames, {max(1, needed)} needed")
+    fps, seconds = _frame_times(file, frames)
+    if config.resample is not None:
+        length = resampled_length(seconds, config.resample)
+        if length < needed:
+            raise ClipError("short", f"{length} frames at {config.resample:g} per second, {needed} needed")
+        if length > MAX_FRAMES:
+            raise ClipError("too long", f"its timestamps span {length:,} frames at {config.resample:g} per second")
+    clip = Clip(
+        fps=fps,
+        hands=np.stack([read_values(datasets[name]) for name in HAND_DATASETS], axis=1),
+        gaze=read_values(datasets[GAZE_DATASET]) if config.gaze else None,
+        objects=read_values(datasets[OBJECT_DATASET]) if config.objects else None,
+        surrogate=read_values(datasets[SURROGATE_DATASET]) if config.surrogate else None,
+        seconds=seconds,
     )
-
-
-def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
-    """Return a dataset stored in the file itself, None if there is none of that name."""
-    key = name.encode()
-    # `name in file` and `file.get` would open the target of an external link; the link's own record does not.
-    if not file.id.links.exists(key):
-        return None
-    if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-        raise ClipError("linked", f"{name} is a link, not a dataset of this file")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        return None
-    if dataset.is_virtual or dataset.external:
-        raise ClipError("linked", f"{name} keeps its values in another file")
-    return dataset
-
-
-def _checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """Return a dataset whose type and shape, (F, *FRAME_SHAPES[name]), are as expected; nothing is read yet."""
-    dataset = _own_dataset(file, name)
-    if dataset is None:
-        older = name in (OBJECT_DATASET, SURROGATE_DATASET) and file.id.links.exists(b"bboxes")
-        raise ClipError("missing dataset", name + (" (the older layout, bboxes only)" if older else ""))
-    # Whole numbers are pixels or something else, but no normalised coordinates.
-    if dataset.dtype.kind != "f":
-        raise ClipError("wrong dtype", f"{name} is {dataset.dtype}, expected a floating-point type, such as float32")
-    expected = FRAME_SHAPES[name]
-    if dataset.shape is None or len(dataset.shape) != 1 + len(expected) or dataset.shape[1:] != expected:
-        raise ClipError("wrong shape", f"{name} is {dataset.shape}, expected (F, {', '.join(map(str, expected))})")
-    if dataset.shape[0] > MAX_FRAMES:
-        raise ClipError("too long", f"{name} declares {dataset.shape[0]:,} frames, at most {MAX_FRAMES:,} are read")
-    return dataset
-
-
-def _read_values(dataset: h5py.Dataset) -> np.ndarray:
-    """Read a whole dataset as float32 and check its values."""
-    name = dataset.name.lstrip("/")
-    values = np.empty(dataset.shape, np.float32)
-    dataset.read_direct(values)
-    finite = np.isfinite(values)
-    if not finite.all():
-        frame = int(np.argwhere(~finite)[0, 0])
-        raise ClipError("non-finite", f"{name} in frame {frame}")
-    coordinates = values[..., : IMAGE_COORDINATES.get(name, 0)]
-    far = np.abs(coordinates) > FARTHEST
-    if far.any():
-        first = tuple(np.argwhere(far)[0])
-        expected = f"expected image-normalised values, -{FARTHEST:g} to {FARTHEST:g}"
-        raise ClipError("out of range", f"{name} in frame {first[0]} holds {coordinates[first]:g}, {expected}")
-    return values
+    return clip if config.resample is None else resampled(clip, config.resample)
 
 
 def subtask_number(stem: str) -> int:
@@ -346,20 +305,27 @@ def published_frame_rate(participant: int) -> float:
     return 23.0 if participant <= 28 else 59.0
 
 
-def _frame_rate(file: h5py.File, frames: int, participant: int) -> float:
-    """Return frames per second: from the median step of the timestamps, or as published where they tell no rate.
+def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray]:
+    """Return frames per second and each frame's time, (F,) seconds from 0.
+
+    From the timestamps, the rate from their median step; evenly at the published rate where they tell none.
 
     Raises:
         ClipError: `bad timestamps`, they tell a rate that cannot be; or `frame counts differ`.
     """
-    dataset = _own_dataset(file, "timestamps")
+    published = published_frame_rate(int(Path(file.filename).name[1:3]))
+    evenly = published, np.arange(frames) / published
+    dataset = own_dataset(file, "timestamps")
     if dataset is None or dataset.dtype.kind not in "fiu" or dataset.ndim != 1:
-        return published_frame_rate(participant)
+        return evenly
     if dataset.shape[0] != frames:
         raise ClipError("frame counts differ", f"timestamps {dataset.shape[0]}, {HAND_DATASETS[0]} {frames}")
-    steps = np.diff(dataset[:].astype(np.float64))
+    if frames < 2:
+        return evenly
+    seconds = dataset[:].astype(np.float64)
+    steps = np.diff(seconds)
     if not np.isfinite(steps).all() or steps.min() < 0 or np.median(steps) == 0:
-        return published_frame_rate(participant)
+        return evenly
     # Python's division, as NumPy's warns where the quotient overflows.
     fps = 1 / float(np.median(steps))
     slowest, fastest = FRAME_RATES
@@ -367,4 +333,41 @@ def _frame_rate(file: h5py.File, frames: int, participant: int) -> float:
         expected = f"expected seconds, {slowest:g} to {fastest:,g} frames each"
         raise ClipError("bad timestamps", f"they tell {fps:.3g} frames per second, {expected}")
     # float32 seconds resolve a step to about 1e-4 of its length: one decimal keeps clips of one rate together.
-    return round(fps, 1)
+    return round(fps, 1), seconds - seconds[0]
+
+
+def resampled_length(seconds: np.ndarray, rate: float) -> int:
+    """Return how many frames `rate` per second gives from the first to the last of `seconds`, (F,) with F > 0."""
+    # float32 timestamps end a little early as often as late.
+    return int((seconds[-1] - seconds[0]) * rate + SNAP) + 1
+
+
+def resampled(clip: Clip, rate: float) -> Clip:
+    """Return the clip at `rate` frames per second, between its frames by linear interpolation on their times.
+
+    A hand or a gaze that is missing in either of the two frames it would lie between is missing: nothing is blended
+    with zeros. Boxes are those of the nearest frame, since nothing says that a box keeps its place in the list.
+    """
+    seconds, frames = clip.seconds, len(clip.seconds)
+    times = np.arange(resampled_length(seconds, rate)) / rate
+    after = np.searchsorted(seconds, times, side="right").clip(min(1, frames - 1), frames - 1)
+    before = np.maximum(after - 1, 0)
+    gap = seconds[after] - seconds[before]
+    share = np.divide(times - seconds[before], gap, out=np.ones_like(times), where=gap > 0)
+    share = np.where(share < SNAP, 0, np.where(share > 1 - SNAP, 1, share))
+    nearest = np.where(share < 0.5, before, after)
+
+    def between(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Interpolate (F, ...) where `seen`, (F, ...), says that there is something on both sides."""
+        later = share.reshape(-1, *[1] * (values.ndim - 1))
+        known = (seen[before] | (later == 1)) & (seen[after] | (later == 0))
+        return np.where(known, values[before] * (1 - later) + values[after] * later, 0).astype(np.float32)
+
+    return Clip(
+        fps=rate,
+        hands=between(clip.hands, clip.present[..., None, None]),
+        gaze=None if clip.gaze is None else between(clip.gaze, np.any(clip.gaze, axis=(1,))[:, None]),
+        objects=None if clip.objects is None else clip.objects[nearest],
+        surrogate=None if clip.surrogate is None else clip.surrogate[nearest],
+        seconds=times,
+    )

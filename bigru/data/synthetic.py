@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -18,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
+from bigru.data.files import replacing
 from bigru.data.windows import SPLITS
 
 FORMAT = 1
@@ -252,21 +251,10 @@ def _surrogate_boxes(seconds: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return boxes
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_clip(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write one clip's datasets; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         for name, values in arrays.items():
             file.create_dataset(name, data=values)
 
@@ -278,7 +266,7 @@ def write_index(root: Path, stems: Sequence[str]) -> Path:
         participant, camera, task, subtask, times = stem.split("-")
         lines.append("\t".join([participant, camera, task, subtask, *times.split("_"), f"{stem}.mp4"]))
     path = root / INDEX_NAME
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -314,7 +302,7 @@ def write_synthetic(
     planned = plan_clips(clips, seed, participants)
     _clear(root, overwrite)
     # First, so that an interrupted write is known as ours and can be taken up again.
-    with _replacing(root / MARKER_NAME) as temporary:
+    with replacing(root / MARKER_NAME) as temporary:
         temporary.write_text(json.dumps(_marker(clips, seed, participants)) + "\n", encoding="utf-8")
     for plan in tqdm(planned, desc="writing", unit="clip", disable=None if progress is None else not progress):
         write_clip(root / plan.subtask / f"{plan.stem}.h5", clip_arrays(plan, seed))

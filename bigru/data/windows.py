@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bigru.config import DataConfig
+from bigru.data.cache import CacheMiss, Frames, Part, cache_key, cache_path, read_cache, write_cache
 from bigru.data.clips import (
     Clip,
     ClipError,
+    ClipIndex,
     DataError,
     Skipped,
     find_clip,
@@ -60,7 +63,7 @@ class Windows:
     """The N windows of one split, as offsets into its clips' frames, which are stored once, end to end."""
 
     frames: Tensor
-    """(F, I) float32: features of every frame."""
+    """(F, I) float32: features of every frame, as `frame_features` gives them."""
     present: Tensor
     """(F, 2) bool: whether the left and the right hand were seen."""
     starts: Tensor
@@ -73,6 +76,8 @@ class Windows:
     """Names of the clips used."""
     observed: int
     predicted: int
+    centre: Literal["frame", "last"] = "frame"
+    """Origin of the hands: each frame's own, or one for the whole window, from its last observed frame."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -90,9 +95,16 @@ class Windows:
         steps = torch.arange(self.observed + self.predicted, device=starts.device)
         rows = starts[:, None] + steps  # (B, observed + predicted)
         past, future = rows[:, : self.observed], rows[:, self.observed :]
+        x, target = self.frames[past], self.frames[:, :HAND_FEATURES][future]
+        if self.centre == "last":
+            origin = hands_origin(x[:, -1, :HAND_FEATURES], self.present[past[:, -1]])  # (B, 2)
+            shift = origin.repeat(1, 2 * JOINTS_PER_HAND)[:, None]
+            # Both are copies of their own, made by the indices.
+            x[..., :HAND_FEATURES] -= shift
+            target -= shift
         return Batch(
-            x=self.frames[past],
-            target=self.frames[:, :HAND_FEATURES][future],
+            x=x,
+            target=target,
             present=self.present[future].repeat_interleave(JOINTS_PER_HAND, dim=-1),
             fps=self.fps[indices],
         )
@@ -141,6 +153,8 @@ class Dataset:
     """Rows of the index for other cameras, which are not used."""
     root: Path
     index: Path
+    cache: str = ""
+    """What became of the file of frames, in words."""
 
     def skip_counts(self) -> dict[str, int]:
         """Return how many clips were skipped for each reason, the most frequent first."""
@@ -152,6 +166,7 @@ class Dataset:
         lines = [f"{self.listed:,} clips listed in {self.index}{others}, read from {self.root}"]
         for split, clips in self.clips.items():
             lines.append(f"{split:<5} {clips:>6,} clips {len(getattr(self, split)):>7,} windows")
+        lines += [self.cache] * bool(self.cache)
         return "\n".join(lines + _skip_lines(self.skipped))
 
 
@@ -173,48 +188,115 @@ def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset
         raise ValueError(f"split: expected participant or time, got {config.split!r}")
     index = read_index(find_index(config))
     root = Path(config.data_root or "")
-    skipped = list(index.skipped)
-    if config.strict and skipped:
-        raise ClipError(skipped[0].reason, f"{skipped[0].stem}: {skipped[0].detail}")
-    parts = {split: _Part(config) for split in SPLITS}
-    for row in tqdm(index.clips, desc="clips", unit="clip", disable=None if progress is None else not progress):
-        try:
-            _check_participant(row.participant, config)
-            clip = read_clip(find_clip(root, row), config)
-        except ClipError as error:
-            if config.strict:
-                raise ClipError(error.reason, f"{row.stem}: {error.detail}") from error
-            skipped.append(Skipped(row.stem, error.reason, error.detail))
-            continue
-        features, present = frame_features(clip), clip.present
-        for split, (start, stop) in split_frames(len(features), row.participant, config).items():
-            parts[split].add(row.stem, clip.fps, features[start:stop], present[start:stop])
-    clips = {split: len(part.stems) for split, part in parts.items()}
-    windows = {split: part.windows() for split, part in parts.items()}
+    frames, cache = _cached_frames(index, root, config, progress)
+    parts = frames.parts
     dataset = Dataset(
-        **windows,
-        skipped=tuple(skipped),
-        clips=clips,
+        train=_windows(parts["train"], config),
+        val=_windows(parts["val"], config),
+        test=_windows(parts["test"], config),
+        skipped=frames.skipped,
+        clips={split: len(part.stems) for split, part in parts.items()},
         listed=len(index.clips) + len(index.skipped),
         other_cameras=index.other_cameras,
         root=root,
         index=index.path,
+        cache=cache,
     )
     _check_windows(dataset, config)
     return dataset
 
 
-def frame_features(clip: Clip) -> np.ndarray:
+def _cached_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool | None) -> tuple[Frames, str]:
+    """Return the frames from the cache, or from the clips into the cache, and a line that says which."""
+    if config.no_cache:
+        return _read_frames(index, root, config, progress), ""
+    path = cache_path(root, config)
+    # Before the clips are read: one that changes meanwhile leaves a cache that is stale when it is next looked at.
+    key = cache_key(index.path, root, index.clips, config)
+    try:
+        frames = read_cache(path, key, config.input_size, SPLITS, {clip.stem for clip in index.clips})
+        if not _can_be_read_now(frames, index, root, config):
+            _refuse_skipped(frames.skipped, config)
+            return frames, f"frames mapped from {path}"
+        missed = "stale"
+    except CacheMiss as miss:
+        missed = str(miss)
+    except OSError as error:
+        missed = f"unreadable: {error.strerror}"
+    frames = _read_frames(index, root, config, progress)
+    try:
+        write_cache(path, key, frames)
+    except OSError as error:
+        return frames, f"no cache: {path}: {error.strerror}; --cache DIR puts it elsewhere, --no-cache does without"
+    why = "" if missed == "none yet" else f" (the one there was {missed})"
+    return frames, f"frames written to {path}, which the next run maps{why}"
+
+
+def _can_be_read_now(frames: Frames, index: ClipIndex, root: Path, config: DataConfig) -> bool:
+    """Whether a clip that could not be read can be now: neither its size nor its time tells of a disk that failed or
+    of a permission that was lacking."""
+    unreadable = {skip.stem for skip in frames.skipped if skip.reason == "unreadable"}
+    for row in index.clips:
+        if row.stem in unreadable:
+            try:
+                read_clip(find_clip(root, row), config)
+            except ClipError:
+                continue
+            return True
+    return False
+
+
+def _read_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool | None) -> Frames:
+    """Read every clip once."""
+    skipped = list(index.skipped)
+    _refuse_skipped(skipped, config)
+    parts = {split: _GrowingPart(config) for split in SPLITS}
+    for row in tqdm(index.clips, desc="clips", unit="clip", disable=None if progress is None else not progress):
+        try:
+            check_participant(row.participant, config)
+            clip = read_clip(find_clip(root, row), config)
+        except ClipError as error:
+            skipped.append(Skipped(row.stem, error.reason, error.detail))
+            _refuse_skipped(skipped, config)
+            continue
+        features, present = frame_features(clip, config.centre), clip.present
+        for split, (start, stop) in split_frames(len(features), row.participant, config).items():
+            parts[split].add(row.stem, clip.fps, features[start:stop], present[start:stop])
+    return Frames({split: part.finish() for split, part in parts.items()}, tuple(skipped))
+
+
+def _refuse_skipped(skipped: Sequence[Skipped], config: DataConfig) -> None:
+    if config.strict and skipped:
+        raise ClipError(skipped[0].reason, f"{skipped[0].stem}: {skipped[0].detail}")
+
+
+def hands_origin(hands: Tensor, present: Tensor) -> Tensor:
+    """Return the middle of the wrists that are seen, (B, 2), or of the image where neither is.
+
+    Args:
+        hands: (B, 84), x, y pairs of 42 joints in units of half the image, as `frame_features(clip, "last")` has them.
+        present: (B, 2) bool: whether the left and the right hand are seen.
+    """
+    # Joint 0 of each hand.
+    wrists = hands.unflatten(-1, (2, JOINTS_PER_HAND, 2))[:, :, 0]  # (B, 2 hands, 2)
+    seen = present[..., None].to(hands.dtype)
+    middle = (wrists * seen).sum(1) / seen.sum(1).clamp(min=1)
+    return torch.where(present.any(1, keepdim=True), middle, 0.5 / CENTRED_UNIT)
+
+
+def frame_features(clip: Clip, centre: Literal["frame", "last"] = "frame") -> np.ndarray:
     """Return a clip's features, (F, I) float32: hands 84, then gaze 2, objects 120, surrogate 8 where read.
 
     Hands are the left 21, then the right 21 joints as x, y pairs, centred as in the published benchmark:
     (joint - (left wrist + right wrist) / 2) / 0.5. A missing hand's zeros take part in this like any other
-    value, which is why the targets come with a mask.
+    value, which is why the targets come with a mask. With `centre="last"` the origin is the image's corner until
+    `Windows.batch` knows the window, and so its last observed frame.
     """
     frames = len(clip.hands)
     joints = clip.hands[..., :2].reshape(frames, 2 * JOINTS_PER_HAND, 2)
-    origin = 0.5 * (joints[:, :1] + joints[:, JOINTS_PER_HAND : JOINTS_PER_HAND + 1])
-    hands = (joints - origin) / CENTRED_UNIT
+    if centre == "frame":
+        joints = joints - 0.5 * (joints[:, :1] + joints[:, JOINTS_PER_HAND : JOINTS_PER_HAND + 1])
+    hands = joints / CENTRED_UNIT
     others = [values for values in (clip.gaze, clip.objects, clip.surrogate) if values is not None]
     return np.concatenate([values.reshape(frames, -1) for values in (hands, *others)], axis=1)
 
@@ -244,11 +326,10 @@ def split_frames(frames: int, participant: int, config: DataConfig) -> dict[str,
     }
 
 
-class _Part:
+class _GrowingPart:
     """The frames of one split while its clips are being read, laid end to end."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.config = config
         self.stems: list[str] = []
         self.fps: list[float] = []
         self.lengths: list[int] = []
@@ -260,9 +341,7 @@ class _Part:
         end = self.used + len(features)
         if end > len(self.frames):
             # Grown in place and by a quarter: a list of clips joined at the end would take the memory twice.
-            rows = end + end // 4
-            self.frames.resize((rows, self.frames.shape[1]), refcheck=False)
-            self.present.resize((rows, 2), refcheck=False)
+            self._resize(end + end // 4)
         self.frames[self.used : end] = features
         self.present[self.used : end] = present
         self.used = end
@@ -270,31 +349,40 @@ class _Part:
         self.fps.append(fps)
         self.lengths.append(len(features))
 
-    def windows(self) -> Windows:
-        """Give up the frames as the tensors of a split, without a copy."""
-        self.frames.resize((self.used, self.frames.shape[1]), refcheck=False)
-        self.present.resize((self.used, 2), refcheck=False)
-        starts: list[int] = []
-        clip: list[int] = []
-        offset = 0
-        for number, length in enumerate(self.lengths):
-            count = window_count(length, self.config)
-            starts += range(offset, offset + count * self.config.stride, self.config.stride)
-            clip += [number] * count
-            offset += length
-        return Windows(
-            frames=torch.from_numpy(self.frames),
-            present=torch.from_numpy(self.present),
-            starts=torch.tensor(starts, dtype=torch.int64),
-            fps=torch.tensor([self.fps[number] for number in clip], dtype=torch.float32),
-            clip=torch.tensor(clip, dtype=torch.int64),
-            stems=tuple(self.stems),
-            observed=self.config.observed,
-            predicted=self.config.predicted,
-        )
+    def _resize(self, rows: int) -> None:
+        self.frames.resize((rows, self.frames.shape[1]), refcheck=False)
+        self.present.resize((rows, 2), refcheck=False)
+
+    def finish(self) -> Part:
+        """Give up the frames, without a copy."""
+        self._resize(self.used)
+        return Part(self.frames, self.present, tuple(self.stems), tuple(self.fps), tuple(self.lengths))
 
 
-def _check_participant(participant: int, config: DataConfig) -> None:
+def _windows(part: Part, config: DataConfig) -> Windows:
+    """Cut the clips of one split, whose frames are shared."""
+    starts: list[int] = []
+    clip: list[int] = []
+    offset = 0
+    for number, length in enumerate(part.lengths):
+        count = window_count(length, config)
+        starts += range(offset, offset + count * config.stride, config.stride)
+        clip += [number] * count
+        offset += length
+    return Windows(
+        frames=torch.from_numpy(part.frames),
+        present=torch.from_numpy(part.present),
+        starts=torch.tensor(starts, dtype=torch.int64),
+        fps=torch.tensor([part.fps[number] for number in clip], dtype=torch.float32),
+        clip=torch.tensor(clip, dtype=torch.int64),
+        stems=part.stems,
+        observed=config.observed,
+        predicted=config.predicted,
+        centre=config.centre,
+    )
+
+
+def check_participant(participant: int, config: DataConfig) -> None:
     if config.split == "participant" and not any(participant in people for people in SPLITS.values()):
         raise ClipError("no split", f"participant {participant} is in none of {_split_names(config)}")
 

@@ -75,7 +75,7 @@ def test_feature_order_and_centring():
     gaze = np.array([[1, 2]] * frames, np.float32)
     objects = np.tile(np.arange(120, dtype=np.float32).reshape(30, 4) + 10_000, (frames, 1, 1))
     surrogate = np.tile(np.arange(8, dtype=np.float32).reshape(2, 4) + 20_000, (frames, 1, 1))
-    features = frame_features(Clip(23.0, hands, gaze, objects, surrogate))
+    features = frame_features(Clip(23.0, hands, gaze, objects, surrogate, np.arange(frames) / 23))
     assert features.dtype == np.float32
     # Wrists at (100, 1100) and (200, 1200): the origin is (150, 1150).
     left = np.stack([np.arange(21) - 50, 2 * np.arange(21) - 50], axis=1) / 0.5
@@ -87,7 +87,7 @@ def test_feature_order_and_centring():
 def test_only_the_modalities_that_are_on_are_features():
     arrays = clip_arrays(2)
     hands = np.stack([arrays["left_landmarks"], arrays["right_landmarks"]], axis=1)
-    features = frame_features(Clip(23.0, hands, None, None, arrays["surrogate_hands"]))
+    features = frame_features(Clip(23.0, hands, None, None, arrays["surrogate_hands"], np.arange(2) / 23))
     assert features.shape == (2, 92)
     np.testing.assert_array_equal(features[:, 84:], arrays["surrogate_hands"].reshape(2, 8))
 
@@ -289,7 +289,7 @@ def test_description_stays_short_with_thousands_of_missing_clips(tmp_path):
     write_dataset(tmp_path, {stem_of(p): clip_arrays(8) for p in (1, 49, 60)})
     present = [stem_of(p) for p in (1, 49, 60)]
     write_index(tmp_path, present + [stem_of(3, number) for number in range(3000)])
-    dataset = load_dataset(config_for(tmp_path))
+    dataset = load_dataset(config_for(tmp_path, no_cache=True))
     assert dataset.skip_counts() == {"missing": 3000}
     lines = dataset.describe().splitlines()
     assert len(lines) == 9

@@ -1,0 +1,142 @@
+"""The datasets of one HDF5 file: only its own, only of the shapes and sizes expected, only values that can be."""
+
+from __future__ import annotations
+
+import math
+
+import h5py
+import numpy as np
+
+HAND_DATASETS = ("left_landmarks", "right_landmarks")
+GAZE_DATASET = "norm_gaze"
+OBJECT_DATASET = "rec_bboxes"
+SURROGATE_DATASET = "surrogate_hands"
+FRAME_SHAPES: dict[str, tuple[int, ...]] = {
+    "left_landmarks": (21, 3),
+    "right_landmarks": (21, 3),
+    GAZE_DATASET: (2,),
+    OBJECT_DATASET: (30, 4),
+    SURROGATE_DATASET: (2, 4),
+}
+
+# The longest published clip has 1,591 frames; 100,000 are 28 minutes at 59 fps. A file that declares more is
+# damaged, and reading it would ask for gigabytes.
+MAX_FRAMES = 100_000
+
+# A chunk is unpacked whole, however little of it is asked for, and may itself be declared at up to 4 GiB. h5py's own
+# chunks hold at most 1 MiB; the longest clip's boxes in one chunk are 0.8.
+MAX_CHUNK_BYTES = 64 * 2**20
+
+# A deflated chunk may unpack to 1,032 times its stored size, whatever size it declares: 1 MiB to a gigabyte.
+MAX_PACKED_BYTES = 2**20
+
+# Filters that a chunk may have passed through, each once: deflate twice over multiplies the factor above by itself.
+FILTERS = {
+    h5py.h5z.FILTER_DEFLATE: "gzip",
+    h5py.h5z.FILTER_SHUFFLE: "shuffle",
+    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
+    h5py.h5z.FILTER_LZF: "lzf",
+}
+
+# How many coordinates of a point or a box are image-normalised, 0 to 1 within the image: x and y of a landmark, whose
+# z has a scale of its own, and all of a box. Gaze is left free: a line of sight meets the image's plane anywhere.
+IMAGE_COORDINATES = {"left_landmarks": 2, "right_landmarks": 2, OBJECT_DATASET: 4, SURROGATE_DATASET: 4}
+
+# A joint estimated outside the image lies a little outside 0 to 1 (-0.06 seen), pixels run to 1,728: 10 parts the two.
+FARTHEST = 10.0
+
+
+class DataError(ValueError):
+    """Clips, an index or a split that cannot be used; the message is meant for the person who named them."""
+
+
+class ClipError(DataError):
+    """A clip that cannot be used.
+
+    Attributes:
+        reason: a short fixed phrase to count by: `missing`, `short`, `unreadable`, `missing dataset`, `linked`,
+            `wrong dtype`, `wrong shape`, `too long`, `packed`, `frame counts differ`, `non-finite`, `out of range`,
+            `bad timestamps`, `bad name`, `duplicate` or `no split`.
+        detail: what was found, in words.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
+    """Return a dataset stored in the file itself, None if there is none of that name."""
+    key = name.encode()
+    # `name in file` and `file.get` would open the target of an external link; the link's own record does not.
+    if not file.id.links.exists(key):
+        return None
+    if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+        raise ClipError("linked", f"{name} is a link, not a dataset of this file")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        return None
+    if dataset.is_virtual or dataset.external:
+        raise ClipError("linked", f"{name} keeps its values in another file")
+    if dataset.chunks is not None:
+        _check_chunks(dataset, name)
+    return dataset
+
+
+def _check_chunks(dataset: h5py.Dataset, name: str) -> None:
+    """Refuse chunks that could ask for much more memory than the dataset's own values take."""
+    declared = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if declared > MAX_CHUNK_BYTES:
+        raise ClipError("packed", f"{name} has chunks of {declared:,} bytes, at most {MAX_CHUNK_BYTES:,} are read")
+    pipeline = dataset.id.get_create_plist()
+    filters = [pipeline.get_filter(number)[0] for number in range(pipeline.get_nfilters())]
+    if not filters:
+        return
+    if len(set(filters)) < len(filters) or not FILTERS.keys() >= set(filters):
+        names = [FILTERS.get(code, f"number {code}") for code in filters]
+        raise ClipError("packed", f"{name} is packed by {', '.join(names)}; expected each of "
+                        f"{', '.join(FILTERS.values())} at most once")  # fmt: skip
+    # The whole is known at once, and only where it is larger can a chunk be.
+    if dataset.id.get_storage_size() <= MAX_PACKED_BYTES:
+        return
+    sizes: list[int] = []
+    dataset.id.chunk_iter(lambda chunk: sizes.append(chunk.size))
+    if max(sizes) > MAX_PACKED_BYTES:
+        raise ClipError("packed", f"{name} has a packed chunk of {max(sizes):,} bytes, at most {MAX_PACKED_BYTES:,} "
+                        "are unpacked")  # fmt: skip
+
+
+def checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """Return a dataset whose type and shape, (F, *FRAME_SHAPES[name]), are as expected; nothing is read yet."""
+    dataset = own_dataset(file, name)
+    if dataset is None:
+        older = name in (OBJECT_DATASET, SURROGATE_DATASET) and file.id.links.exists(b"bboxes")
+        raise ClipError("missing dataset", name + (" (the older layout, bboxes only)" if older else ""))
+    # Whole numbers are pixels or something else, but no normalised coordinates.
+    if dataset.dtype.kind != "f":
+        raise ClipError("wrong dtype", f"{name} is {dataset.dtype}, expected a floating-point type, such as float32")
+    expected = FRAME_SHAPES[name]
+    if dataset.shape is None or len(dataset.shape) != 1 + len(expected) or dataset.shape[1:] != expected:
+        raise ClipError("wrong shape", f"{name} is {dataset.shape}, expected (F, {', '.join(map(str, expected))})")
+    if dataset.shape[0] > MAX_FRAMES:
+        raise ClipError("too long", f"{name} declares {dataset.shape[0]:,} frames, at most {MAX_FRAMES:,} are read")
+    return dataset
+
+
+def read_values(dataset: h5py.Dataset) -> np.ndarray:
+    """Read a whole dataset as float32 and check its values."""
+    name = dataset.name.lstrip("/")
+    values = np.empty(dataset.shape, np.float32)
+    dataset.read_direct(values)
+    finite = np.isfinite(values)
+    if not finite.all():
+        frame = int(np.argwhere(~finite)[0, 0])
+        raise ClipError("non-finite", f"{name} in frame {frame}")
+    coordinates = values[..., : IMAGE_COORDINATES.get(name, 0)]
+    far = np.abs(coordinates) > FARTHEST
+    if far.any():
+        first = tuple(np.argwhere(far)[0])
+        expected = f"expected image-normalised values, -{FARTHEST:g} to {FARTHEST:g}"
+        raise ClipError("out of range", f"{name} in frame {first[0]} holds {coordinates[first]:g}, {expected}")
+    return values
