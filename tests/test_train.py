@@ -132,7 +132,7 @@ def test_the_summary_is_what_the_best_weights_do(config):
     assert [(entry["fps"], entry["windows"]) for entry in summary["by_frame_rate"]] == [(23, 6), (59, 6)]
     assert summary["data"] == {
         "source": str(config.data.data_root), "split": "participant", "clips": {"train": 7, "val": 3, "test": 4},
-        "windows": {"train": 21, "val": 9, "test": 12}, "skipped": {"short": 1, "missing": 1}}
+        "windows": {"train": 21, "val": 9, "test": 12}, "skipped": {"short": 1, "missing": 1}, "departures": []}
     assert summary["modalities"] == {"hands": True, "gaze": False, "objects": False, "surrogate": False}
     assert set(summary["environment"]) == {
         "device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform"}

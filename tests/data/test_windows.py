@@ -5,43 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from data.dataset import CONFIG, clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
 from bigru.data import ClipError, NoWindowsError, load_dataset
 from bigru.data.clips import SUBTASKS, Clip
 from bigru.data.synthetic import write_clip, write_index
 from bigru.data.windows import frame_features, split_frames, window_count
+from bigru.model.metrics import repeat_last_frame, score, summarise
 
-CONFIG = DataConfig(observed=4, predicted=4, stride=3)
 ALL = {"gaze": True, "objects": True, "surrogate": True}
-
-
-def stem_of(participant, number=0):
-    return f"p{participant:02d}-CAM_AV-BIAH_RB-BHO-{number}_3.5"
-
-
-def clip_arrays(frames, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "left_landmarks": (21, 3),
-        "right_landmarks": (21, 3),
-        "norm_gaze": (2,),
-        "rec_bboxes": (30, 4),
-        "surrogate_hands": (2, 4),
-    }
-    return {name: rng.uniform(0.1, 0.9, (frames, *shape)).astype(np.float32) for name, shape in shapes.items()}
-
-
-def write_dataset(root, clips):
-    """Write {stem: arrays} and their index; arrays of None leave the clip out of the folder."""
-    for stem, arrays in clips.items():
-        if arrays is not None:
-            write_clip(root / "BHO" / f"{stem}.h5", arrays)
-    write_index(root, list(clips))
-
-
-def config_for(root, **changes):
-    return dataclasses.replace(CONFIG, data_root=root, **changes)
 
 
 @pytest.fixture
@@ -330,6 +303,10 @@ def test_time_split_without_a_long_clip_says_how_long_it_would_have_to_be(tmp_pa
         ({"stride": 0}, "stride"),
         ({"observed": 5}, "predicted"),
         ({"split": "random"}, "split"),
+        ({"centre": "first"}, "centre"),
+        ({"resample": 0.5}, "resample"),
+        ({"resample": float("nan")}, "resample"),
+        ({"resample": 1001}, "resample"),
     ],
     ids=str,
 )
@@ -425,3 +402,51 @@ def test_progress_bar_can_be_asked_for(three_clips, capsys):
     assert "clips" in capsys.readouterr().err
     load_dataset(config_for(three_clips[0]), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_centred_on_the_last_observed_frame(three_clips):
+    """Written out window by window in float64: one origin for all that is seen and all that follows."""
+    root, clips = three_clips
+    batch = load_dataset(config_for(root, centre="last", gaze=True)).test.batch(torch.tensor([3, 0]))
+    arrays = {name: values.astype(np.float64) for name, values in clips[stem_of(60)].items()}
+    hands = np.stack([arrays["left_landmarks"], arrays["right_landmarks"]], axis=1)[..., :2]
+    for row, start in enumerate((9, 0)):
+        middle = (hands[start + 3, 0, 0] + hands[start + 3, 1, 0]) / 2
+        expected = ((hands[start : start + 8] - middle) / 0.5).reshape(8, 84)
+        np.testing.assert_allclose(batch.x[row, :, :84], expected[:4], atol=1e-6)
+        np.testing.assert_allclose(batch.target[row], expected[4:], atol=1e-6)
+        np.testing.assert_array_equal(batch.x[row, :, 84:], clips[stem_of(60)]["norm_gaze"][start : start + 4])
+
+
+@pytest.mark.parametrize(
+    ("seen", "hands"),
+    [((True, True), [0, 1]), ((True, False), [0]), ((False, True), [1]), ((False, False), [])],
+    ids=str,
+)
+def test_origin_is_of_the_wrists_that_are_seen(tmp_path, seen, hands):
+    clips = {stem_of(p): clip_arrays(8, seed=p) for p in (1, 49, 60)}
+    names = ("left_landmarks", "right_landmarks")
+    for name, here in zip(names, seen, strict=True):
+        if not here:
+            clips[stem_of(60)][name][3] = 0
+    write_dataset(tmp_path, clips)
+    batch = load_dataset(config_for(tmp_path, centre="last")).test.batch(torch.tensor([0]))
+    arrays = clips[stem_of(60)]
+    wrists = [arrays[names[hand]][3, 0, :2] for hand in hands] or [np.array([0.5, 0.5])]
+    joints = np.stack([arrays[name][4:, :, :2] for name in names], axis=1)
+    np.testing.assert_allclose(batch.target[0], ((joints - np.mean(wrists, axis=0)) / 0.5).reshape(4, 84), atol=1e-6)
+
+
+def test_hands_that_move_as_a_whole_move_only_with_one_origin_for_the_window(tmp_path):
+    """Half an image's width in 8 frames: nothing at all in the published centring, so many pixels in the other."""
+    clips = {stem_of(p): clip_arrays(8, seed=p) for p in (1, 49, 60)}
+    still = clips[stem_of(60)]
+    for name in ("left_landmarks", "right_landmarks"):
+        still[name][:] = still[name][:1]
+        still[name][..., 0] += np.linspace(0, 0.5, 8, dtype=np.float32)[:, None]
+    write_dataset(tmp_path, clips)
+    published, whole = (load_dataset(config_for(tmp_path, centre=centre)).test for centre in ("frame", "last"))
+    for windows, expected_px in ((published, 0.0), (whole, np.mean(np.arange(1, 5)) / 7 * 0.5 * 1728)):
+        metrics = summarise(score(repeat_last_frame, windows.batches(1)))
+        assert metrics.joint_error_px == pytest.approx(expected_px, abs=1e-3)
+        assert metrics.ade == pytest.approx(expected_px / 864, abs=1e-5)

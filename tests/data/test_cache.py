@@ -1,0 +1,386 @@
+"""The file of frames: mapped where it is of this very dataset and whole, made again where it is not."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import struct
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from data.dataset import clip_arrays, config_for, stem_of, write_dataset
+
+from bigru.config import DataConfig
+from bigru.data import ClipError, load_dataset
+from bigru.data import cache as cache_module
+from bigru.data import windows as windows_module
+from bigru.data.cache import MAGIC, PREFIX, SETTINGS
+from bigru.data.synthetic import write_clip, write_index
+
+SPLITS = ("train", "val", "test")
+STEMS = [stem_of(1), stem_of(2), stem_of(49), stem_of(60)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Four clips, the second too short."""
+    clips = {stem: clip_arrays(frames, seed=frames) for stem, frames in zip(STEMS, (9, 7, 11, 20), strict=True)}
+    clips[STEMS[0]]["left_landmarks"][3] = 0
+    write_dataset(tmp_path / "clips", clips)
+    return tmp_path / "clips"
+
+
+def cache_of(root):
+    (path,) = root.glob("*.cache")
+    return path
+
+
+def assert_same(one, other):
+    for split in SPLITS:
+        for item in dataclasses.fields(getattr(one, split)):
+            mine, theirs = (getattr(getattr(dataset, split), item.name) for dataset in (one, other))
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, item.name
+    assert (one.skipped, one.clips, one.listed) == (other.skipped, other.clips, other.listed)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the clips read so far."""
+    seen = []
+    read_clip = windows_module.read_clip
+
+    def counted(path, *rest):
+        seen.append(path.stem)
+        return read_clip(path, *rest)
+
+    monkeypatch.setattr(windows_module, "read_clip", counted)
+    return seen
+
+
+@pytest.mark.parametrize("changes", [{}, {"gaze": True, "objects": True, "surrogate": True}, {"centre": "last"},
+                                     {"resample": 100.0}, {"split": "time", "observed": 3, "predicted": 3}], ids=str)
+def test_second_run_maps_what_the_first_one_read(root, reads, changes):
+    config = config_for(root, **changes)
+    first = load_dataset(config)
+    assert sorted(reads) == sorted(STEMS)
+    assert f"frames written to {cache_of(root)}" in first.describe()
+    reads.clear()
+    second = load_dataset(config)
+    assert reads == []
+    assert f"frames mapped from {cache_of(root)}" in second.describe()
+    assert_same(first, second)
+    assert_same(first, load_dataset(dataclasses.replace(config, no_cache=True)))
+    assert second.train.present.dtype == torch.bool
+
+
+def test_tensors_over_the_file_can_be_written_to_and_leave_it_alone(root):
+    load_dataset(config_for(root))
+    before = cache_of(root).read_bytes()
+    load_dataset(config_for(root)).train.frames.zero_()
+    assert cache_of(root).read_bytes() == before
+
+
+def test_stride_is_cut_from_the_same_file(root, reads):
+    load_dataset(config_for(root, stride=3))
+    reads.clear()
+    dense = load_dataset(config_for(root, stride=1))
+    assert reads == []
+    assert_same(dense, load_dataset(config_for(root, stride=1, no_cache=True)))
+
+
+def test_every_setting_is_either_stored_or_known_to_change_nothing_stored():
+    free = {"data_root", "index", "stride", "mask_missing", "strict", "cache", "no_cache"}
+    assert {item.name for item in dataclasses.fields(DataConfig)} == set(SETTINGS) | free
+
+
+@pytest.mark.parametrize("changes", [{"gaze": True}, {"objects": True}, {"surrogate": True}, {"centre": "last"},
+                                     {"resample": 100.0}, {"observed": 3, "predicted": 3}, {"split": "time"}], ids=str)
+def test_other_settings_have_a_file_of_their_own(root, changes):
+    config = config_for(root, observed=2, predicted=2)
+    load_dataset(config)
+    other = dataclasses.replace(config, **changes)
+    load_dataset(other)
+    assert len(list(root.glob("*.cache"))) == 2
+    assert_same(load_dataset(other), load_dataset(dataclasses.replace(other, no_cache=True)))
+
+
+def rewrite(root):
+    write_clip(root / "BHO" / f"{STEMS[0]}.h5", clip_arrays(9, seed=77))
+
+
+def lengthen(root):
+    write_clip(root / "BHO" / f"{STEMS[1]}.h5", clip_arrays(8))
+
+
+def touch(root):
+    os.utime(root / "BHO" / f"{STEMS[3]}.h5", ns=(0, 1))
+
+
+def move(root):
+    (root / "BHO" / f"{STEMS[0]}.h5").rename(root / f"{STEMS[0]}.h5")
+
+
+def remove(root):
+    (root / "BHO" / f"{STEMS[0]}.h5").unlink()
+    write_clip(root / "BHO" / f"{stem_of(3)}.h5", clip_arrays(9))
+
+
+def reorder(root):
+    write_index(root, [STEMS[3], *STEMS[:3], stem_of(3)])
+
+
+@pytest.mark.parametrize("change", [rewrite, lengthen, touch, move, reorder], ids=lambda change: change.__name__)
+def test_stale_file_is_made_again(root, change):
+    load_dataset(config_for(root))
+    change(root)
+    again = load_dataset(config_for(root))
+    assert "(the one there was stale)" in again.cache
+    assert_same(again, load_dataset(config_for(root, no_cache=True)))
+    assert "mapped" in load_dataset(config_for(root)).cache
+
+
+def test_clip_that_vanished_or_appeared_is_noticed(root):
+    write_index(root, [*STEMS, stem_of(3)])
+    assert load_dataset(config_for(root)).clips["train"] == 1
+    remove(root)
+    again = load_dataset(config_for(root))
+    assert again.train.stems == (stem_of(3),)
+    assert again.skip_counts() == {"missing": 1, "short": 1}
+
+
+def test_clip_that_could_not_be_read_is_tried_again(root, monkeypatch):
+    """A disk that fails once leaves neither another size nor another time."""
+    with monkeypatch.context() as patch:
+        read_clip = windows_module.read_clip
+
+        def fails(path, *rest):
+            if path.stem == STEMS[0]:
+                raise ClipError("unreadable", "input/output error")
+            return read_clip(path, *rest)
+
+        patch.setattr(windows_module, "read_clip", fails)
+        write_index(root, [*STEMS, stem_of(3)])
+        write_clip(root / f"{stem_of(3)}.h5", clip_arrays(8))
+        assert load_dataset(config_for(root)).skip_counts() == {"unreadable": 1, "short": 1}
+        assert "mapped" in load_dataset(config_for(root)).cache
+    again = load_dataset(config_for(root))
+    assert again.skip_counts() == {"short": 1}
+    assert len(again.train.stems) == 2
+
+
+def test_strict_is_as_strict_with_a_file_of_frames(root):
+    load_dataset(config_for(root))
+    with pytest.raises(ClipError, match=f"short: {STEMS[1]}: 7 frames, 8 needed"):
+        load_dataset(config_for(root, strict=True))
+
+
+def damaged(content):
+    """What may have become of the file, by name."""
+    header = PREFIX.unpack(content[: PREFIX.size])[2] + PREFIX.size
+    yield "empty", b""
+    for size in (1, PREFIX.size - 1, PREFIX.size, header, header + 100, len(content) // 2, len(content) - 1):
+        yield f"cut at {size}", content[:size]
+    yield "longer", content + b"\0"
+    yield "end not written", content[:-32] + bytes(32)
+    yield "nothing written", bytes(len(content))
+    for place in (0, 20, 50, 58, 70, PREFIX.size + 5, header - 2, len(content) - 1):
+        yield f"byte {place} flipped", content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_damaged_file_is_made_again(root):
+    expected = load_dataset(config_for(root))
+    path = cache_of(root)
+    content = path.read_bytes()
+    for name, bad in damaged(content):
+        path.write_bytes(bad)
+        again = load_dataset(config_for(root))
+        assert "frames written to" in again.cache, name
+        assert "(the one there was " in again.cache, name
+        assert_same(again, expected)
+        assert path.read_bytes() == content, name
+
+
+HEADERS = {
+    "deep": b"[" * 100_000,
+    "not json": b"\x80",
+    "list": b"[]",
+    "no parts": b"{}",
+    "parts of another kind": b'{"parts": [1, 2, 3], "skipped": []}',
+}
+
+
+def forged(header, mutate):
+    if isinstance(mutate, bytes):
+        return mutate
+    described = json.loads(header)
+    mutate(described["parts"]["train"], described)
+    return json.dumps(described).encode()
+
+
+def set_part(**values):
+    return lambda part, _: part.update(values)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        *(pytest.param(header, id=name) for name, header in HEADERS.items()),
+        pytest.param(set_part(lengths=[10**12]), id="huge"),
+        pytest.param(set_part(lengths=[-9]), id="negative"),
+        pytest.param(set_part(lengths=[8]), id="shorter"),
+        pytest.param(set_part(lengths=["9"]), id="length-as-text"),
+        pytest.param(set_part(lengths=[9, 1]), id="more-lengths-than-clips"),
+        pytest.param(set_part(lengths=None), id="null"),
+        pytest.param(set_part(columns=2**40), id="columns"),
+        pytest.param(set_part(stems=["../../etc/passwd"]), id="stem-not-in-the-index"),
+        pytest.param(set_part(stems=[["x"]]), id="stem-a-list"),
+        pytest.param(set_part(fps=[float("nan")]), id="nan-fps"),
+        pytest.param(set_part(fps=[0.0]), id="no-fps"),
+        pytest.param(lambda _, all_: all_.update(skipped=[{"stem": "a"}]), id="skip-without-reason"),
+        pytest.param(lambda _, all_: all_.update(skipped=[{"stem": "a", "reason": 1, "detail": "b"}]), id="reason-1"),
+        pytest.param(lambda _, all_: all_.update(skipped=7), id="skipped-7"),
+    ],
+)
+def test_header_made_to_deceive_is_not_believed(root, mutate):
+    """Everything but the header's meaning is in order: key, lengths, digest, end."""
+    expected = load_dataset(config_for(root))
+    path = cache_of(root)
+    content = path.read_bytes()
+    _, key, size, _, _ = PREFIX.unpack(content[: PREFIX.size])
+    header = forged(content[PREFIX.size : PREFIX.size + size], mutate)
+    pad = -(PREFIX.size + len(header)) % 64
+    blocks = content[-(-(PREFIX.size + size) // 64) * 64 :]
+    whole = PREFIX.size + len(header) + pad + len(blocks)
+    digest = cache_module.hashlib.sha256(header).digest()
+    path.write_bytes(PREFIX.pack(MAGIC, key, len(header), whole, digest) + header + bytes(pad) + blocks)
+    again = load_dataset(config_for(root))
+    assert "(the one there was damaged: " in again.cache
+    assert_same(again, expected)
+
+
+def test_header_size_is_bounded_before_it_is_read(root):
+    load_dataset(config_for(root))
+    path = cache_of(root)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, 48, 2**63)
+    path.write_bytes(content)
+    assert "damaged: cut off" in load_dataset(config_for(root)).cache
+
+
+def test_flags_that_are_neither_0_nor_1_are_flags_all_the_same(root):
+    load_dataset(config_for(root))
+    path = cache_of(root)
+    content = path.read_bytes()
+    # The last part's flags end before the key: 20 frames of two hands.
+    path.write_bytes(content[:-72] + b"\xff" * 39 + b"\0" + content[-32:])
+    present = load_dataset(config_for(root)).test.present
+    assert present.flatten().int().tolist() == [1] * 39 + [0]
+
+
+def test_folder_for_the_file(root, tmp_path):
+    config = config_for(root, cache=tmp_path / "new" / "caches")
+    load_dataset(config)
+    assert list(root.glob("*.cache")) == []
+    assert "mapped" in load_dataset(config).cache
+    # Another dataset's does not take its place.
+    write_dataset(tmp_path / "other", {stem_of(p): clip_arrays(8, seed=p) for p in (1, 49, 60)})
+    load_dataset(dataclasses.replace(config, data_root=tmp_path / "other"))
+    assert "mapped" in load_dataset(config).cache
+    assert len(list((tmp_path / "new" / "caches").iterdir())) == 2
+
+
+def test_no_cache_leaves_nothing_and_looks_at_nothing(root, reads):
+    load_dataset(config_for(root))
+    kept = sorted(root.iterdir())
+    reads.clear()
+    dataset = load_dataset(config_for(root, no_cache=True))
+    assert len(reads) == 4
+    assert dataset.cache == ""
+    assert sorted(root.iterdir()) == kept
+
+
+def test_folder_that_cannot_be_written_to_costs_a_line_only(root, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    dataset = load_dataset(config_for(root, cache=tmp_path / "file" / "below"))
+    (line,) = [line for line in dataset.describe().splitlines() if "cache" in line]
+    assert line.startswith(f"no cache: {tmp_path / 'file' / 'below'}")
+    assert line.endswith("--cache DIR puts it elsewhere, --no-cache does without")
+    assert_same(dataset, load_dataset(config_for(root, no_cache=True)))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_failed_write_leaves_nothing_behind(root, monkeypatch, error):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(cache_module.os, "fsync", fails)
+    dataset = load_dataset(config_for(root))
+    assert dataset.cache.startswith(f"no cache: {root}")
+    assert error.strerror in dataset.cache
+    assert [path.name for path in root.iterdir() if path.is_file()] == ["subtasks_byTask_time.csv"]
+
+
+def load_and_be_killed(root, after_bytes):
+    """Load in a process of its own that dies, as by kill -9, when so much of the file of frames has been written, or
+    else when it is about to get its name."""
+
+    class Dying(io.FileIO):
+        left = after_bytes
+
+        def write(self, content):
+            written = super().write(bytes(content)[: self.left])
+            self.left -= written
+            if self.left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+    with warnings.catch_warnings():
+        # Other threads do not live on in the child, which needs none of them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            pathlib.Path.open = lambda path, *how: (Dying if ".part" in path.name else open)(path, *how)
+            pathlib.Path.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+            load_dataset(config_for(root))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("after_bytes", [3000, 10**9], ids=["within-the-frames", "before-it-has-its-name"])
+def test_killed_while_writing(root, after_bytes):
+    load_and_be_killed(root, after_bytes)
+    assert list(root.glob("*.cache")) == []
+    (part,) = root.glob(".*.part")
+    assert part.stat().st_size > 1000
+    dataset = load_dataset(config_for(root))
+    assert "frames written to" in dataset.cache
+    assert_same(load_dataset(config_for(root)), load_dataset(config_for(root, no_cache=True)))
+    # Swept away once it cannot belong to a run that is still writing.
+    assert part.exists()
+    long_ago = time.time() - 2 * cache_module.ABANDONED_S
+    os.utime(part, (long_ago, long_ago))
+    cache_of(root).unlink()
+    load_dataset(config_for(root))
+    assert not part.exists()
+
+
+def test_frames_are_views_of_one_map(root):
+    load_dataset(config_for(root))
+    dataset = load_dataset(config_for(root))
+    bases = {id(_base(dataset, split)) for split in SPLITS}
+    assert len(bases) == 1
+
+
+def _base(dataset, split):
+    array = getattr(dataset, split).frames.numpy()
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.base
