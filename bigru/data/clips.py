@@ -23,6 +23,7 @@ from bigru.data.hdf5 import (
     checked_dataset,
     own_dataset,
     read_values,
+    require_datasets,
 )
 
 INDEX_NAME = "subtasks_byTask_time.csv"
@@ -251,7 +252,7 @@ def open_clip(path: Path) -> Iterator[h5py.File]:
         ClipError: `bad name`, `missing` or `unreadable`.
     """
     if CLIP_NAME.fullmatch(f"{path.stem}.mp4") is None:
-        raise ClipError("bad name", f"{path.name[:100]!r}")
+        raise ClipError("bad name", f"{path.name[:100]!r} is not like p01-{CAMERA}-TASK_XY-SUBTASK-START_END.h5")
     if not path.is_file():
         raise ClipError("missing", f"no file {path}")
     try:
@@ -268,6 +269,7 @@ def read_open_clip(file: h5py.File, config: DataConfig, needed: int) -> Clip:
     """As `read_clip`, from a file that `open_clip` opened."""
     names = [*HAND_DATASETS]
     names += [GAZE_DATASET] * config.gaze + [OBJECT_DATASET] * config.objects + [SURROGATE_DATASET] * config.surrogate
+    require_datasets(file, names)
     datasets = {name: checked_dataset(file, name) for name in names}
     lengths = {name: dataset.shape[0] for name, dataset in datasets.items()}
     frames = lengths[HAND_DATASETS[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
@@ -107,12 +108,19 @@ def _check_chunks(dataset: h5py.Dataset, name: str) -> None:
                         "are unpacked")  # fmt: skip
 
 
+def require_datasets(file: h5py.File, names: Sequence[str]) -> None:
+    """Refuse a clip that lacks some of the named datasets, all of which the message names."""
+    lacking = [name for name in names if not file.id.links.exists(name.encode())]
+    if lacking:
+        older = not {OBJECT_DATASET, SURROGATE_DATASET}.isdisjoint(lacking) and file.id.links.exists(b"bboxes")
+        raise ClipError("missing dataset", ", ".join(lacking) + (" (the older layout, bboxes only)" if older else ""))
+
+
 def checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """Return a dataset whose type and shape, (F, *FRAME_SHAPES[name]), are as expected; nothing is read yet."""
     dataset = own_dataset(file, name)
     if dataset is None:
-        older = name in (OBJECT_DATASET, SURROGATE_DATASET) and file.id.links.exists(b"bboxes")
-        raise ClipError("missing dataset", name + (" (the older layout, bboxes only)" if older else ""))
+        raise ClipError("missing dataset", name)
     # Whole numbers are pixels or something else, but no normalised coordinates.
     if dataset.dtype.kind != "f":
         raise ClipError("wrong dtype", f"{name} is {dataset.dtype}, expected a floating-point type, such as float32")

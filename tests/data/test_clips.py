@@ -96,7 +96,10 @@ def test_older_layout_gives_hands_and_gaze_but_no_objects(path):
     assert clip.hands.shape == (FRAMES, 2, 21, 3)
     assert clip.gaze is not None
     assert clip.objects is None
-    assert refusal(path, ALL) == ("missing dataset", "rec_bboxes (the older layout, bboxes only)")
+    assert refusal(path, ALL) == (
+        "missing dataset",
+        "rec_bboxes, surrogate_hands (the older layout, bboxes only)",
+    )
 
 
 def test_a_modality_that_is_off_is_not_looked_at(path):
@@ -345,7 +348,8 @@ def test_links_are_not_followed(path, kind):
 
 def test_clip_with_another_name(tmp_path):
     write_clip(tmp_path / "clip.h5", clip_arrays())
-    assert refusal(tmp_path / "clip.h5") == ("bad name", "'clip.h5'")
+    expected = "'clip.h5' is not like p01-CAM_AV-TASK_XY-SUBTASK-START_END.h5"
+    assert refusal(tmp_path / "clip.h5") == ("bad name", expected)
 
 
 def test_index_rows_in_order_and_times_as_text(tmp_path):

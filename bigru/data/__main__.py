@@ -1,0 +1,95 @@
+"""Looks through data before anything is trained on it: `python -m bigru.data check ROOT`, `describe CLIP`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bigru.config import DataConfig
+from bigru.data.check import describe, survey
+
+
+@dataclass(frozen=True)
+class Check(DataConfig):
+    """Tell what a dataset holds, split by split, and every clip that cannot be used, with the reason.
+
+    Exit code 0, or with --strict 1 where a clip cannot be used; 2 where there is no dataset.
+    """
+
+    data_root: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="ROOT")]] = field()
+    """Folder of clips, `{subtask}/{stem}.h5`, with the index in it or beside it."""
+    strict: bool = False
+    """Exit with 1 if a clip is skipped."""
+    cache: tyro.conf.Suppress[Path | None] = None
+    no_cache: tyro.conf.Suppress[bool] = True
+    mask_missing: tyro.conf.Suppress[bool] = True
+    centre: tyro.conf.Suppress[Literal["frame", "last"]] = "frame"
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Tell what one clip holds, and draw its hands over time.
+
+    Exit code 0, or 1 where the clip cannot be used.
+    """
+
+    clip: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CLIP")]]
+    """An .h5 file named as in an index."""
+    out: Path | None = None
+    """Where the picture goes; default: the clip's name with .png, in the current folder."""
+    observed: int = 60
+    """Frames observed per window, and as many predicted."""
+    stride: int = 15
+    """Frames between the starts of two windows."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    command = tyro.cli(
+        Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],
+        prog="python -m bigru.data",
+        description=__doc__,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    try:
+        return check(command) if isinstance(command, Check) else describe_and_draw(command)
+    except KeyboardInterrupt:
+        print("bigru.data: interrupted", file=sys.stderr)
+        return 130
+    # DataError and ConfigError are ValueErrors.
+    except (ValueError, OSError) as error:
+        print(f"bigru.data: {error}", file=sys.stderr)
+        return 2
+
+
+def check(config: Check) -> int:
+    """Prints the survey of a dataset."""
+    found = survey(config)
+    print(found.text())
+    return 1 if config.strict and found.skipped else 0
+
+
+def describe_and_draw(command: Describe) -> int:
+    """Prints what a clip holds and writes its picture."""
+    text, clip = describe(command.clip, command.observed, command.stride)
+    print(text)
+    if clip is None:
+        return 1
+    # Matplotlib takes a second to import, which `check` has no use for.
+    from bigru.report.clip import draw_clip
+    from bigru.report.figures import png
+
+    out = Path(f"{command.clip.stem}.png") if command.out is None else command.out
+    out.write_bytes(png(draw_clip(command.clip.stem, clip.fps, clip.seconds, clip.hands, clip.present)))
+    print(f"picture: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
