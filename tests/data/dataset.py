@@ -28,7 +28,7 @@ def write_dataset(root, clips):
     """Write {stem: arrays} and their index; arrays of None leave the clip out of the folder."""
     for stem, arrays in clips.items():
         if arrays is not None:
-            write_clip(root / "BHO" / f"{stem}.h5", arrays)
+            write_clip(root / stem.split("-")[3] / f"{stem}.h5", arrays)
     write_index(root, list(clips))
 
 

@@ -142,7 +142,7 @@ def test_subtask_of_each_window_by_one_map_for_all_splits(tmp_path):
     names = ("BHO", "THP", "CG", "RPP", "ZZZ", "BHO")
     stems = [stem_of(p).replace("BHO", name) for p, name in zip((1, 2, 3, 4, 50, 60), names, strict=True)]
     write_dataset(tmp_path, {stem: clip_arrays(8 + 3 * n) for n, stem in enumerate(stems)})
-    dataset = load_dataset(config_for(tmp_path / "BHO", index=tmp_path / "subtasks_byTask_time.csv"))
+    dataset = load_dataset(config_for(tmp_path))
     assert [SUBTASKS[n] for n in dataset.train.subtask] == ["BHO", *["THP"] * 2, *["CG"] * 3, *["RPP"] * 4]
     assert dataset.val.subtask.tolist() == [-1] * 5
     assert dataset.test.subtask.tolist() == [SUBTASKS.index("BHO")] * 6

@@ -1,0 +1,225 @@
+"""`python -m bigru.data check` and `describe`: what they count, what they list, and how they exit."""
+
+import os
+
+import h5py
+import numpy as np
+import pytest
+from data.dataset import clip_arrays, config_for, stem_of, write_dataset
+
+from bigru.data import load_dataset
+from bigru.data.__main__ import main
+from bigru.data.check import survey
+from bigru.data.synthetic import write_clip
+from bigru.report.clip import draw_clip
+
+SMALL = ("--observed", "4", "--predicted", "4", "--stride", "3")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two clips of train, one older; two of val, one short; one of test at 30 frames per second, and one missing."""
+    old = clip_arrays(9, seed=2)
+    del old["rec_bboxes"], old["surrogate_hands"]
+    old["bboxes"] = np.zeros((9, 36, 4), np.float32)
+    old["left_landmarks"][:3] = 0
+    clips = {
+        stem_of(1): clip_arrays(11),
+        stem_of(2): old,
+        stem_of(49): clip_arrays(8),
+        stem_of(50): clip_arrays(7),
+        stem_of(60).replace("BHO", "THP"): clip_arrays(20) | {"timestamps": np.arange(20) / 29.97},
+        stem_of(61): None,
+    }
+    clips[stem_of(49)]["right_landmarks"][:] = 0
+    clips[stem_of(49)]["norm_gaze"][2:] = 0
+    write_dataset(tmp_path / "clips", clips)
+    return tmp_path / "clips"
+
+
+def table_of(text):
+    """{row: its three columns} of the table at the end; a row's further lines go on with it."""
+    rows = {}
+    for line in text[text.index("------") :].splitlines()[1:]:
+        name, *cells = line[:26].strip(), *line[26:].split("  ")
+        rows[name] = [cell.strip() for cell in cells if cell.strip()]
+    return rows
+
+
+def test_check_counts_what_training_will_use(root, capsys):
+    assert main(["check", str(root), *SMALL]) == 0
+    table = table_of(capsys.readouterr().out)
+    dataset = load_dataset(config_for(root))
+    splits = ("train", "val", "test")
+    assert table["clips"] == [str(dataset.clips[split]) for split in splits] == ["2", "1", "1"]
+    assert table["windows"] == [str(len(getattr(dataset, split))) for split in splits] == ["3", "1", "5"]
+    assert table["participants"] == ["2", "1", "1"]
+    assert table["frames"] == ["20", "8", "20"]
+    assert table["clips at frames per second"] == ["2 at 23", "1 at 59", "1 at 30"]
+    # 3 of 20 frames, all 8, none; 6 of 8.
+    assert table["left hand missing"] == ["15.0 %", "0.0 %", "0.0 %"]
+    assert table["right hand missing"] == ["0.0 %", "100.0 %", "0.0 %"]
+    assert table["gaze missing"] == ["0.0 %", "75.0 %", "0.0 %"]
+    assert table["clips without gaze"] == ["0", "0", "0"]
+    assert table["clips without objects"] == table["clips without surrogate"] == ["1", "0", "0"]
+
+
+def test_check_lists_every_skipped_clip_with_its_reason(root, capsys):
+    main(["check", str(root), *SMALL])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{stem_of(50)}: short: 7 frames, 8 needed" in lines
+    assert any(line.startswith(f"{stem_of(61)}: missing: no .h5 file in ") for line in lines)
+    assert f"6 clips listed in {root / 'subtasks_byTask_time.csv'}, read from {root}" in lines
+    assert "skipped: 1 short, 1 missing" in lines
+
+
+def test_check_names_all_that_an_older_clip_lacks_where_it_is_asked_for(root, capsys):
+    main(["check", str(root), *SMALL, "--objects", "--surrogate"])
+    text = capsys.readouterr().out
+    assert f"{stem_of(2)}: missing dataset: rec_bboxes, surrogate_hands (the older layout, bboxes only)\n" in text
+    assert table_of(text)["clips"] == ["1", "1", "1"]
+
+
+@pytest.mark.parametrize(("strict", "bad", "code"), [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)], ids=str)
+def test_strict_decides_the_exit_code(tmp_path, capsys, strict, bad, code):
+    write_dataset(tmp_path, {stem_of(p): clip_arrays(8 - bad) for p in (1, 49, 60)})
+    assert main(["check", str(tmp_path), *SMALL, *["--strict"] * strict]) == code
+    assert ("skipped: 3 short" if bad else "skipped: none") in capsys.readouterr().out
+
+
+def test_check_leaves_no_file(root):
+    before = sorted(root.rglob("*"))
+    main(["check", str(root), *SMALL])
+    assert sorted(root.rglob("*")) == before
+
+
+def test_check_of_a_time_split_counts_a_clip_in_each_part(tmp_path):
+    write_dataset(tmp_path, {stem_of(1): clip_arrays(30)})
+    splits = survey(config_for(tmp_path, split="time")).splits
+    assert [(tally.clips, tally.frames) for tally in splits.values()] == [(1, 14), (1, 8), (1, 8)]
+
+
+def test_broken_gaze_is_no_fault_where_gaze_is_off(tmp_path):
+    arrays = clip_arrays(8)
+    arrays["norm_gaze"][3] = np.nan
+    write_dataset(tmp_path, {stem_of(1): arrays})
+    found = survey(config_for(tmp_path))
+    assert (found.splits["train"].clips, found.splits["train"].gaze_frames, found.skipped) == (1, 0, [])
+    assert "gaze missing                      -" in found.text()
+    assert [skip.reason for skip in survey(config_for(tmp_path, gaze=True)).skipped] == ["non-finite"]
+
+
+def test_check_after_resampling(tmp_path, capsys):
+    write_dataset(tmp_path, {stem_of(50): clip_arrays(59)})
+    main(["check", str(tmp_path), *SMALL, "--resample", "10"])
+    table = table_of(capsys.readouterr().out)
+    assert table["frames"][1] == "10"
+    assert table["clips at frames per second"][1] == "1 at 10"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "nowhere"], "data_root: nowhere is not a folder"),
+        (["check", "."], "no index of clips: looked for "),
+        (["check", ".", "--observed", "3"], "predicted: expected 3"),
+        (["describe", "nowhere.h5"], "bad name: 'nowhere.h5' is not like p01-CAM_AV-"),
+        (["describe", f"{stem_of(1)}.h5"], "missing: no file "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        # Settings that contradict each other are found while the command line is read.
+        code = stopped.code
+    assert code == 2
+    captured = capsys.readouterr()
+    assert words in " ".join((captured.out + captured.err).split())
+
+
+def test_describe_one_clip(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["describe", str(root / "BHO" / f"{stem_of(2)}.h5"), "--observed", "2", "--stride", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{stem_of(2)}\n9 frames at 23 per second, 0.35 s; both hands missing in 0.0 %\n")
+    assert "3 windows of 2 + 2 frames, one every 2\n" in text
+    rows = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in text.splitlines() if "float32" in line}
+    assert rows["left_landmarks"] == "9 x 21 x 3 float32 33.3 %"
+    assert rows["right_landmarks"] == "9 x 21 x 3 float32 0.0 %"
+    assert rows["bboxes"] == "9 x 36 x 4 float32"
+    assert "lacks: rec_bboxes (for --objects), surrogate_hands (for --surrogate)\n" in text
+    picture = tmp_path / f"{stem_of(2)}.png"
+    assert text.endswith(f"picture: {picture.name}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_describe_takes_a_clip_too_short_for_a_window(root, tmp_path, capsys):
+    out = tmp_path / "mine.png"
+    assert main(["describe", str(root / "BHO" / f"{stem_of(1)}.h5"), "--out", str(out)]) == 0
+    assert "0 windows of 60 + 60 frames, one every 15 (120 frames needed)" in capsys.readouterr().out
+    assert out.is_file()
+
+
+def test_describe_says_what_is_wrong_with_each_dataset_and_draws_nothing(tmp_path, capsys):
+    arrays = clip_arrays(8)
+    arrays["left_landmarks"][5] = np.nan
+    arrays["norm_gaze"] = np.zeros((8, 3), np.float32)
+    path = tmp_path / f"{stem_of(1)}.h5"
+    write_clip(path, arrays)
+    with h5py.File(path, "a") as file:
+        file["elsewhere"] = h5py.ExternalLink("/etc/passwd", "x")
+        file["\x1b[31mred"] = np.zeros(3)
+        file.create_group("group")
+    assert main(["describe", str(path), "--out", str(tmp_path / "x.png")]) == 1
+    text = capsys.readouterr().out
+    for words in ("non-finite: left_landmarks in frame 5", "wrong shape: norm_gaze is (8, 3)", "linked: elsewhere is a",
+                  "no dataset", "cannot be used: non-finite: left_landmarks in frame 5"):  # fmt: skip
+        assert words in text
+    assert "\x1b" not in text
+    assert not (tmp_path / "x.png").exists()
+
+
+def lines_drawn(figure):
+    """The x and y of each wrist over time: {label of the axis: [left, right]}."""
+    return {axes.get_ylabel(): [line.get_ydata() for line in axes.lines] for axes in figure.axes if axes.get_ylabel()}
+
+
+def test_picture_shows_the_wrists_in_pixels_and_nothing_where_a_hand_is_missing():
+    hands = np.random.default_rng(0).uniform(0.1, 0.9, (12, 2, 21, 3)).astype(np.float32)
+    hands[3:6, 0] = 0
+    present = hands.any(axis=(2, 3))
+    figure = draw_clip("name", 23.0, np.arange(12) / 23, hands, present)
+    drawn = lines_drawn(figure)
+    for axis, label, size in ((0, "wrist x (px)", 1728), (1, "wrist y (px)", 972)):
+        for hand in (0, 1):
+            expected = np.where(present[:, hand], hands[:, hand, 0, axis] * size, np.nan)
+            np.testing.assert_allclose(drawn[label][hand], expected, rtol=1e-6)
+    presence = figure.axes[-1]
+    assert [label.get_text() for label in presence.get_yticklabels()] == ["left 25 %", "right 0 %"]
+    assert "time (s)" in presence.get_xlabel()
+    assert figure.get_facecolor() == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("seen", [False, True])
+def test_picture_of_next_to_nothing(frames, seen):
+    hands = np.full((frames, 2, 21, 3), 0.5 if seen else 0.0, np.float32)
+    figure = draw_clip("x" * 200, 59.0, np.arange(frames) / 59, hands, np.full((frames, 2), seen))
+    figure.canvas.draw()
+
+
+def test_progress_is_shown_when_asked_for(root, capsys):
+    survey(config_for(root), progress=True)
+    assert "checking" in capsys.readouterr().err
+    survey(config_for(root))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_place_of_a_clip_does_not_block(root):
+    os.mkfifo(root / "BHO" / f"{stem_of(61)}.h5")
+    reasons = {skip.stem: skip.reason for skip in survey(config_for(root)).skipped}
+    assert reasons[stem_of(61)] == "missing"
