@@ -22,6 +22,7 @@ from bigru.data.hdf5 import (
     DataError,
     checked_dataset,
     own_dataset,
+    read_array,
     read_values,
     require_datasets,
 )
@@ -48,6 +49,9 @@ FRAME_RATES = (1.0, 1000.0)
 # Part of a step between two frames within which a resampled frame is taken for one of the two: float32 timestamps
 # tell no less, and a clip that has the wanted rate passes unchanged.
 SNAP = 0.01
+
+# What file systems take.
+LONGEST_NAME = 255
 
 # 45 times the published index.
 MAX_INDEX_BYTES = 64 * 2**20
@@ -196,7 +200,7 @@ def _indexed_clip(row: dict[str, str]) -> IndexedClip:
     """Check a row's file name, which becomes part of a path, against the pattern and the row's own columns."""
     name = row["filename"]
     match = CLIP_NAME.fullmatch(name)
-    if match is None:
+    if match is None or len(name) > LONGEST_NAME:
         raise ClipError("bad name", f"{name[:100]!r} is not like p01-{CAMERA}-TASK_XY-SUBTASK-START_END.mp4")
     columns = tuple(row[column] for column in ("participant", "camera", "task", "subtask"))
     if match.groups()[:4] != columns:
@@ -324,7 +328,7 @@ def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray]:
         raise ClipError("frame counts differ", f"timestamps {dataset.shape[0]}, {HAND_DATASETS[0]} {frames}")
     if frames < 2:
         return evenly
-    seconds = dataset[:].astype(np.float64)
+    seconds = read_array(dataset, np.dtype(np.float64))
     steps = np.diff(seconds)
     if not np.isfinite(steps).all() or steps.min() < 0 or np.median(steps) == 0:
         return evenly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import h5py
@@ -24,20 +25,17 @@ FRAME_SHAPES: dict[str, tuple[int, ...]] = {
 # damaged, and reading it would ask for gigabytes.
 MAX_FRAMES = 100_000
 
-# A chunk is unpacked whole, however little of it is asked for, and may itself be declared at up to 4 GiB. h5py's own
-# chunks hold at most 1 MiB; the longest clip's boxes in one chunk are 0.8.
+# A chunk is unpacked whole, however little of it is wanted, and may declare up to 4 GiB. h5py's own choice of chunks
+# stays below 1 MiB.
 MAX_CHUNK_BYTES = 64 * 2**20
 
-# A deflated chunk may unpack to 1,032 times its stored size, whatever size it declares: 1 MiB to a gigabyte.
-MAX_PACKED_BYTES = 2**20
-
-# Filters that a chunk may have passed through, each once: deflate twice over multiplies the factor above by itself.
-FILTERS = {
-    h5py.h5z.FILTER_DEFLATE: "gzip",
-    h5py.h5z.FILTER_SHUFFLE: "shuffle",
-    h5py.h5z.FILTER_FLETCHER32: "fletcher32",
-    h5py.h5z.FILTER_LZF: "lzf",
-}
+# Filters that a chunk may have passed through, in order.
+FILTERS: tuple[list[int], ...] = (
+    [],
+    [h5py.h5z.FILTER_SHUFFLE],
+    [h5py.h5z.FILTER_DEFLATE],
+    [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE],
+)
 
 # How many coordinates of a point or a box are image-normalised, 0 to 1 within the image: x and y of a landmark, whose
 # z has a scale of its own, and all of a box. Gaze is left free: a line of sight meets the image's plane anywhere.
@@ -80,32 +78,7 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
         return None
     if dataset.is_virtual or dataset.external:
         raise ClipError("linked", f"{name} keeps its values in another file")
-    if dataset.chunks is not None:
-        _check_chunks(dataset, name)
     return dataset
-
-
-def _check_chunks(dataset: h5py.Dataset, name: str) -> None:
-    """Refuse chunks that could ask for much more memory than the dataset's own values take."""
-    declared = math.prod(dataset.chunks) * dataset.dtype.itemsize
-    if declared > MAX_CHUNK_BYTES:
-        raise ClipError("packed", f"{name} has chunks of {declared:,} bytes, at most {MAX_CHUNK_BYTES:,} are read")
-    pipeline = dataset.id.get_create_plist()
-    filters = [pipeline.get_filter(number)[0] for number in range(pipeline.get_nfilters())]
-    if not filters:
-        return
-    if len(set(filters)) < len(filters) or not FILTERS.keys() >= set(filters):
-        names = [FILTERS.get(code, f"number {code}") for code in filters]
-        raise ClipError("packed", f"{name} is packed by {', '.join(names)}; expected each of "
-                        f"{', '.join(FILTERS.values())} at most once")  # fmt: skip
-    # The whole is known at once, and only where it is larger can a chunk be.
-    if dataset.id.get_storage_size() <= MAX_PACKED_BYTES:
-        return
-    sizes: list[int] = []
-    dataset.id.chunk_iter(lambda chunk: sizes.append(chunk.size))
-    if max(sizes) > MAX_PACKED_BYTES:
-        raise ClipError("packed", f"{name} has a packed chunk of {max(sizes):,} bytes, at most {MAX_PACKED_BYTES:,} "
-                        "are unpacked")  # fmt: skip
 
 
 def require_datasets(file: h5py.File, names: Sequence[str]) -> None:
@@ -134,9 +107,8 @@ def checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
 
 def read_values(dataset: h5py.Dataset) -> np.ndarray:
     """Read a whole dataset as float32 and check its values."""
-    name = dataset.name.lstrip("/")
-    values = np.empty(dataset.shape, np.float32)
-    dataset.read_direct(values)
+    name = _name(dataset)
+    values = read_array(dataset, np.dtype(np.float32))
     finite = np.isfinite(values)
     if not finite.all():
         frame = int(np.argwhere(~finite)[0, 0])
@@ -148,3 +120,65 @@ def read_values(dataset: h5py.Dataset) -> np.ndarray:
         expected = f"expected image-normalised values, -{FARTHEST:g} to {FARTHEST:g}"
         raise ClipError("out of range", f"{name} in frame {first[0]} holds {coordinates[first]:g}, {expected}")
     return values
+
+
+def read_array(dataset: h5py.Dataset, dtype: np.dtype) -> np.ndarray:
+    """Read a whole dataset of numbers as `dtype`, whatever the values."""
+    # Bits in another order than any machine's, which h5py calls by the nearest name.
+    if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)):
+        raise ClipError("wrong dtype", f"{_name(dataset)} is no common type of numbers, such as float32")
+    if dataset.chunks is not None:
+        with np.errstate(over="ignore"):
+            return _read_chunks(dataset).astype(dtype)
+    values = np.empty(dataset.shape, dtype)
+    dataset.read_direct(values)
+    return values
+
+
+def _name(dataset: h5py.Dataset) -> str:
+    return dataset.name.lstrip("/")
+
+
+def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
+    """Read a chunked dataset, unpacking here: libhdf5 lets a chunk unpack to any size, and trusts its sizes."""
+    name = _name(dataset)
+    chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if chunk_bytes > MAX_CHUNK_BYTES:
+        raise ClipError("packed", f"{name} has chunks of {chunk_bytes:,} bytes, at most {MAX_CHUNK_BYTES:,} are read")
+    pipeline = dataset.id.get_create_plist()
+    filters = [pipeline.get_filter(number)[0] for number in range(pipeline.get_nfilters())]
+    if filters not in FILTERS:
+        raise ClipError("packed", f"{name} is packed by filters {filters}, expected gzip, shuffle and gzip, or none")
+    chunks: list[tuple[tuple[int, ...], int]] = []
+    dataset.id.chunk_iter(lambda chunk: chunks.append((chunk.chunk_offset, chunk.size)))
+    if len(chunks) > MAX_FRAMES:
+        raise ClipError("packed", f"{name} is in {len(chunks):,} chunks, at most {MAX_FRAMES:,} are read")
+    values = np.full(dataset.shape, dataset.fillvalue, dataset.dtype)
+    for place, stored in chunks:
+        # What gzip cannot make smaller it makes larger by some bytes in a thousand.
+        if stored > chunk_bytes + chunk_bytes // 100 + 1024 or any(np.greater_equal(place, dataset.shape)):
+            raise ClipError("unreadable", f"{name} has a chunk of {stored:,} bytes at {place}")
+        skipped, packed = dataset.id.read_direct_chunk(place)
+        content = _unpack(packed, [code for bit, code in enumerate(filters) if not skipped >> bit & 1], chunk_bytes,
+                          dataset.dtype.itemsize)  # fmt: skip
+        if len(content) != chunk_bytes:
+            raise ClipError("unreadable", f"{name} has a chunk of {len(content):,} bytes, expected {chunk_bytes:,}")
+        part = values[tuple(slice(start, start + size) for start, size in zip(place, dataset.chunks, strict=True))]
+        chunk = np.frombuffer(content, dataset.dtype).reshape(dataset.chunks)
+        # Chunks at the end reach beyond it.
+        part[...] = chunk[tuple(slice(size) for size in part.shape)]
+    return values
+
+
+def _unpack(packed: bytes, filters: list[int], size: int, itemsize: int) -> bytes:
+    """Undo the filters, last one first; what would unpack to more than `size` bytes ends one byte later."""
+    for code in reversed(filters):
+        if code == h5py.h5z.FILTER_DEFLATE:
+            try:
+                packed = zlib.decompressobj().decompress(packed, size + 1)
+            except zlib.error as error:
+                raise ClipError("unreadable", str(error)) from error
+        else:
+            whole = len(packed) // itemsize * itemsize
+            packed = np.frombuffer(packed[:whole], np.uint8).reshape(itemsize, -1).T.tobytes() + packed[whole:]
+    return packed
