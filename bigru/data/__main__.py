@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bigru.config import DataConfig
+from bigru.config import ConfigError, DataConfig
 from bigru.data.check import describe, survey
+from bigru.data.hdf5 import DataError
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,19 @@ class Describe:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    command = tyro.cli(
-        Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],
-        prog="python -m bigru.data",
-        description=__doc__,
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
     try:
+        command = tyro.cli(
+            Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],
+            prog="python -m bigru.data",
+            description=__doc__,
+            args=argv,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
         return check(command) if isinstance(command, Check) else describe_and_draw(command)
     except KeyboardInterrupt:
         print("bigru.data: interrupted", file=sys.stderr)
         return 130
-    # DataError and ConfigError are ValueErrors.
-    except (ValueError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"bigru.data: {error}", file=sys.stderr)
         return 2
 
