@@ -345,7 +345,10 @@ def load_and_be_killed(root, after_bytes):
         child = os.fork()
     if child == 0:
         try:
-            pathlib.Path.open = lambda path, *how: (Dying if ".part" in path.name else open)(path, *how)
+            opened = pathlib.Path.open
+            pathlib.Path.open = lambda path, mode="r", **more: (
+                Dying(path, mode) if ".part" in path.name else opened(path, mode, **more)
+            )
             pathlib.Path.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
             load_dataset(config_for(root))
         finally:
@@ -354,12 +357,15 @@ def load_and_be_killed(root, after_bytes):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("after_bytes", [3000, 10**9], ids=["within-the-frames", "before-it-has-its-name"])
+@pytest.mark.parametrize(
+    "after_bytes",
+    [0, 60, 500, 3000, 9000, 10**9],
+    ids=["first-byte", "prefix", "header", "frames", "more-frames", "before-it-has-its-name"],
+)
 def test_killed_while_writing(root, after_bytes):
     load_and_be_killed(root, after_bytes)
     assert list(root.glob("*.cache")) == []
     (part,) = root.glob(".*.part")
-    assert part.stat().st_size > 1000
     dataset = load_dataset(config_for(root))
     assert "frames written to" in dataset.cache
     assert_same(load_dataset(config_for(root)), load_dataset(config_for(root, no_cache=True)))
