@@ -32,7 +32,6 @@ MAX_CHUNK_BYTES = 64 * 2**20
 # Filters that a chunk may have passed through, in order.
 FILTERS: tuple[list[int], ...] = (
     [],
-    [h5py.h5z.FILTER_SHUFFLE],
     [h5py.h5z.FILTER_DEFLATE],
     [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE],
 )

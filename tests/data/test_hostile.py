@@ -22,7 +22,6 @@ CONFIG = DataConfig(observed=2, predicted=2, gaze=True, objects=True, surrogate=
 PACKINGS = {
     "gzip": {"compression": "gzip"},
     "shuffle-gzip": {"compression": "gzip", "shuffle": True},
-    "shuffle": {"shuffle": True},
     "chunked": {"chunks": True},
 }
 
@@ -149,7 +148,9 @@ def test_chunk_declared_at_gigabytes(path):
     assert refusal(path) == ("packed", "norm_gaze has chunks of 1,073,741,824 bytes, at most 67,108,864 are read")
 
 
-@pytest.mark.parametrize("packing", [{"compression": "lzf"}, {"fletcher32": True}, {"scaleoffset": 3}], ids=str)
+@pytest.mark.parametrize(
+    "packing", [{"compression": "lzf"}, {"fletcher32": True}, {"scaleoffset": 3}, {"shuffle": True}], ids=str
+)
 def test_other_filters_are_refused(path, packing):
     write_packed(path, arrays_with_times(), **packing)
     reason, detail = refusal(path)
