@@ -72,11 +72,10 @@ class DataConfig:
     @property
     def departures(self) -> list[str]:
         """What is done to the data that the published protocol does not do, in words; empty by default."""
-        said = {
-            f"resampled to {self.resample:g} frames per second" if self.resample is not None else "",
-            "centred on the last observed frame" if self.centre == "last" else "",
-        }
-        return sorted(said - {""})
+        said = ["centred on the last observed frame"] * (self.centre == "last")
+        if self.resample is not None:
+            said.append(f"resampled to {self.resample:g} frames per second")
+        return said
 
     @property
     def input_size(self) -> int:

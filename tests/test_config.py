@@ -161,6 +161,9 @@ def test_a_missing_file(tmp_path):
     (DataConfig, {"observed": 0, "predicted": 0}, "observed: expected at least 1, got 0"),
     (DataConfig, {"observed": 10}, "predicted: expected 10 as in observed .* got 60; set both"),
     (DataConfig, {"stride": 0}, "stride: expected at least 1"),
+    (DataConfig, {"resample": 0.5}, "resample: expected 1 to 1000 frames per second, got 0.5"),
+    (DataConfig, {"resample": float("nan")}, "resample: expected 1 to 1000"),
+    (DataConfig, {"centre": "middle"}, "centre: expected frame or last, got 'middle'"),
     (ModelConfig, {"hidden_size": 0}, "hidden_size: expected at least 1"),
     (ModelConfig, {"num_layers": 0}, "num_layers: expected at least 1"),
     (ModelConfig, {"dropout": 1.0}, "dropout: expected at least 0 and less than 1"),
@@ -218,7 +221,8 @@ def test_nothing_stands_beside_resume():
 
 def test_json_and_command_line_bring_the_settings_back():
     config = TrainConfig(
-        DataConfig(Path("a b"), Path("i.csv"), 10, 10, 5, "time", True, True, True, False, True),
+        DataConfig(Path("a b"), Path("i.csv"), 10, 10, 5, "time", True, True, True, False, True,
+                   29.97, "last", Path("caches"), True),
         ModelConfig(16, 1, 0.0),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
         RunConfig(Path("out"), 1, "cpu", "torch", "tf32", Path("w.pt")),
@@ -228,3 +232,9 @@ def test_json_and_command_line_bring_the_settings_back():
     assert words[:3] == ["python", "-m", "bigru.train"]
     assert parse_arguments(words[3:]).settings == config
     assert command_line(TrainConfig()) == "python -m bigru.train"
+
+
+def test_what_departs_from_the_protocol_is_named():
+    assert DataConfig(gaze=True, strict=True, no_cache=True).departures == []
+    assert DataConfig(resample=30.0, centre="last").departures == [
+        "centred on the last observed frame", "resampled to 30 frames per second"]
