@@ -24,6 +24,7 @@ from bigru.data.clips import (
     read_index,
     read_open_clip,
 )
+from bigru.data.frames import SPLITS, check_participant, split_frames, window_count
 from bigru.data.hdf5 import (
     FRAME_SHAPES,
     GAZE_DATASET,
@@ -33,7 +34,6 @@ from bigru.data.hdf5 import (
     own_dataset,
     read_values,
 )
-from bigru.data.windows import SPLITS, check_participant, split_frames, window_count
 
 MODALITIES = {"gaze": GAZE_DATASET, "objects": OBJECT_DATASET, "surrogate": SURROGATE_DATASET}
 MOST_LISTED = 50

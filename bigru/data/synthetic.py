@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
 from bigru.data.files import replacing
-from bigru.data.windows import SPLITS
+from bigru.data.frames import SPLITS
 
 FORMAT = 1
 """Raised whenever the same seed would give other arrays."""

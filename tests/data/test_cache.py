@@ -18,7 +18,7 @@ from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 from bigru.config import DataConfig
 from bigru.data import ClipError, load_dataset
 from bigru.data import cache as cache_module
-from bigru.data import windows as windows_module
+from bigru.data import frames as frames_module
 from bigru.data.cache import MAGIC, PREFIX, SETTINGS
 from bigru.data.synthetic import write_clip, write_index
 
@@ -52,13 +52,13 @@ def assert_same(one, other):
 def reads(monkeypatch):
     """The names of the clips read so far."""
     seen = []
-    read_clip = windows_module.read_clip
+    read_clip = frames_module.read_clip
 
     def counted(path, *rest):
         seen.append(path.stem)
         return read_clip(path, *rest)
 
-    monkeypatch.setattr(windows_module, "read_clip", counted)
+    monkeypatch.setattr(frames_module, "read_clip", counted)
     return seen
 
 
@@ -156,14 +156,14 @@ def test_clip_that_vanished_or_appeared_is_noticed(root):
 def test_clip_that_could_not_be_read_is_tried_again(root, monkeypatch):
     """A disk that fails once leaves neither another size nor another time."""
     with monkeypatch.context() as patch:
-        read_clip = windows_module.read_clip
+        read_clip = frames_module.read_clip
 
         def fails(path, *rest):
             if path.stem == STEMS[0]:
                 raise ClipError("unreadable", "input/output error")
             return read_clip(path, *rest)
 
-        patch.setattr(windows_module, "read_clip", fails)
+        patch.setattr(frames_module, "read_clip", fails)
         write_index(root, [*STEMS, stem_of(3)])
         write_clip(root / f"{stem_of(3)}.h5", clip_arrays(8))
         assert load_dataset(config_for(root)).skip_counts() == {"unreadable": 1, "short": 1}
