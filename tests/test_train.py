@@ -17,14 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bigru.train as training
+from bigru import loop
 from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bigru.data.clips import Skipped
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import Dataset, NoWindowsError, Windows
+from bigru.loop import DivergedError, learning_rate
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, score, summarise
 from bigru.report.record import read_run
-from bigru.train import DivergedError, learning_rate, main, resume, train
+from bigru.train import main, resume, train
 
 FRAMES = 4
 TIMES = ("train_s", "val_s", "train_windows_per_s")
@@ -84,7 +86,7 @@ def same_weights(one, other):
 
 def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
     """Makes training stop at a batch of an epoch, as a kill would."""
-    real, calls = training.masked_mse, [0]
+    real, calls = loop.masked_mse, [0]
 
     def counted(*arguments):
         calls[0] += 1
@@ -92,8 +94,8 @@ def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(training, "masked_mse", counted)
-    return lambda: monkeypatch.setattr(training, "masked_mse", real)
+    monkeypatch.setattr(loop, "masked_mse", counted)
+    return lambda: monkeypatch.setattr(loop, "masked_mse", real)
 
 
 def test_a_run_leaves_a_whole_folder(config):
@@ -196,7 +198,7 @@ def test_a_killed_run_goes_on_to_the_bit(config, monkeypatch, epoch, batch):
 
 def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
     whole = train(config)
-    real = training.save_checkpoint
+    real = loop.save_checkpoint
 
     def killed_in_epoch_3(path, model, optimizer, progress):
         if progress.epoch == 3:
@@ -204,10 +206,10 @@ def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
             raise KeyboardInterrupt
         real(path, model, optimizer, progress)
 
-    monkeypatch.setattr(training, "save_checkpoint", killed_in_epoch_3)
+    monkeypatch.setattr(loop, "save_checkpoint", killed_in_epoch_3)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(training, "save_checkpoint", real)
+    monkeypatch.setattr(loop, "save_checkpoint", real)
     (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
     # The row and the weights of epoch 3 are there, its checkpoint is not; half a line stands for a kill while writing.
     assert len(rows(folder)) == 3
@@ -360,8 +362,8 @@ def test_fewer_windows_than_a_batch_holds(config):
 
 
 def test_missing_hands_are_learnt_only_without_the_mask(config, monkeypatch):
-    seen, real = [], training.masked_mse
-    monkeypatch.setattr(training, "masked_mse", lambda *rest: (seen.append(rest[2]), real(*rest))[1])
+    seen, real = [], loop.masked_mse
+    monkeypatch.setattr(loop, "masked_mse", lambda *rest: (seen.append(rest[2]), real(*rest))[1])
     train(change(config, "optim", epochs=1))
     assert all(mask.shape == (4, FRAMES, 42) and not mask.all() for mask in seen)
     seen.clear()
@@ -387,13 +389,13 @@ def test_missing_hands_are_scored_only_without_the_mask(config, mask):
 
 
 def test_a_loss_that_is_no_number(config, monkeypatch, capsys):
-    real, calls = training.masked_mse, [0]
+    real, calls = loop.masked_mse, [0]
 
     def diverging(*rest):
         calls[0] += 1
         return real(*rest) * (float("nan") if calls[0] == 7 else 1)
 
-    monkeypatch.setattr(training, "masked_mse", diverging)
+    monkeypatch.setattr(loop, "masked_mse", diverging)
     with pytest.raises(DivergedError, match="epoch 2, batch 2 of 5: the loss is nan"):
         train(config)
     (folder,) = config.run.out.iterdir()
