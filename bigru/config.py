@@ -105,7 +105,7 @@ class OptimConfig:
     """The published protocol: AdamW, warm-up, cosine decay, gradient clipping, early stopping."""
 
     batch_size: int = 64
-    """Windows per step."""
+    """Windows per step, of all processes together."""
     epochs: int = 120
     """Most epochs to run."""
     lr: float = 1e-3
@@ -149,12 +149,19 @@ class RunConfig:
     """Which implementation of the GRU to run."""
     precision: Literal["fp32", "tf32"] = "fp32"
     """Products of the recurrence: fp32 (error below 1e-5) or tf32."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Forward and backward passes of training under autocast: bf16, or fp16 with a scaled loss. Weights, validation
+    and test stay fp32. ATen's GRU on a CPU knows no autocast, so that there the head alone is of 16 bits."""
+    graph: bool = False
+    """Replay each training step as one CUDA graph; needs a GPU, one process, and no fp16."""
     weights: Path | None = None
     """Start from these weights (.pt, .pth or .safetensors), the published state dict's names."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed: expected 0 to 2147483647, got {self.seed}")
+        if self.graph and self.amp == "fp16":
+            raise ConfigError("graph: expected amp none or bf16 with it, got fp16")
 
 
 @dataclass(frozen=True)

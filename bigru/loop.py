@@ -1,21 +1,39 @@
-"""The training loop: epochs of steps over the windows, validation after each, a checkpoint behind it."""
+"""The training loop: epochs of steps over the windows, validation after each, a checkpoint behind it.
+
+Several processes train as one would: each takes its share of every batch, and what they reckon by, losses and errors
+of windows, is the same in all of them. On a GPU the frames stay there, windows are gathered and their errors kept
+there, and nothing waits for it before the epoch ends.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
-from bigru.config import OptimConfig, TrainConfig
+from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
-from bigru.model.checkpoint import Progress, append_line, as_json, save_checkpoint, save_weights
-from bigru.model.metrics import Metrics, evaluate, masked_mse, summarise, window_errors
+from bigru.distributed import Team
+from bigru.model.checkpoint import (
+    Progress,
+    append_line,
+    as_json,
+    save_checkpoint,
+    save_weights,
+    write_arrays,
+)
+from bigru.model.forecaster import POSE_SIZE, HandForecaster
+from bigru.model.metrics import ERRORS, Metrics, evaluate, summarise, window_errors
+from bigru.signals import Interrupted, StopRequest, on_signals
+from bigru.step import Step, capture_training, get_random_state, make_optimizer, set_rate
 
 log = logging.getLogger("bigru.train")
 
@@ -26,67 +44,224 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-def fit(config: TrainConfig, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset,
-        progress: Progress) -> None:
-    """Trains until the last epoch or until validation stalls, leaving a checkpoint after each epoch."""
-    optim, mask = config.optim, config.data.mask_missing
-    while progress.epoch < optim.epochs and not progress.stalled(optim.patience):
+class Loop:
+    """Trains a network on its windows.
+
+    Args:
+        config: the run's settings.
+        model: the network, on its device.
+        dataset: its windows, on the same device.
+        team: the processes that train it together.
+
+    Attributes:
+        step: the training step, with model, optimiser and loss scaler.
+        progress: how far the run has come; a checkpoint puts its own here.
+
+    Raises:
+        ConfigError: for a CUDA graph without a GPU or with several processes, or a batch too small to share.
+    """
+
+    def __init__(self, config: TrainConfig, model: HandForecaster, dataset: Dataset, team: Team) -> None:
+        self.config, self.model, self.team = config, model, team
+        self.train, self.val = dataset.train, dataset.val
+        self.progress = Progress(windows={"train": len(dataset.train), "val": len(dataset.val),
+                                          "test": len(dataset.test)})
+        self.stop = StopRequest()
+        optim, run = config.optim, config.run
+        # Fewer windows than a batch holds would leave nothing to train on.
+        self.batch = min(optim.batch_size, len(self.train))
+        self.steps = len(self.train) // self.batch
+        device = next(model.parameters()).device
+        if run.graph and device.type != "cuda":
+            raise ConfigError(f"graph: expected a GPU to run the graph on, got {device}")
+        if run.graph and team.size > 1:
+            raise ConfigError(f"graph: expected one process, got {team.size}")
+        if self.batch < team.size:
+            raise ConfigError(f"batch_size: expected at least a window for each of {team.size} processes, got "
+                              f"{self.batch}")
+        optimizer = make_optimizer(model, optim.lr, optim.weight_decay, capturable=run.graph)
+        self.step = Step(team.wrap(model, device), optimizer, optim.grad_clip, amp=run.amp, processes=team.size)
+        self.share = team.share(self.batch)
+        self.coordinates = self._count_coordinates() if team.size > 1 else None
+        # Where a captured step finds its windows and leaves their errors.
+        self.indices = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self.errors = torch.empty(0)
+        self.replay: Callable[[], None] | None = None
+
+    def fit(self, folder: Path) -> None:
+        """Trains until the last epoch or until validation stalls, leaving a checkpoint after each epoch.
+
+        SIGINT and SIGTERM end it after the step under way, with a checkpoint that goes on with the next one.
+
+        Args:
+            folder: of the run, in which the first process writes.
+
+        Raises:
+            DivergedError: the loss is not finite; its batch is left in the folder.
+            Interrupted: by a signal, in whichever process.
+        """
+        with on_signals(self.stop.receive):
+            optim = self.config.optim
+            if self.config.run.graph:
+                # Only now: a checkpoint brings the optimiser other tensors.
+                self.replay = capture_training(self._learn, self.step)
+            while self.progress.epoch < optim.epochs and not self.progress.stalled(optim.patience):
+                self._epoch(folder)
+                # The epoch has left its checkpoint.
+                if stopped := self.team.most(self.stop.signal):
+                    raise Interrupted(stopped)
+
+    def learn(self, indices: Tensor) -> None:
+        """One step on the windows with these numbers, (B,) int64: this process's share of them.
+
+        Leaves the windows' errors in `errors`, loss and gradient norm in `step`, all on the device.
+        """
+        if self.replay is None:
+            self.indices = indices
+            self._learn()
+        else:
+            self.indices.copy_(indices)
+            self.replay()
+
+    def _learn(self) -> None:
+        indices = self.indices[self.share]
+        batch = self.train.batch(indices)
+        present = batch.present if self.config.data.mask_missing else None
+        coordinates = None if self.coordinates is None else self.coordinates[self.indices].sum().clamp(min=1)
+        prediction = self.step(batch.x, batch.target, present, coordinates)
+        self.errors = window_errors(prediction, batch.target, present)
+
+    def _epoch(self, folder: Path) -> None:
+        progress, optim = self.progress, self.config.optim
+        tr = self._train_epoch(folder)
+        train_s = progress.epoch_s
         start = time.perf_counter()
-        tr = train_epoch(config, model, optimizer, dataset.train, progress.epoch)
-        train_s = time.perf_counter() - start
-        va = summarise(evaluate(model, dataset.val.batches(optim.batch_size), mask))
-        val_s = time.perf_counter() - start - train_s
+        va = summarise(self._validate())
+        val_s = time.perf_counter() - start
         if not math.isfinite(va.mpjpe):
-            raise DivergedError(f"epoch {progress.epoch + 1}: the validation MPJPE is {va.mpjpe}; {ADVICE}")
+            raise DivergedError(f"epoch {progress.epoch + 1}: the validation MPJPE is {va.mpjpe}; {ADVICE}; "
+                                f"{self._last_good(folder)}")
         best = progress.update(va.mpjpe, optim.min_delta)
         if best:
-            progress.best_weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-            save_weights(folder / "weights.safetensors", progress.best_weights)
+            progress.best_weights = {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}
         row: dict[str, Any] = {"epoch": progress.epoch}
         for name in ("mpjpe", "ade", "fde", "loss", "joint_error"):
             row |= {f"tr_{name}": getattr(tr, name), f"va_{name}": getattr(va, name)}
-        row |= {"va_joint_error_px": va.joint_error_px, "lr": optimizer.param_groups[0]["lr"], "train_s": train_s,
-                "val_s": val_s, "train_windows_per_s": tr.windows / train_s}
+        rate = learning_rate(progress.epoch * self.steps - 1, self.steps, optim)
+        row |= {"va_joint_error_px": va.joint_error_px, "lr": rate, "train_s": train_s, "val_s": val_s,
+                "train_windows_per_s": tr.windows / train_s}
         progress.history.append(row)
         progress.elapsed_s += train_s + val_s
-        append_line(folder / "metrics.jsonl", as_json(row))
-        save_checkpoint(folder / "checkpoint.pt", model, optimizer, progress)
+        if self.team.first:
+            if best:
+                save_weights(folder / "weights.safetensors", progress.best_weights)
+            append_line(folder / "metrics.jsonl", as_json(row))
+        self._save(folder)
         log.info("%s", epoch_line(row, optim.epochs, best))
 
+    def _train_epoch(self, folder: Path) -> Metrics:
+        """The rest of the epoch's pass over the training windows, and the metrics of all of it.
 
-def train_epoch(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, windows: Windows,
-                epochs_done: int) -> Metrics:
-    """One pass over the training windows; its metrics are of the passes themselves, dropout on, weights moving."""
-    optim, mask = config.optim, config.data.mask_missing
-    # The order depends on the seed and the epoch alone, so that a resumed run needs to remember nothing of it.
-    shuffle = torch.Generator().manual_seed(config.run.seed * 100_003 + epochs_done)
-    order = torch.randperm(len(windows), generator=shuffle)
-    # Fewer windows than a batch holds would leave nothing to train on.
-    drop_last = len(windows) >= optim.batch_size
-    steps = len(windows) // optim.batch_size if drop_last else 1
-    rows, losses = [], []
-    model.train()
-    batches = windows.batches(optim.batch_size, order=order, drop_last=drop_last)
-    bar = tqdm(batches, f"epoch {epochs_done + 1}", total=steps, disable=None, leave=False, unit="batch")
-    for step, batch in enumerate(bar, start=epochs_done * steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, optim)
-        present = batch.present if mask else None
-        prediction = model(batch.x)
-        loss = masked_mse(prediction, batch.target, present)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        optimizer.step()
-        rows.append(window_errors(prediction, batch.target, present))
-        losses.append(loss.detach())
-    # Looked at once an epoch: a look at every batch would make the GPU wait each time.
-    finite = torch.stack(losses).isfinite().tolist()
-    if not all(finite):
-        batch_number = finite.index(False) + 1
-        raise DivergedError(f"epoch {epochs_done + 1}, batch {batch_number} of {steps}: the loss is "
-                            f"{losses[batch_number - 1].item()}; {ADVICE}")
-    return summarise(torch.cat(rows))
+        They are of the passes themselves, dropout on, weights moving.
+        """
+        progress, device = self.progress, self.step.device
+        # The order depends on the seed and the epoch alone, so that a resumed run needs to remember nothing of it.
+        shuffle = torch.Generator().manual_seed(self.config.run.seed * 100_003 + progress.epoch)
+        # One transfer for the whole epoch instead of one a batch.
+        order = torch.randperm(len(self.train), generator=shuffle).to(device)
+        # Of the steps before, the first process has what all of them had together.
+        begun = progress if self.team.first else Progress()
+        rows = _resumed(begun.rows, (self.steps * self.batch, ERRORS), torch.float64, device)
+        losses, norms = (_resumed(kept, (self.steps,), torch.float32, device) for kept in (begun.losses, begun.norms))
+        self.model.train()
+        started = time.perf_counter() - progress.epoch_s
+        done = progress.epoch * self.steps
+        bar = tqdm(range(progress.step, self.steps), f"epoch {progress.epoch + 1}", initial=progress.step,
+                   total=self.steps, leave=False, unit="batch", disable=None if self.team.first else True)
+        for number in bar:
+            set_rate(self.step.optimizer, learning_rate(done + number, self.steps, self.config.optim))
+            first = number * self.batch
+            self.learn(order[first : first + self.batch])
+            rows[first + self.share.start : first + self.share.stop] = self.errors
+            losses[number] = self.step.loss
+            # The same in every process.
+            norms[number] = self.step.norm if self.team.first else 0.0
+            stopped = self.team.most(self.stop.signal)
+            if stopped or number + 1 == self.steps:
+                progress.step = number + 1
+                progress.rows, progress.losses, progress.norms = map(self.team.sum, (rows, losses, norms))
+                # Looked at here only: a look at every batch would make the GPU wait each time.
+                self._check_finite(order, folder)
+                progress.epoch_s = time.perf_counter() - started
+            if stopped:
+                bar.close()
+                self._save(folder)
+                log.warning("%s: stopped after batch %d of %d of epoch %d, which the checkpoint holds",
+                            signal.Signals(stopped).name, progress.step, self.steps, progress.epoch + 1)
+                raise Interrupted(stopped)
+        assert progress.rows is not None
+        return summarise(progress.rows)
+
+    def _validate(self) -> Tensor:
+        """The rows of `window_errors` of all validation windows, (N, 7), each batch scored by one process."""
+        size, mask = self.config.optim.batch_size, self.config.data.mask_missing
+        if self.team.size == 1:
+            return evaluate(self.model, self.val.batches(size), mask)
+        rows = torch.zeros(len(self.val), ERRORS, dtype=torch.float64, device=self.step.device)
+        # Whole batches, cut as one process cuts them: the same figures to the bit.
+        if mine := torch.arange(len(self.val)).split(size)[self.team.rank :: self.team.size]:
+            chosen = torch.cat(mine).to(rows.device)
+            rows[chosen] = evaluate(self.model, self.val.batches(size, chosen), mask)
+        return self.team.sum(rows)
+
+    def _save(self, folder: Path) -> None:
+        random_states = self.team.gather(get_random_state(self.step.device))
+        if self.team.first:
+            save_checkpoint(folder / "checkpoint.pt", self.step, self.progress, random_states)
+
+    def _check_finite(self, order: Tensor, folder: Path) -> None:
+        """Raises DivergedError, and leaves the first batch at fault in the folder, unless all steps went well."""
+        progress = self.progress
+        assert progress.losses is not None
+        assert progress.norms is not None
+        wrong = ~progress.losses[: progress.step].isfinite()
+        # With fp16 an overflown gradient is expected: its step is left out, and the loss scaled less.
+        if not self.step.scaler.is_enabled():
+            wrong |= ~progress.norms[: progress.step].isfinite()
+        if not wrong.any():
+            return
+        number = int(wrong.nonzero()[0])
+        loss, norm = progress.losses[number].item(), progress.norms[number].item()
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        message = f"epoch {progress.epoch + 1}, batch {number + 1} of {self.steps}: {what}; {ADVICE}"
+        if self.team.first:
+            path = folder / "diverged.npz"
+            write_batch(path, self.train, order[number * self.batch : (number + 1) * self.batch])
+            message += f"; the batch is in {path}; {self._last_good(folder)}"
+        raise DivergedError(message)
+
+    def _last_good(self, folder: Path) -> str:
+        if not self.progress.best_weights:
+            return "no epoch was finished, so there are no good weights yet"
+        return f"the best weights so far, of epoch {self.progress.best_epoch}, are in {folder / 'weights.safetensors'}"
+
+    def _count_coordinates(self) -> Tensor:
+        """How many coordinates of each training window the loss is taken over, (N,) int64."""
+        if not self.config.data.mask_missing:
+            return torch.full((len(self.train),), self.train.predicted * POSE_SIZE, device=self.train.starts.device)
+        return torch.cat([2 * batch.present.sum((1, 2)) for batch in self.train.batches(self.batch)])
+
+
+def _resumed(kept: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a checkpoint kept of an epoch, to be filled further; zeros where it kept nothing."""
+    return torch.zeros(shape, dtype=dtype, device=device) if kept is None else kept.to(device, dtype)
+
+
+def write_batch(path: Path, windows: Windows, indices: Tensor) -> None:
+    """Writes the windows with these numbers, as the network gets them, and where they come from."""
+    batch = windows.batch(indices)
+    arrays = {"x": batch.x, "target": batch.target, "present": batch.present, "fps": batch.fps, "window": indices}
+    write_arrays(path, arrays, [windows.stems[clip] for clip in windows.clip[indices].tolist()])
 
 
 def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:

@@ -7,38 +7,41 @@ train.log, skipped.tsv, and, once it has finished, samples.npz and summary.json.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
+import os
 import re
 import shlex
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bigru.config import ConfigError, TrainConfig, command_line, from_mapping, parse_arguments
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import Dataset, NoWindowsError, Windows, load_dataset
+from bigru.distributed import LostProcessError, current_team, is_first, joined
 from bigru.environment import describe_environment, device_name, pick_device
-from bigru.loop import DivergedError, fit
+from bigru.loop import DivergedError, Loop
 from bigru.model.checkpoint import (
     CheckpointError,
     Progress,
     as_json,
     load_checkpoint,
     load_weights,
+    named,
+    only_user,
     save_weights,
-    write_atomically,
+    write_arrays,
     write_json,
     write_lines,
 )
@@ -54,6 +57,7 @@ from bigru.model.metrics import (
 )
 from bigru.report.document import write_report
 from bigru.report.record import RunError
+from bigru.signals import interrupt, on_signals
 
 log = logging.getLogger("bigru.train")
 
@@ -63,24 +67,30 @@ SPLITS = ("train", "val", "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 diverged, 2 the user's to mend, 130 interrupted."""
-    with log_to(logging.StreamHandler()):
+    """Runs the command line and returns its exit code.
+
+    0; 1: diverged, or left alone by another process; 2: the user's to mend; 130 and 143: after SIGINT and SIGTERM.
+    """
+    # Of several processes the first speaks for all.
+    first = is_first()
+    with log_to(logging.StreamHandler() if first else logging.NullHandler()), on_signals(interrupt):
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-            if arguments.resume is not None:
-                resume(arguments.resume)
-            else:
-                train(arguments.settings)
-        except DivergedError as error:
-            print(f"bigru.train: {error}", file=sys.stderr)
-            return 1
+            with joined():
+                if arguments.resume is not None:
+                    resume(arguments.resume)
+                else:
+                    train(arguments.settings)
+            return 0
+        except (DivergedError, LostProcessError) as error:
+            code, message = 1, str(error)
         except (ConfigError, CheckpointError, NoWindowsError, RunError, OSError) as error:
-            print(f"bigru.train: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("bigru.train: interrupted", file=sys.stderr)
-            return 130
-    return 0
+            code, message = 2, str(error)
+        except KeyboardInterrupt as error:
+            code, message = 128 + getattr(error, "signal", signal.SIGINT), "interrupted"
+    if first:
+        print(f"bigru.train: {message}", file=sys.stderr)
+    return code
 
 
 def train(config: TrainConfig) -> Path:
@@ -106,7 +116,8 @@ def resume(folder: Path) -> Path:
         raise ConfigError(f"resume: {folder} holds no run (no config.json in it)")
     if (folder / "summary.json").is_file():
         log.info("%s has finished; writing its document again", folder)
-        report(folder)
+        if current_team().first:
+            report(folder)
         return folder
     # Asked now, not after the last epoch.
     start_of(folder)
@@ -120,38 +131,91 @@ def resume(folder: Path) -> Path:
 
 
 def carry_out(config: TrainConfig, folder: Path | None) -> Path:
-    """The whole of a run: data, network, epochs, test, document; in a new folder, or on in the given one."""
-    device = pick_device(config.run.device)
-    dataset = load_data(config, device)
-    # Seeded here, so that reading the data cannot change the weights.
-    torch.manual_seed(config.run.seed)
-    model, backend = build_model(config, device, dataset.train)
-    optimizer = torch.optim.AdamW(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
-    progress = Progress(windows={split: len(getattr(dataset, split)) for split in SPLITS})
-    if folder is not None and (folder / "checkpoint.pt").is_file():
-        progress = go_on(folder, model, optimizer, progress)
-    elif config.run.weights is not None:
-        load_weights(model, config.run.weights)
-    if folder is None:
-        folder = start_folder(config)
-    # What an epoch cut short may have left beyond the checkpoint goes.
-    write_lines(folder / "metrics.jsonl", map(as_json, progress.history))
-    skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
-    write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
-    with log_to(logging.FileHandler(folder / "train.log", encoding="utf-8")):
-        log.info("run %s%s", folder, f", going on after epoch {progress.epoch}" if progress.epoch else "")
-        log.info("%s", dataset.describe())
-        log.info("%s, backend %s, %s; %s parameters", device_name(device), backend, config.run.precision,
-                 f"{count_parameters(model):,}")
-        log.info("below: train/val; train is taken in passing, dropout on and weights moving")
+    """The whole of a run: data, network, epochs, test, document; in a new folder, or on in the given one.
+
+    Of several processes the first alone writes; the others leave after the last epoch.
+    """
+    team = current_team()
+    device = pick_device(team.device(config.run.device))
+    with ExitStack() as kept:
+        if team.first and folder is not None:
+            kept.enter_context(only_user(folder))
+        elif team.first:
+            check_writable(config.run.out)
+        # The first leaves what the others need not make again.
+        dataset = team.in_turn(lambda: load_data(config, device))
+        # Seeded here, so that reading the data cannot change the weights.
+        torch.manual_seed(config.run.seed)
+        model, backend = build_model(config, device, dataset.train)
+        loop = Loop(config, model, dataset, team)
+        if not team.first:
+            # Dropout draws other numbers in every process.
+            torch.manual_seed(config.run.seed + 100_003 * team.rank)
+        if folder is not None and (folder / "checkpoint.pt").is_file():
+            go_on(folder, loop)
+        elif config.run.weights is not None:
+            load_weights(model, config.run.weights)
+        if folder is None:
+            folder = team.tell(start_folder(config) if team.first else None)
+            if team.first:
+                kept.enter_context(only_user(folder))
+        if not team.first:
+            loop.fit(folder)
+            return folder
         try:
-            fit(config, folder, model, optimizer, dataset, progress)
-            finish(config, folder, model, dataset, progress, backend)
-            report(folder)
-        except KeyboardInterrupt:
+            # What an epoch cut short may have left beyond the checkpoint goes.
+            write_lines(folder / "metrics.jsonl", map(as_json, loop.progress.history))
+            skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
+            write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
+            with log_to(RunLog(folder / "train.log", encoding="utf-8")):
+                log.info("run %s%s", folder, going_on(loop))
+                log.info("%s", dataset.describe())
+                log.info("%s, backend %s, %s; %s parameters", device_name(device), backend,
+                         describe_training(config, team.size), f"{count_parameters(model):,}")
+                log.info("below: train/val; train is taken in passing, dropout on and weights moving")
+                loop.fit(folder)
+                finish(config, folder, model, dataset, loop.progress, backend)
+                report(folder)
+        except (KeyboardInterrupt, OSError, LostProcessError):
             log.warning("go on with: python -m bigru.train --resume %s", shlex.quote(str(folder)))
             raise
     return folder
+
+
+class RunLog(logging.FileHandler):
+    """A log whose lines are written or the run stops: a disk that is full is no small matter."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        raise named(error, Path(self.baseFilename)) if isinstance(error, OSError) else RuntimeError(record) from error
+
+
+def check_writable(out: Path) -> None:
+    """Raises ConfigError where no run can begin, before the data are read."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ConfigError(f"out: expected a folder that can be written, got {nearest}")
+
+
+def going_on(loop: Loop) -> str:
+    """Where a run goes on, for the first line of its log; empty for one that begins."""
+    progress = loop.progress
+    inside = f"batch {progress.step} of epoch {progress.epoch + 1}" if progress.step else ""
+    after = inside or (f"epoch {progress.epoch}" if progress.epoch else "")
+    return f", going on after {after}" if after else ""
+
+
+def describe_training(config: TrainConfig, processes: int) -> str:
+    """Precision and what else says how it is trained."""
+    run = config.run
+    words: list[str] = [run.precision]
+    if run.amp != "none":
+        words.append(f"{run.amp} autocast")
+    if run.graph:
+        words.append("CUDA graph")
+    if processes > 1:
+        words.append(f"{processes} processes")
+    return ", ".join(words)
 
 
 def load_data(config: TrainConfig, device: torch.device) -> Dataset:
@@ -210,14 +274,15 @@ def start_of(folder: Path) -> datetime:
                           f"20250522_023917_copy, got {folder.name}") from error
 
 
-def go_on(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: Progress) -> Progress:
+def go_on(folder: Path, loop: Loop) -> None:
     """Restores the last whole checkpoint and puts the files beside it back to where it stands."""
-    progress = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
-    if progress.windows != fresh.windows:
+    progress = load_checkpoint(folder / "checkpoint.pt", loop.step, loop.team.rank)
+    if progress.windows != loop.progress.windows:
         raise ConfigError(f"resume: {folder} began with other data: it had {progress.windows} windows, there are now "
-                          f"{fresh.windows}")
-    save_weights(folder / "weights.safetensors", progress.best_weights)
-    return progress
+                          f"{loop.progress.windows}")
+    loop.progress = progress
+    if loop.team.first and progress.best_weights:
+        save_weights(folder / "weights.safetensors", progress.best_weights)
 
 
 def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Dataset, progress: Progress,
@@ -281,10 +346,7 @@ def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px:
         "fps": batch.fps,
         "error_px": error_px[chosen],
     }
-    stems = np.array([windows.stems[clip] for clip in windows.clip[chosen].tolist()])
-    buffer = io.BytesIO()
-    np.savez(buffer, stem=stems, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
-    write_atomically(path, buffer.getvalue())
+    write_arrays(path, arrays, [windows.stems[clip] for clip in windows.clip[chosen].tolist()])
 
 
 def report(folder: Path) -> None:

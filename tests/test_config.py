@@ -199,7 +199,7 @@ def test_every_setting_is_an_option_with_help(capsys):
     for kind in (DataConfig, ModelConfig, OptimConfig, RunConfig):
         for item in dataclasses.fields(kind):
             assert re.search(f"--{item.name.replace('_', '-')}[ ,]", text), item.name
-    for words in ("Windows per step. (default: 64)", "--config", "--resume", "(default: runs)"):
+    for words in ("Windows per step, of all processes together. (default: 64)", "--config", "--resume", "(default: runs)"):
         assert words in text
 
 

@@ -9,84 +9,33 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import COLUMNS, FRAMES, change, dataset, make_up, options, rows, same_weights, timeless, windows
 from safetensors.torch import load_file, save_file
 
 import bigru.train as training
-from bigru import loop
-from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from bigru.data.clips import Skipped
+from bigru import loop, step
+from bigru.config import OptimConfig
 from bigru.data.synthetic import write_synthetic
-from bigru.data.windows import Dataset, NoWindowsError, Windows
+from bigru.data.windows import NoWindowsError, Windows
 from bigru.loop import DivergedError, learning_rate
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, score, summarise
 from bigru.report.record import read_run
 from bigru.train import main, resume, train
 
-FRAMES = 4
-TIMES = ("train_s", "val_s", "train_windows_per_s")
-COLUMNS = {"epoch", "tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde", "tr_loss", "va_loss",
-           "tr_joint_error", "va_joint_error", "va_joint_error_px", "lr", *TIMES}
-
-
-def windows(clips, seed):
-    """Clips of 12 frames of hands that swing, every fifth frame without its left hand."""
-    generator = torch.Generator().manual_seed(seed)
-    swing = torch.sin(torch.arange(12.0)[:, None] / 3 + torch.rand(clips, 1, 1, generator=generator) * 6)
-    frames = (torch.randn(clips, 1, 84, generator=generator) + swing).reshape(-1, 84)
-    present = torch.ones(len(frames), 2, dtype=torch.bool)
-    present[::5, 0] = False
-    starts = torch.arange(clips)[:, None] * 12 + torch.tensor([0, 2, 4])
-    clip = torch.arange(clips).repeat_interleave(3)
-    fps = torch.where(clip % 2 == 0, 23.0, 59.0)
-    stems = tuple(f"clip-{number}" for number in range(clips))
-    return Windows(frames, present, starts.flatten(), fps, clip, stems, FRAMES, FRAMES)
-
-
-def dataset():
-    skipped = (Skipped("p01-x", "short", "3 frames,\n8 needed\tin all"), Skipped("p02-y", "missing", "no file"))
-    return Dataset(windows(7, 0), windows(3, 1), windows(4, 2), skipped, {"train": 7, "val": 3, "test": 4}, 16, 0,
-                   Path("clips"), Path("index.csv"))
-
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A run of six epochs over five batches of four, its data and its document made up."""
-    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
-    monkeypatch.setattr(training, "write_report", lambda folder: folder.parent / "results_bigru.md")
-    return TrainConfig(
-        DataConfig(data_root=tmp_path, observed=FRAMES, predicted=FRAMES),
-        ModelConfig(hidden_size=8),
-        OptimConfig(batch_size=4, epochs=6, lr=1e-2, warmup_epochs=2),
-        RunConfig(out=tmp_path / "runs", device="cpu"),
-    )
-
-
-def change(config, section, **values):
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(folder):
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows(folder)]
-
-
-def same_weights(one, other):
-    one, other = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return make_up(tmp_path, monkeypatch)
 
 
 def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
     """Makes training stop at a batch of an epoch, as a kill would."""
-    real, calls = loop.masked_mse, [0]
+    real, calls = step.masked_mse, [0]
 
     def counted(*arguments):
         calls[0] += 1
@@ -94,15 +43,15 @@ def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "masked_mse", counted)
-    return lambda: monkeypatch.setattr(loop, "masked_mse", real)
+    monkeypatch.setattr(step, "masked_mse", counted)
+    return lambda: monkeypatch.setattr(step, "masked_mse", real)
 
 
 def test_a_run_leaves_a_whole_folder(config):
     folder = train(config)
     assert {file.name for file in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "train.log", "skipped.tsv", "checkpoint.pt", "weights.safetensors",
-        "summary.json", "samples.npz"}
+        "summary.json", "samples.npz", "run.lock"}
     assert json.loads((folder / "config.json").read_text()) == config.as_dict()
     assert (folder / "skipped.tsv").read_text().splitlines() == [
         "stem\treason\tdetail", "p01-x\tshort\t3 frames, 8 needed in all", "p02-y\tmissing\tno file"]
@@ -200,11 +149,11 @@ def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
     whole = train(config)
     real = loop.save_checkpoint
 
-    def killed_in_epoch_3(path, model, optimizer, progress):
+    def killed_in_epoch_3(path, step, progress, random_states):
         if progress.epoch == 3:
             path.with_name("checkpoint.pt.partial").write_bytes(b"torn")
             raise KeyboardInterrupt
-        real(path, model, optimizer, progress)
+        real(path, step, progress, random_states)
 
     monkeypatch.setattr(loop, "save_checkpoint", killed_in_epoch_3)
     with pytest.raises(KeyboardInterrupt):
@@ -242,7 +191,7 @@ def test_a_finished_run_is_only_reported_again(config, monkeypatch, capsys):
     before = {file: file.read_bytes() for file in folder.iterdir()}
     reported = []
     monkeypatch.setattr(training, "write_report", lambda run: reported.append(run) or run / "document")
-    monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "carry_out", lambda *_: pytest.fail("trained again"))
     assert main(["--resume", str(folder)]) == 0
     assert reported == [folder]
     assert "has finished" in capsys.readouterr().err
@@ -341,19 +290,22 @@ def test_the_rate_of_each_step_reaches_the_optimiser(config, monkeypatch):
 
 
 def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config, monkeypatch):
-    orders, real = [], Windows.batches
+    orders, real = [], Windows.batch
 
-    def recorded(self, batch_size, order=None, drop_last=False):
-        orders.append((len(self), order if order is None else order.tolist(), drop_last))
-        return real(self, batch_size, order, drop_last)
+    def recorded(self, indices):
+        orders.append((len(self), indices.tolist()))
+        return real(self, indices)
 
-    monkeypatch.setattr(Windows, "batches", recorded)
+    monkeypatch.setattr(Windows, "batch", recorded)
     train(change(config, "optim", epochs=2))
-    training_orders = [order for count, order, drop_last in orders if drop_last]
-    assert len(training_orders) == 2
-    assert training_orders[0] != training_orders[1]
-    assert all(sorted(order) == list(range(21)) for order in training_orders)
-    assert all(order is None for count, order, drop_last in orders if count in (9, 12))
+    # The first batch is looked at before training, for the backend.
+    seen = [indices for count, indices in orders if count == 21][1:]
+    assert [len(indices) for indices in seen] == [4] * 10
+    one, other = (list(itertools.chain(*seen[start : start + 5])) for start in (0, 5))
+    assert one != other
+    assert len(set(one)) == len(set(other)) == 20
+    validation = [indices for count, indices in orders if count == 9]
+    assert validation == [[0, 1, 2, 3], [4, 5, 6, 7], [8]] * 2
 
 
 def test_fewer_windows_than_a_batch_holds(config):
@@ -362,8 +314,8 @@ def test_fewer_windows_than_a_batch_holds(config):
 
 
 def test_missing_hands_are_learnt_only_without_the_mask(config, monkeypatch):
-    seen, real = [], loop.masked_mse
-    monkeypatch.setattr(loop, "masked_mse", lambda *rest: (seen.append(rest[2]), real(*rest))[1])
+    seen, real = [], step.masked_mse
+    monkeypatch.setattr(step, "masked_mse", lambda *rest: (seen.append(rest[2]), real(*rest))[1])
     train(change(config, "optim", epochs=1))
     assert all(mask.shape == (4, FRAMES, 42) and not mask.all() for mask in seen)
     seen.clear()
@@ -389,13 +341,13 @@ def test_missing_hands_are_scored_only_without_the_mask(config, mask):
 
 
 def test_a_loss_that_is_no_number(config, monkeypatch, capsys):
-    real, calls = loop.masked_mse, [0]
+    real, calls = step.masked_mse, [0]
 
     def diverging(*rest):
         calls[0] += 1
         return real(*rest) * (float("nan") if calls[0] == 7 else 1)
 
-    monkeypatch.setattr(loop, "masked_mse", diverging)
+    monkeypatch.setattr(step, "masked_mse", diverging)
     with pytest.raises(DivergedError, match="epoch 2, batch 2 of 5: the loss is nan"):
         train(config)
     (folder,) = config.run.out.iterdir()
@@ -448,11 +400,6 @@ def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
     for row, expected in zip(rows(on_kernels), rows(on_aten), strict=True):
         for name in ("tr_loss", "va_loss", "va_mpjpe"):
             assert row[name] == pytest.approx(expected[name], rel=1e-5), name
-
-
-def options(config):
-    return ["--data-root", str(config.data.data_root), "--observed", "4", "--predicted", "4", "--hidden-size", "8",
-            "--epochs", "1", "--batch-size", "4", "--out", str(config.run.out), "--device", "cpu"]
 
 
 @pytest.mark.parametrize(("extra", "message"), [

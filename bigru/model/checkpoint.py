@@ -1,26 +1,39 @@
-"""Files that are whole or not there: a run's checkpoint and the weights in and out."""
+"""Files that are whole or not there: a run's checkpoint and the weights in and out; a run's folder is one run's."""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from bigru.config import ConfigError
 from bigru.model.forecaster import POSE_SIZE
+from bigru.step import Step, get_random_state, set_random_state
 
-FORMAT = 1
+try:
+    import fcntl
+except ImportError:
+    # Windows has none.
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("bigru.train")
+
+FORMAT = 2
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,10 +59,21 @@ class Progress:
     """The rows of metrics.jsonl."""
     windows: dict[str, int] = field(default_factory=dict)
     """Windows in each split: a run cannot go on with other data."""
+    step: int = 0
+    """Steps done of the epoch under way; 0 between two epochs, where the next four hold nothing either."""
+    rows: Tensor | None = None
+    """(windows, 7) fp64 of `window_errors`, in the epoch's order; zeros beyond `step`."""
+    losses: Tensor | None = None
+    """(steps,) fp32."""
+    norms: Tensor | None = None
+    """(steps,) fp32: the gradient's norm before clipping."""
+    epoch_s: float = 0.0
+    """Seconds that those steps took."""
 
     def update(self, mpjpe: float, min_delta: float) -> bool:
         """Counts an epoch with this validation MPJPE; True where it is the best so far."""
         self.epoch += 1
+        self.step, self.rows, self.losses, self.norms, self.epoch_s = 0, None, None, None, 0.0
         if mpjpe < self.gain_mpjpe - min_delta:
             self.gain_mpjpe, self.gain_epoch = mpjpe, self.epoch
         if mpjpe >= self.best_mpjpe:
@@ -63,15 +87,57 @@ class Progress:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts content at path so that whoever opens it, whenever, finds the old file or the new one, whole."""
+    """Puts content at path so that whoever opens it, whenever, finds the old file or the new one, whole.
+
+    Raises:
+        OSError: with the path in it; the old file is as it was, and what was written of the new one is gone.
+    """
     # In the same folder, as a rename is atomic only within one file system; one name, so that a leftover is reused.
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)  # noqa: PTH105
-    _sync_folder(path.parent)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)  # noqa: PTH105
+        _sync_folder(path.parent)
+    except OSError as error:
+        # On a full disk it would be in the way.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise named(error, path) from error
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the file's path in it: that of a write names none."""
+    return type(error)(error.errno, error.strerror, str(path)) if error.errno is not None else error
+
+
+@contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run's folder for as long as the block runs.
+
+    The lock is the system's and goes with the process, however it ends; the file run.lock stays.
+
+    Raises:
+        ConfigError: another process has the folder.
+        OSError: the folder cannot be written.
+    """
+    with (folder / "run.lock").open("a+", encoding="utf-8") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise ConfigError(f"{folder} is in use by another run, process {lock.read().strip() or 'unknown'}; "
+                                  "wait for it, or stop it first") from error
+            except OSError:
+                # Some network file systems have no locks: a run without one is better than none.
+                log.warning("%s cannot be locked here; do not start a second run in it", folder)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 def as_json(value: Any) -> str:
@@ -89,30 +155,52 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
+def write_arrays(path: Path, tensors: Mapping[str, Tensor], stems: Sequence[str]) -> None:
+    """Writes tensors of some windows, and the names of the clips that they are from, as .npz, atomically."""
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, stem=np.array(stems), **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a file and sees it onto the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes all that `load_checkpoint` needs to go on to the bit, atomically."""
-    device = next(model.parameters()).device
+def save_checkpoint(path: Path, step: Step, progress: Progress, random_states: Sequence[Tensor] = ()) -> None:
+    """Writes all that `load_checkpoint` needs to go on to the bit, atomically.
+
+    Args:
+        path: of the file.
+        step: its model, optimiser and loss scaler are saved.
+        progress: how far the run has come.
+        random_states: of every process of the run, by its number; default: of this one alone.
+    """
     content = {
         "format": FORMAT,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": step.network.state_dict(),
+        "optimizer": step.optimizer.state_dict(),
+        "scaler": step.scaler.state_dict(),
         "progress": {item.name: getattr(progress, item.name) for item in fields(progress)},
-        "rng_cpu": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "random_states": list(random_states) or [get_random_state(step.device)],
     }
     write_atomically(path, _pickled(content))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restores model, optimiser and random state from a checkpoint, and returns the progress it holds.
+def load_checkpoint(path: Path, step: Step, rank: int = 0) -> Progress:
+    """Restores model, optimiser, loss scaler and random state from a checkpoint, and returns the progress it holds.
+
+    Args:
+        path: of the file.
+        step: what is restored; on another kind of device than it was saved on, if need be.
+        rank: this process's number; one that was not there when the file was written keeps its random state.
 
     Raises:
         CheckpointError: for a file that is no checkpoint of this network, or holds more than data.
@@ -122,12 +210,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {content['format']!r}")
         progress = Progress(**content["progress"])
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["rng_cpu"])
-        device = next(model.parameters()).device
-        if device.type == "cuda" and content["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng_cuda"], device)
+        step.network.load_state_dict(content["model"])
+        # How AdamW is computed is this run's affair; the rate is set anew before every step.
+        for saved, own in zip(content["optimizer"]["param_groups"], step.optimizer.param_groups, strict=True):
+            saved |= {name: own[name] for name in ("lr", "fused", "foreach", "capturable")}
+        step.optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"]:
+            step.scaler.load_state_dict(content["scaler"])
+        first, *others = content["random_states"]
+        if rank <= len(others):
+            set_random_state([first, *others][rank], step.device)
     except CheckpointError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -25,7 +25,11 @@ from bigru.model.forecaster import POSE_SIZE
 JOINTS = POSE_SIZE // 2
 # Centring divides by half the image's size: 0.5 of 1728 x 972 pixels.
 PIXELS_PER_UNIT = (0.5 * 1728, 0.5 * 972)
+# Windows whose errors a CPU computes at a time: their intermediate results stay in its cache.
+_CACHED = 16
 _COLUMNS = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px", "squared_error", "joints")
+ERRORS = len(_COLUMNS)
+"""Columns of `window_errors`."""
 
 
 class Scored(Protocol):
@@ -61,23 +65,30 @@ class Metrics:
         return {name: value for name, value in asdict(self).items() if name != "loss"}
 
 
-def masked_mse(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+def masked_mse(
+    prediction: Tensor, target: Tensor, present: Tensor | None = None, coordinates: Tensor | None = None
+) -> Tensor:
     """The squared error, averaged over the coordinates of present joints; 0 where none is present.
 
     Args:
         prediction: (B, T, 84) float.
         target: (B, T, 84) float.
         present: (B, T, 42) bool; every joint counts without it.
+        coordinates: () how many coordinates to average over, at least 1, where these windows are a part of a batch;
+            default: as many as are present here.
 
     Returns:
         () of prediction's dtype.
     """
     difference = prediction - target
-    if present is None:
-        return difference.square().mean()
-    # Masked before it is squared: whatever stands in for a missing hand reaches neither the loss nor a gradient.
-    mask = present.repeat_interleave(2, dim=-1)
-    return torch.where(mask, difference, 0.0).square().sum() / mask.sum().clamp(min=1)
+    if present is not None:
+        # Masked before it is squared: whatever stands in for a missing hand reaches neither the loss nor a gradient.
+        mask = present.repeat_interleave(2, dim=-1)
+        difference = torch.where(mask, difference, 0.0)
+        if coordinates is None:
+            coordinates = mask.sum().clamp(min=1)
+    squared = difference.square()
+    return squared.mean() if coordinates is None else squared.sum() / coordinates
 
 
 def window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
@@ -95,22 +106,26 @@ def window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = N
         (B, 7) fp64: mpjpe, ade, fde; over present joints the sums of error, error in pixels and squared error; the
         number of present joints.
     """
-    difference = prediction.detach().double() - target.double()
+    if prediction.device.type == "cuda" or len(prediction) <= _CACHED:
+        return _window_errors(prediction, target, present)
+    parts = [tensor.split(_CACHED) for tensor in (prediction, target) + (() if present is None else (present,))]
+    return torch.cat([_window_errors(*part) for part in zip(*parts, strict=True)])
+
+
+def _window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+    # One fp64 copy, changed in place: on a CPU, memory is what this takes its time for.
+    difference = prediction.detach().to(torch.float64, copy=True).sub_(target)
     joints = difference.unflatten(-1, (JOINTS, 2))
+    centroid = joints.mean(2).norm(dim=-1)
+    columns = [difference.norm(dim=-1).mean(1), centroid.mean(1), centroid[:, -1]]
     if present is None:
         present = torch.ones(joints.shape[:-1], dtype=torch.bool, device=joints.device)
-    centroid = joints.mean(2).norm(dim=-1)
-    seen = torch.where(present[..., None], joints, 0.0)
-    pixels = seen * seen.new_tensor(PIXELS_PER_UNIT)
-    columns = [
-        difference.norm(dim=-1).mean(1),
-        centroid.mean(1),
-        centroid[:, -1],
-        seen.norm(dim=-1).sum((1, 2)),
-        pixels.norm(dim=-1).sum((1, 2)),
-        seen.square().sum((1, 2, 3)),
-        present.sum((1, 2)).double(),
-    ]
+    else:
+        joints.masked_fill_(~present[..., None], 0.0)
+    error, squared = joints.norm(dim=-1).sum((1, 2)), joints.square().sum((1, 2, 3))
+    for axis, scale in enumerate(PIXELS_PER_UNIT):
+        joints[..., axis].mul_(scale)
+    columns += [error, joints.norm(dim=-1).sum((1, 2)), squared, present.sum((1, 2)).double()]
     return torch.stack(columns, dim=1)
 
 

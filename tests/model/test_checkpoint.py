@@ -21,18 +21,17 @@ from bigru.model.checkpoint import (
     write_json,
 )
 from bigru.model.forecaster import HandForecaster
+from bigru.step import Step
 
 
 def network(**sizes):
     torch.manual_seed(0)
     model = HandForecaster(**({"hidden_size": 8} | sizes))
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, Step(model, torch.optim.AdamW(model.parameters(), lr=1e-2), grad_clip=1.0)
 
 
-def step(model, optimizer):
-    optimizer.zero_grad()
-    model(torch.randn(2, 4, 84)).square().mean().backward()
-    optimizer.step()
+def learn(step):
+    step(torch.randn(2, 4, 84), torch.zeros(2, 4, 84))
 
 
 class Evil:
@@ -71,22 +70,22 @@ def test_the_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypat
 
 
 def test_training_goes_on_to_the_bit(tmp_path):
-    model, optimizer = network()
+    model, step = network()
     progress = Progress(history=[{"epoch": 1, "va_mpjpe": 0.1}], windows={"train": 3}, elapsed_s=1.5)
     for _ in range(3):
-        step(model, optimizer)
+        learn(step)
     progress.update(0.1, 0.001)
     progress.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
-    save_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, progress)
+    save_checkpoint(tmp_path / "checkpoint.pt", step, progress)
     for _ in range(3):
-        step(model, optimizer)
-    again, its_optimizer = network()
-    restored = load_checkpoint(tmp_path / "checkpoint.pt", again, its_optimizer)
+        learn(step)
+    again, its_step = network()
+    restored = load_checkpoint(tmp_path / "checkpoint.pt", its_step)
     for name in ("epoch", "best_epoch", "best_mpjpe", "gain_epoch", "gain_mpjpe", "elapsed_s", "history", "windows"):
         assert getattr(restored, name) == getattr(progress, name), name
     assert all(torch.equal(restored.best_weights[name], value) for name, value in progress.best_weights.items())
     for _ in range(3):
-        step(again, its_optimizer)
+        learn(its_step)
     for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -94,7 +93,7 @@ def test_training_goes_on_to_the_bit(tmp_path):
 @pytest.mark.parametrize("damage", ["torn", "empty", "other network", "other format", "text"])
 def test_a_checkpoint_that_cannot_be_used(tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, *network(), Progress())
+    save_checkpoint(path, network()[1], Progress())
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "empty":
@@ -102,19 +101,19 @@ def test_a_checkpoint_that_cannot_be_used(tmp_path, damage):
     elif damage == "text":
         path.write_text("hello")
     elif damage == "other format":
-        torch.save({"format": 2}, path)
+        torch.save({"format": 1}, path)
     sizes = {"hidden_size": 9} if damage == "other network" else {}
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt"):
-        load_checkpoint(path, *network(**sizes))
+        load_checkpoint(path, network(**sizes)[1])
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    model, optimizer = network()
+    model, step = network()
     witness = tmp_path / "ran"
-    torch.save({"format": 1, "model": Evil(witness)}, tmp_path / "evil.pt")
+    torch.save({"format": 2, "model": Evil(witness)}, tmp_path / "evil.pt")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(witness)))
     with pytest.raises(CheckpointError, match="refused"):
-        load_checkpoint(tmp_path / "evil.pt", model, optimizer)
+        load_checkpoint(tmp_path / "evil.pt", step)
     for name in ("evil.pt", "plain.pth"):
         with pytest.raises(CheckpointError, match=name):
             load_weights(model, tmp_path / name)
@@ -123,12 +122,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "checkpoint.pt", "nested.pth"])
 def test_weights_come_back(tmp_path, name):
-    model, optimizer = network()
-    step(model, optimizer)
+    model, step = network()
+    learn(step)
     if name == "w.safetensors":
         save_weights(tmp_path / name, model.state_dict())
     elif name == "checkpoint.pt":
-        save_checkpoint(tmp_path / name, model, optimizer, Progress())
+        save_checkpoint(tmp_path / name, step, Progress())
     else:
         torch.save({"state_dict": model.state_dict()} if name == "nested.pth" else model.state_dict(), tmp_path / name)
     other, _ = network()
@@ -178,8 +177,8 @@ def test_a_damaged_pickle_is_named_with_what_went_wrong(tmp_path, content):
     # Each breaks the unpickler in another place, and it was not written to say so.
     path = tmp_path / "damaged.pt"
     path.write_bytes(content)
-    model, optimizer = network()
-    for load in (lambda: load_weights(model, path), lambda: load_checkpoint(path, model, optimizer)):
+    model, step = network()
+    for load in (lambda: load_weights(model, path), lambda: load_checkpoint(path, step)):
         with pytest.raises(CheckpointError, match=r"damaged\.pt") as caught:
             load()
         assert caught.value.__cause__ is not None
@@ -198,15 +197,15 @@ def test_whatever_the_unpickler_raises(tmp_path, monkeypatch, error):
     assert isinstance(caught.value.__cause__, error)
 
 
-@pytest.mark.parametrize("entry", ["progress", "model", "optimizer", "rng_cpu"])
+@pytest.mark.parametrize("entry", ["progress", "model", "optimizer", "random_states"])
 def test_a_checkpoint_with_an_odd_entry(tmp_path, entry):
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, *network(), Progress())
+    save_checkpoint(path, network()[1], Progress())
     content = torch.load(path, weights_only=True)
     for odd in (None, [], 3):
         torch.save(content | {entry: odd}, path)
         with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
-            load_checkpoint(path, *network())
+            load_checkpoint(path, network()[1])
 
 
 ODD_TENSORS = {

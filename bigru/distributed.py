@@ -1,0 +1,145 @@
+"""Several processes that train one network, as torchrun starts them: who this one is, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigru.config import ConfigError
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for another one: longer than the first takes to read the data."""
+
+Value = TypeVar("Value")
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended, or has not answered in time."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run; alone, every method gives back what it is given."""
+
+    rank: int = 0
+    """This process's number; only the first, 0, writes and prints."""
+    size: int = 1
+    local_rank: int = 0
+    """This process's number on its machine."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The name of this process's device: `auto` and `cuda` mean a GPU of its own."""
+        if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+            return name
+        gpus = torch.cuda.device_count()
+        if self.local_rank >= gpus:
+            raise ConfigError(f"device: expected a GPU for each process on this machine, got {gpus} for process "
+                              f"{self.local_rank + 1}")
+        return f"cuda:{self.local_rank}"
+
+    def share(self, count: int) -> slice:
+        """This process's share of so many things in a row; the shares differ by one at most."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The network with its gradients averaged over the processes after every backward pass."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, to the bit the same in each."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, number: int) -> int:
+        """The largest of all processes' numbers; costs a GPU nothing, the CPUs agree on it."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, of one shape, on the CPU."""
+        if self.size == 1:
+            return [tensor]
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(tensors, tensor)
+        return tensors
+
+    def tell(self, value: Value | None) -> Value:
+        """What the first process has to say, in all of them."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        assert values[0] is not None
+        return values[0]
+
+    def in_turn(self, work: Callable[[], Value]) -> Value:
+        """Does work in the first process, and after it in the others, which find what it left on the disk."""
+        if not self.first:
+            self.most(0)
+        result = work()
+        if self.first:
+            self.most(0)
+        return result
+
+
+def current_team() -> Team:
+    """The processes that this one has joined; alone where it has not."""
+    if not dist.is_initialized():
+        return Team()
+    return Team(dist.get_rank(), dist.get_world_size(), _local_rank())
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes that torchrun started for as long as the block runs, if it did start several.
+
+    Raises:
+        LostProcessError: another process ended or did not answer in `TIMEOUT`, here or in the block.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    # Tensors on a GPU go through NCCL; what the CPUs agree on does not make a GPU wait.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available() and _local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(_local_rank())
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        yield
+    except RuntimeError as error:
+        # Gloo raises plain RuntimeErrors, which name its source files.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise LostProcessError(f"another process of this run has ended, or has not answered in "
+                               f"{TIMEOUT.seconds // 60} minutes: {str(error).splitlines()[0]}") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints, asked before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

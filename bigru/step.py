@@ -1,0 +1,173 @@
+"""One training step: forward, loss, backward, clipping, AdamW; the same code eager and in a CUDA graph.
+
+Nothing in it waits for a GPU: what a step made stays on the device until somebody looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from bigru.model.metrics import masked_mse
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, *, capturable: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over a network's parameters, fused on a GPU.
+
+    Args:
+        model: on its device.
+        lr: learning rate until `set_rate` gives another.
+        weight_decay: decoupled weight decay.
+        capturable: keep counters and learning rate on the GPU, so that a CUDA graph can hold the step; on a CPU, where
+            nothing is captured, without effect.
+    """
+    device = next(model.parameters()).device
+    gpu = device.type == "cuda"
+    capturable = capturable and gpu
+    rate = torch.tensor(lr, device=device) if capturable else lr
+    # Fused AdamW on a CPU would do too, but it rounds otherwise than the runs on record.
+    return torch.optim.AdamW(
+        model.parameters(), rate, weight_decay=weight_decay, fused=gpu or None, capturable=capturable
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate from now on, in a captured step too."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class Step:
+    """What training does with a batch.
+
+    Args:
+        model: the network, or DistributedDataParallel around it; changes with every step.
+        optimizer: over its parameters.
+        grad_clip: largest norm of the gradient.
+        amp: "bf16" or "fp16" runs the forward pass under autocast, with a scaled loss for fp16; weights, loss and
+            optimiser stay fp32. "none": everything is of the parameters' dtype.
+        processes: how many processes average their gradients.
+
+    Attributes:
+        network: the model itself, where another is around it.
+        device: where it is.
+        prediction, loss, norm: what the last step made, (B, T, 84), () and (): the gradient's norm before clipping.
+            A replayed graph fills the tensors that its capture left here.
+        scaler: of the loss; does nothing but for fp16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        grad_clip: float,
+        *,
+        amp: str = "none",
+        processes: int = 1,
+    ) -> None:
+        self.model = model
+        self.network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.optimizer = optimizer
+        self.device = next(model.parameters()).device
+        self.prediction = self.loss = self.norm = torch.empty(0)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self._grad_clip = grad_clip
+        self._amp_dtype = AMP_DTYPES.get(amp)
+        self._processes = processes
+
+    def __call__(
+        self, x: Tensor, target: Tensor, present: Tensor | None = None, coordinates: Tensor | None = None
+    ) -> Tensor:
+        """Learns from a batch and returns the prediction.
+
+        Args:
+            x: (B, T, I) observed frames.
+            target: (B, T, 84) the frames that followed.
+            present: (B, T, 42) bool; every joint counts without it.
+            coordinates: () how many coordinates the squared error is averaged over: those of all processes' shares of
+                the batch; default: those of this one.
+        """
+        with self._autocast():
+            prediction = self.model(x)
+        if self._amp_dtype is not None:
+            prediction = prediction.float()
+        loss = masked_mse(prediction, target, present, coordinates)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Averaging over the processes divides by their number, and this loss is to be summed over them.
+        self.scaler.scale(loss if self._processes == 1 else loss * self._processes).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip).detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.prediction, self.loss = prediction.detach(), loss.detach()
+        return prediction
+
+    def _autocast(self) -> AbstractContextManager:
+        if self._amp_dtype is None:
+            return nullcontext()
+        # No cache: a captured step has to cast the weights anew with every replay.
+        return torch.autocast(self.device.type, self._amp_dtype, cache_enabled=False)
+
+
+def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """Runs work three times to warm it up, then records it as a CUDA graph; what is returned replays it."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # A capture that fails leaves its own stream the current one; the outer block puts ours back.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def capture_training(work: Callable[[], object], step: Step) -> Callable[[], None]:
+    """As `capture`, of work that trains: weights, optimiser and random state are as if it had not been warmed up.
+
+    They are put back in place, since the graph holds their addresses.
+    """
+    weights = [parameter.detach().clone() for parameter in step.model.parameters()]
+    states = step.optimizer.state
+    before = {parameter: {name: tensor.clone() for name, tensor in state.items()}
+              for parameter, state in states.items()}
+    random_state = get_random_state(step.device)
+    replay = capture(work, step.device)
+    with torch.no_grad():
+        for parameter, weight in zip(step.model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+        for key, state in states.items():
+            for name, tensor in state.items():
+                # AdamW begins with zeros: means, and counts of steps.
+                old = before.get(key, {}).get(name)
+                tensor.zero_() if old is None else tensor.copy_(old)
+    set_random_state(random_state, step.device)
+    return replay
+
+
+def get_random_state(device: torch.device) -> Tensor:
+    """The state of torch's generators for the CPU and, behind it, for that GPU: bytes, on the CPU."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Puts back what `get_random_state` got; a part that it holds for another kind of device is left out."""
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size].clone())
+    if device.type == "cuda" and state.numel() > size:
+        torch.cuda.set_rng_state(state[size:].clone(), device)
