@@ -149,13 +149,13 @@ class RunConfig:
     """Which implementation of the GRU to run."""
     precision: Literal["fp32", "tf32"] = "fp32"
     """Products of the recurrence: fp32 (error below 1e-5) or tf32."""
+    weights: Path | None = None
+    """Start from these weights (.pt, .pth or .safetensors), the published state dict's names."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Forward and backward passes of training under autocast: bf16, or fp16 with a scaled loss. Weights, validation
     and test stay fp32. ATen's GRU on a CPU knows no autocast, so that there the head alone is of 16 bits."""
     graph: bool = False
     """Replay each training step as one CUDA graph; needs a GPU, one process, and no fp16."""
-    weights: Path | None = None
-    """Start from these weights (.pt, .pth or .safetensors), the published state dict's names."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:

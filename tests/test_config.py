@@ -199,7 +199,7 @@ def test_every_setting_is_an_option_with_help(capsys):
     for kind in (DataConfig, ModelConfig, OptimConfig, RunConfig):
         for item in dataclasses.fields(kind):
             assert re.search(f"--{item.name.replace('_', '-')}[ ,]", text), item.name
-    for words in ("Windows per step, of all processes together. (default: 64)", "--config", "--resume", "(default: runs)"):
+    for words in ("of all processes together. (default: 64)", "--config", "--resume", "(default: runs)"):
         assert words in text
 
 
@@ -225,7 +225,7 @@ def test_json_and_command_line_bring_the_settings_back():
                    29.97, "last", Path("caches"), True),
         ModelConfig(16, 1, 0.0),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
-        RunConfig(Path("out"), 1, "cpu", "torch", "tf32", Path("w.pt")),
+        RunConfig(Path("out"), 1, "cpu", "torch", "tf32", Path("w.pt"), "bf16", True),
     )
     assert from_mapping(json.loads(json.dumps(config.as_dict())), "config.json") == config
     words = shlex.split(command_line(config))

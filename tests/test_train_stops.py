@@ -1,0 +1,387 @@
+"""What ends a run before its time, and that nothing is lost: signals, kills, disks, other runs, broken numbers."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import change, dataset, make_up, options, rows, same_weights, timeless
+from safetensors.torch import load_file
+
+import bigru.train as training
+from bigru import loop, step
+from bigru.data.synthetic import write_synthetic
+from bigru.loop import DivergedError
+from bigru.model import checkpoint
+from bigru.signals import Interrupted, StopRequest, on_signals
+from bigru.train import main, resume, train
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    return make_up(tmp_path, monkeypatch)
+
+
+def at_step(monkeypatch, number, act):
+    """Has something done in the middle of a step, counted from 1 over all epochs of five."""
+    real, calls = step.masked_mse, [0]
+
+    def counted(*arguments):
+        calls[0] += 1
+        if calls[0] == number:
+            act()
+        return real(*arguments)
+
+    monkeypatch.setattr(step, "masked_mse", counted)
+
+
+def only_run(config, *others):
+    (folder,) = (folder for folder in config.run.out.iterdir() if folder not in others)
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+@pytest.mark.parametrize(("stop", "epoch", "batch"), [(8, 1, 3), (10, 1, 5), (1, 0, 1), (30, 5, 5)],
+                         ids=["mid-epoch", "last batch", "first batch", "very last batch"])
+def test_a_signal_ends_the_run_after_its_step(config, monkeypatch, capsys, number, code, stop, epoch, batch):
+    # Dropout is on, so that the random state counts too.
+    whole = train(change(config, "optim", epochs=6))
+    capsys.readouterr()
+    at_step(monkeypatch, stop, lambda: os.kill(os.getpid(), number))
+    assert main([*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"]) == code
+    folder = only_run(config, whole)
+    error = capsys.readouterr().err
+    assert f"{number.name}: stopped after batch {batch} of 5 of epoch {epoch + 1}" in error
+    assert f"go on with: python -m bigru.train --resume {folder}\n" in error
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]
+    assert (saved["epoch"], saved["step"]) == (epoch, batch)
+    assert len(rows(folder)) == epoch
+    assert not (folder / "summary.json").exists()
+    torch.rand(17)
+    assert main(["--resume", str(folder)]) == 0
+    assert f"going on after batch {batch} of epoch {epoch + 1}" in capsys.readouterr().err
+    assert timeless(folder) == timeless(whole)
+    assert same_weights(folder, whole)
+    assert rows(folder)[epoch]["train_s"] > 0
+    # Whoever called may be interrupted as before.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_between_two_epochs(config, monkeypatch, capsys):
+    whole, real = train(config), loop.evaluate
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    with pytest.raises(Interrupted) as stop:
+        train(config)
+    assert stop.value.signal == signal.SIGTERM
+    monkeypatch.setattr(loop, "evaluate", real)
+    folder = only_run(config, whole)
+    assert len(rows(folder)) == 1
+    assert timeless(resume(folder)) == timeless(whole)
+
+
+def test_a_signal_where_nothing_has_to_be_finished(config, monkeypatch, capsys):
+    monkeypatch.setattr(training, "load_dataset", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(options(config)) == 143
+    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
+    monkeypatch.setattr(training, "write_samples", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(options(config)) == 143
+    assert f"--resume {only_run(config)}" in capsys.readouterr().err
+
+
+def test_a_second_signal_does_not_wait(config, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 8, twice)
+    with pytest.raises(Interrupted):
+        train(config)
+    # The last whole checkpoint is that of epoch 1.
+    assert torch.load(only_run(config) / "checkpoint.pt", weights_only=True)["progress"]["step"] == 0
+
+
+def test_an_ignored_signal_stays_ignored_and_threads_need_none():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with on_signals(StopRequest().receive):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    errors = []
+
+    def elsewhere():
+        try:
+            with on_signals(StopRequest().receive):
+                pass
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import bigru.report.figures
+from bigru import train
+
+root, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+OPTIONS = ["--data-root", str(root), "--observed", "4", "--predicted", "4", "--hidden-size", "4", "--stride", "20",
+           "--batch-size", "32", "--epochs", "8", "--lr", "1e-2", "--warmup-epochs", "2", "--device", "cpu"]
+
+
+def start(arguments):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os._exit(train.main(arguments))
+    return child
+
+
+def run(arguments):
+    assert os.waitstatus_to_exitcode(os.waitpid(start(arguments), 0)[1]) == 0, arguments
+
+
+begun = time.perf_counter()
+run([*OPTIONS, "--out", str(out / "whole")])
+whole_s = time.perf_counter() - begun
+moments, kills, number = random.Random(seed), 0, 0
+while kills < 20:
+    number += 1
+    folder = out / f"killed{number}"
+    while True:
+        # Only a run that has written its settings is one.
+        runs = [path for path in folder.glob("2*") if (path / "config.json").is_file()]
+        child = start(["--resume", str(runs[0])] if runs else [*OPTIONS, "--out", str(folder)])
+        if kills < 20:
+            time.sleep(moments.uniform(0, whole_s))
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, code
+        kills += 1
+print(number, kills)
+"""
+
+
+def test_a_run_killed_at_twenty_random_moments(tmp_path):
+    write_synthetic(tmp_path / "clips", 24, 1)
+    result = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "clips"), str(tmp_path), "7"], text=True,
+                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    assert result.returncode == 0, result.stderr
+    number, kills = result.stdout.split()
+    assert kills == "20"
+    (whole,) = (path.parent for path in (tmp_path / "whole").glob("*/summary.json"))
+    for index in range(1, int(number) + 1):
+        out = tmp_path / f"killed{index}"
+        (folder,) = (path.parent for path in out.glob("*/summary.json"))
+        assert timeless(folder) == timeless(whole)
+        assert len(rows(folder)) == 8
+        assert same_weights(folder, whole)
+        document = (out / "results_bigru.md").read_text()
+        assert len(re.findall(rf"<!-- run {folder.name} -->", document)) == 1
+        for link in re.findall(r"\]\(([^)]+\.png)\)", document):
+            assert (out / link).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "weights.safetensors", "metrics.jsonl", "train.log", "samples.npz"])
+def test_a_full_disk(config, monkeypatch, capsys, name):
+    """The disk is full from epoch 3 on, as the file of that name is written."""
+    whole = train(config)
+    real_open, full = open, [False]
+
+    class Full:
+        """A file that takes nothing more."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, attribute):
+            return getattr(self.file, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            if full[0]:
+                self.file.write(content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content)
+
+    def opened(file, *arguments, **options):
+        result = real_open(file, *arguments, **options)
+        return Full(result) if str(file).startswith(str(config.run.out)) and name in str(file) else result
+
+    monkeypatch.setattr("io.open", opened)
+    monkeypatch.setattr("builtins.open", opened)
+    at_step(monkeypatch, 11 if name != "samples.npz" else 30, lambda: full.__setitem__(0, True))
+    monkeypatch.setattr(training, "load_data", lambda *_: dataset())
+    capsys.readouterr()
+    assert main([*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"]) == 2
+    folder = only_run(config, whole)
+    error = capsys.readouterr().err
+    assert f"go on with: python -m bigru.train --resume {folder}\n" in error
+    assert re.search(rf"bigru\.train: \[Errno 28\] No space left on device: '{folder / name}'", error)
+    assert "Traceback" not in error
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["epoch"]
+    assert kept == {"train.log": 3, "samples.npz": 6}.get(name, 2)
+    assert not list(folder.glob("*.partial"))
+    full[0] = False
+    assert timeless(resume(folder)) == timeless(whole)
+    assert same_weights(folder, whole)
+
+
+def test_a_folder_that_cannot_be_written(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(training, "load_dataset", lambda config: pytest.fail("read the data"))
+    # Root may write anywhere: the system's answer is put in its mouth.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main(options(config)) == 2
+    assert f"out: expected a folder that can be written, got {tmp_path}" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    assert main([*options(config), "--out", str(tmp_path / "file")]) == 2
+    assert f"out: expected a folder that can be written, got {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stopped(config, monkeypatch, capsys):
+    """The folder of a run that was interrupted in its first epoch."""
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(options(config)) == 130
+    capsys.readouterr()
+    return only_run(config)
+
+
+def test_a_run_in_a_folder_that_became_read_only(stopped, monkeypatch, capsys):
+    real = Path.open
+
+    def read_only(self, mode="r", *arguments, **others):
+        if mode[0] in "wa":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return real(self, mode, *arguments, **others)
+
+    before = {file: file.read_bytes() for file in stopped.iterdir()}
+    monkeypatch.setattr(Path, "open", read_only)
+    assert main(["--resume", str(stopped)]) == 2
+    assert f"Read-only file system: '{stopped / 'run.lock'}'" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in stopped.iterdir()} == before
+
+
+def test_a_folder_in_use_by_another_run(stopped, capsys):
+    before = {file: file.read_bytes() for file in stopped.iterdir()}
+    # A lock of another open file keeps this process out as another process would.
+    with (stopped / "run.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["--resume", str(stopped)]) == 2
+    assert f"{stopped} is in use by another run, process {os.getpid()};" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in stopped.iterdir()} == before
+    assert main(["--resume", str(stopped)]) == 0
+
+
+def test_a_running_run_holds_its_folder(config, monkeypatch):
+    refused = []
+
+    def try_to_resume():
+        with pytest.raises(training.ConfigError, match="in use by another run"):
+            resume(only_run(config))
+        refused.append(True)
+
+    at_step(monkeypatch, 3, try_to_resume)
+    train(config)
+    assert refused
+
+
+def test_a_file_system_without_locks(config, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", none)
+    assert main(options(config)) == 0
+    assert "cannot be locked here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("stop", [False, True], ids=["", "interrupted"])
+def test_the_batch_of_a_loss_that_is_no_number_is_kept(config, monkeypatch, value, stop):
+    real, calls, seen = step.masked_mse, [0], []
+
+    def diverging(prediction, target, present, coordinates):
+        calls[0] += 1
+        if calls[0] == 7:
+            seen.append(target)
+            if stop:
+                os.kill(os.getpid(), signal.SIGINT)
+        return real(prediction, target, present, coordinates) * (value if calls[0] == 7 else 1)
+
+    monkeypatch.setattr(step, "masked_mse", diverging)
+    with pytest.raises(DivergedError) as stopped:
+        train(config)
+    folder = only_run(config)
+    message = str(stopped.value)
+    assert message.startswith(f"epoch 2, batch 2 of 5: the loss is {value}; ")
+    assert f"the batch is in {folder / 'diverged.npz'}" in message
+    assert f"the best weights so far, of epoch 1, are in {folder / 'weights.safetensors'}" in message
+    batch = np.load(folder / "diverged.npz", allow_pickle=False)
+    np.testing.assert_array_equal(batch["target"], seen[0])
+    again = dataset().train.batch(torch.from_numpy(batch["window"]))
+    np.testing.assert_array_equal(batch["x"], again.x)
+    np.testing.assert_array_equal(batch["present"], again.present)
+    assert batch["stem"].tolist() == [f"clip-{number // 3}" for number in batch["window"]]
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "weights.safetensors").values())
+    # What a signal leaves is no checkpoint of broken weights.
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["progress"]["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_a_gradient_that_is_no_number_names_its_own_batch(config, monkeypatch):
+    real, calls = torch.nn.utils.clip_grad_norm_, [0]
+
+    def broken(parameters, limit):
+        parameters, calls[0] = list(parameters), calls[0] + 1
+        if calls[0] == 2:
+            parameters[0].grad[0] = float("inf")
+        return real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(DivergedError, match=r"epoch 1, batch 2 of 5: the gradient's norm is inf.*no good weights yet"):
+        train(config)
+
+
+def test_clips_that_vanish_while_training(config, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    root = tmp_path / "clips"
+    write_synthetic(root, 24, 1)
+    config = change(change(config, "data", data_root=root, stride=20), "optim", epochs=2, batch_size=32)
+    monkeypatch.setattr(training, "write_report", lambda folder: folder)
+    whole = train(config)
+    at_step(monkeypatch, 2, lambda: shutil.rmtree(root))
+    folder = train(config)
+    assert not root.exists()
+    assert timeless(folder) == timeless(whole)
+    test, other = (json.loads((run / "summary.json").read_text())["test"] for run in (folder, whole))
+    assert test == other
