@@ -20,6 +20,7 @@ from benchmarks.rivals import BACKENDS, Entrant, Entry, compete
 from bigru import HandForecaster
 from bigru.model.forecaster import POSE_SIZE
 from bigru.model.metrics import masked_mse, summarise, window_errors
+from bigru.step import Step, make_optimizer, set_rate
 
 LR, WEIGHT_DECAY, GRAD_CLIP, WARMUP_EPOCHS = 1e-3, 1e-5, 1.0, 5
 """bigru.train's."""
@@ -28,44 +29,9 @@ STRIDE = 15
 JOINTS_PER_HAND = 21
 
 
-class Training:
-    """What bigru.train does with a batch.
-
-    Args:
-        model: changes with every step.
-        capturable: AdamW keeps its counters and its learning rate on the device, so that a CUDA graph can hold it.
-    """
-
-    def __init__(self, model: nn.Module, *, capturable: bool = False) -> None:
-        self.model = model
-        # Where to find what the last step made; a replayed graph fills the tensors that its capture left here.
-        self.prediction = self.loss = torch.empty(0)
-        device = next(model.parameters()).device
-        # On a CPU AdamW knows neither, and nothing is captured.
-        capturable = capturable and device.type == "cuda"
-        rate = torch.tensor(LR, device=device) if capturable else LR
-        self._optimizer = torch.optim.AdamW(
-            model.parameters(), rate, weight_decay=WEIGHT_DECAY, capturable=capturable, foreach=True
-        )
-
-    def step(self, x: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
-        """Forward, loss, backward, clipping, AdamW: x (B, T, I), target (B, T, 84), present (B, T, 42) bool."""
-        prediction = self.model(x)
-        loss = masked_mse(prediction, target, present)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
-        self._optimizer.step()
-        self.prediction, self.loss = prediction.detach(), loss.detach()
-        return prediction
-
-    def set_rate(self, rate: float) -> None:
-        """The learning rate from now on, in a graph too."""
-        for group in self._optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+def make_step(model: nn.Module, *, capturable: bool = False) -> Step:
+    """bigru.train's step; `capturable` as a CUDA graph needs it."""
+    return Step(model, make_optimizer(model, LR, WEIGHT_DECAY, capturable=capturable), GRAD_CLIP)
 
 
 def make_model(path: str, row: Row, device: torch.device) -> HandForecaster:
@@ -95,8 +61,8 @@ def training_step(machine: Machine, parts: dict[str, list[Row]], report: Report,
     def entry(model: HandForecaster, data: Any, row: Row, device: torch.device) -> Entry:
         batch = data.batch(torch.arange(row["batch"], device=device) % windows)
         arguments = batch.x, batch.target, batch.present
-        eager, graphed = Training(copy.deepcopy(model)), Training(copy.deepcopy(model), capturable=True)
-        return Entry(functools.partial(eager.step, *arguments), functools.partial(graphed.step, *arguments))
+        eager, graphed = make_step(copy.deepcopy(model)), make_step(copy.deepcopy(model), capturable=True)
+        return Entry(functools.partial(eager, *arguments), functools.partial(graphed, *arguments))
 
     train(machine, parts, report, seconds, windows, entry)
 
@@ -106,10 +72,10 @@ def epoch(machine: Machine, parts: dict[str, list[Row]], report: Report, seconds
 
     def entry(model: HandForecaster, data: Any, row: Row, device: torch.device) -> Entry:
         def eager() -> None:
-            training = Training(copy.deepcopy(model))
+            training = make_step(copy.deepcopy(model))
 
             def step(batch: Any) -> None:
-                training.step(batch.x, batch.target, batch.present)
+                training(batch.x, batch.target, batch.present)
 
             one_epoch(training, step, data, row["batch"], windows, device)
 
@@ -119,14 +85,14 @@ def epoch(machine: Machine, parts: dict[str, list[Row]], report: Report, seconds
 
 
 def one_epoch(
-    training: Training, step: Callable[[Any], None], data: Any, size: int, windows: int, device: torch.device
+    training: Step, step: Callable[[Any], None], data: Any, size: int, windows: int, device: torch.device
 ) -> None:
     """bigru.train's epoch over device-resident windows; the GPU is waited for once, at its end."""
     rows, losses = [], []
     batches = torch.randperm(windows).to(device).split(size)
     steps = max(1, windows // size)
     for number, indices in enumerate(batches[:steps]):
-        training.set_rate(LR * (number + 1) / (WARMUP_EPOCHS * steps))
+        set_rate(training.optimizer, LR * (number + 1) / (WARMUP_EPOCHS * steps))
         batch = data.batch(indices)
         step(batch)
         rows.append(window_errors(training.prediction, batch.target, batch.present))
@@ -138,10 +104,10 @@ def one_epoch(
 
 def graphed_epoch(machine: Machine, model: HandForecaster, data: Any, size: int, windows: int) -> Callable[[], None]:
     """The same epoch with every step one replay of a CUDA graph; batches and metrics stay outside of it."""
-    training = Training(copy.deepcopy(model), capturable=True)
+    training = make_step(copy.deepcopy(model), capturable=True)
     device = machine.device
     static = data.batch(torch.arange(size, device=device) % windows)
-    replay = machine.capture(lambda: training.step(static.x, static.target, static.present))
+    replay = machine.capture(lambda: training(static.x, static.target, static.present))
 
     def step(batch: Any) -> None:
         for name in ("x", "target", "present"):

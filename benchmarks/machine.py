@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.record import Row
 from benchmarks.timing import Work, gpu_time_ms
+from bigru.step import capture
 
 
 class Machine(ABC):
@@ -93,17 +94,7 @@ class Gpu(Machine):
         return gpu_time_ms(work, lead_ms)
 
     def capture(self, work: Work) -> Work:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its own stream the current one; the outer block puts ours back.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-            work()
-        return graph.replay
+        return capture(work, self.device)
 
     def peak_mib(self, work: Work) -> float | None:
         self.finish()

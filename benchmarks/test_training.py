@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.cases import CASES, FEATURES, LAYERS, MAIN, MODES, STEPS, products, require_same, require_same_gradients
-from benchmarks.forecaster import Training
+from benchmarks.forecaster import make_step
 from benchmarks.paired import compare
 from bigru import HandForecaster
 
@@ -34,7 +34,7 @@ def test_training_step(benchmark, device, case):
     ours, theirs = make_pair(case, device)
     x = torch.randn(case.batch, STEPS, FEATURES, device=device)
     target = torch.randn_like(x)
-    steps = [functools.partial(Training(model).step, x, target) for model in (ours, theirs)]
+    steps = [functools.partial(make_step(model), x, target) for model in (ours, theirs)]
     with products(mode):
         predictions = []
         for step in steps:

@@ -176,7 +176,10 @@ def carry_out(config: TrainConfig, folder: Path | None) -> Path:
                 loop.fit(folder)
                 finish(config, folder, model, dataset, loop.progress, backend)
                 report(folder)
-        except (KeyboardInterrupt, OSError, LostProcessError):
+        except DivergedError:
+            # It would again.
+            raise
+        except BaseException:
             log.warning("go on with: python -m bigru.train --resume %s", shlex.quote(str(folder)))
             raise
     return folder

@@ -1,0 +1,225 @@
+"""The training step: eager, mixed precision, and as a graph holds it, whose capture must leave no trace."""
+
+import copy
+
+import pytest
+import torch
+from runs import change, dataset, make_up, rows, same_weights, timeless
+from torch import nn
+
+import bigru.train as training
+from bigru import step as steps
+from bigru.config import ConfigError, RunConfig
+from bigru.loop import Loop
+from bigru.model.forecaster import HandForecaster
+from bigru.model.metrics import masked_mse
+from bigru.step import Step, capture_training, get_random_state, make_optimizer, set_random_state, set_rate
+from bigru.train import main, resume, train
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    return make_up(tmp_path, monkeypatch)
+
+
+def make_step(amp="none", dropout=0.0, **options):
+    torch.manual_seed(0)
+    model = HandForecaster(hidden_size=8, dropout=dropout)
+    return Step(model, make_optimizer(model, 1e-2, 1e-5), 1.0, amp=amp, **options)
+
+
+def batch():
+    return dataset().train.batch(torch.arange(6))
+
+
+def test_a_step_is_forward_loss_backward_clipping_adamw():
+    ours, data = make_step(), batch()
+    model = copy.deepcopy(ours.network)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=1e-5)
+    for _ in range(3):
+        prediction = ours(data.x, data.target, data.present)
+        expected = model(data.x)
+        loss = masked_mse(expected, data.target, data.present)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert torch.equal(prediction, expected)
+        assert torch.equal(ours.prediction, expected)
+        assert torch.equal(ours.loss, loss)
+        assert torch.equal(ours.norm, norm)
+    for one, other in zip(ours.network.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not any(kept.requires_grad for kept in (ours.prediction, ours.loss, ours.norm))
+
+
+def test_shares_of_a_batch_add_up_to_it():
+    """What two processes would average: the gradients of unequal shares, each over the whole batch's coordinates."""
+    data, whole, parts = batch(), make_step(), [make_step(processes=2) for _ in range(2)]
+    whole(data.x, data.target, data.present)
+    coordinates = 2 * data.present.sum()
+    loss = torch.zeros(())
+    for step, share in zip(parts, (slice(0, 2), slice(2, 6)), strict=True):
+        step._grad_clip = whole._grad_clip = float("inf")
+        step(data.x[share], data.target[share], data.present[share], coordinates)
+        loss += step.loss
+    assert loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    whole = make_step()
+    whole._grad_clip = float("inf")
+    whole(data.x, data.target, data.present)
+    for parameter, *shares in zip(whole.network.parameters(), *(step.network.parameters() for step in parts),
+                                  strict=True):
+        averaged = sum(share.grad for share in shares) / 2
+        torch.testing.assert_close(averaged, parameter.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_set_rate_of_a_number_and_of_a_tensor():
+    step = make_step()
+    rate = torch.tensor(0.5)
+    set_rate(step.optimizer, 0.25)
+    assert step.optimizer.param_groups[0]["lr"] == 0.25
+    step.optimizer.param_groups[0]["lr"] = rate
+    set_rate(step.optimizer, 0.125)
+    # In place: a captured step reads this very tensor.
+    assert step.optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.125
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_learns_in_fp32_weights(amp):
+    mixed, plain, data = make_step(amp), make_step(), batch()
+    kinds = []
+    mixed.network.pose_head[2].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    for _ in range(20):
+        mixed(data.x, data.target, data.present)
+        plain(data.x, data.target, data.present)
+    assert set(kinds) == {steps.AMP_DTYPES[amp]}
+    assert all(parameter.dtype == torch.float32 for parameter in mixed.network.parameters())
+    assert mixed.prediction.dtype == mixed.loss.dtype == torch.float32
+    assert mixed.loss.item() == pytest.approx(plain.loss.item(), rel=0.05)
+    assert mixed.scaler.is_enabled() == (amp == "fp16")
+
+
+def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config, monkeypatch):
+    """The loss scale of the first steps is far too large; the weights must not notice."""
+    config = change(change(config, "run", amp="fp16"), "optim", epochs=1)
+    real = torch.amp.GradScaler.__init__
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__",
+                        lambda self, device, enabled: real(self, device, init_scale=2.0**40, enabled=enabled))
+    folder = train(config)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["scaler"]["scale"] < 2.0**40
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_mixed_run_goes_on_to_the_bit(config, monkeypatch, amp):
+    config = change(config, "run", amp=amp)
+    whole, real, calls = train(config), steps.masked_mse, [0]
+    assert rows(whole)[-1]["tr_loss"] < 0.9 * rows(whole)[0]["tr_loss"]
+
+    def stopping(*arguments):
+        calls[0] += 1
+        if calls[0] == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(steps, "masked_mse", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+    assert timeless(resume(folder)) == timeless(whole)
+    assert same_weights(folder, whole)
+    assert f"fp32, {amp} autocast" in (folder / "train.log").read_text()
+
+
+def warmed_up(work, device):
+    """What `capture` does, on a CPU, where a replay is the work itself."""
+    for _ in range(3):
+        work()
+    return work
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "resumed"])
+def test_a_capture_leaves_no_trace(monkeypatch, begun):
+    monkeypatch.setattr(steps, "capture", warmed_up)
+    step, data = make_step(dropout=0.3), batch()
+    if begun:
+        step(data.x, data.target, data.present)
+    untouched = make_step(dropout=0.3)
+    if begun:
+        untouched(data.x, data.target, data.present)
+    held = [parameter.data_ptr() for parameter in step.network.parameters()]
+    torch.manual_seed(5)
+    replay = capture_training(lambda: step(data.x, data.target, data.present), step)
+    assert torch.rand(1) == (torch.manual_seed(5), torch.rand(1))[1]
+    # A graph holds addresses.
+    assert held == [parameter.data_ptr() for parameter in step.network.parameters()]
+    torch.manual_seed(6)
+    replay()
+    torch.manual_seed(6)
+    untouched(data.x, data.target, data.present)
+    for one, other in zip(step.network.parameters(), untouched.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+        for name, tensor in untouched.optimizer.state[other].items():
+            assert torch.equal(step.optimizer.state[one][name], tensor), name
+
+
+def test_a_graphed_run_is_the_eager_one(config, monkeypatch):
+    """The loop around a captured step, with a capture that a CPU can do."""
+    whole = train(config)
+    monkeypatch.setattr(steps, "capture", warmed_up)
+    real = Loop.__init__
+
+    def pretend(self, config, *others):
+        real(self, config, *others)
+        self.config = change(config, "run", graph=True)
+
+    monkeypatch.setattr(Loop, "__init__", pretend)
+    folder = train(config)
+    assert timeless(folder) == timeless(whole)
+    assert same_weights(folder, whole)
+
+
+def test_a_graph_needs_a_gpu(config, capsys):
+    with pytest.raises(ConfigError, match="graph: expected a GPU to run the graph on, got cpu"):
+        train(change(config, "run", graph=True))
+    with pytest.raises(ConfigError, match="graph: expected amp none or bf16 with it, got fp16"):
+        RunConfig(graph=True, amp="fp16")
+    assert main(["--graph", "--device", "cpu", "--data-root", str(config.data.data_root), "--out",
+                 str(config.run.out)]) == 2
+    assert "graph: expected a GPU" in capsys.readouterr().err
+    assert not config.run.out.exists()
+
+
+def test_the_random_state_comes_back():
+    state = get_random_state(torch.device("cpu"))
+    drawn = torch.rand(3)
+    # One saved on a GPU's machine is longer.
+    set_random_state(torch.cat([state, torch.zeros(16, dtype=torch.uint8)]), torch.device("cpu"))
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_graph_on_a_gpu_trains_as_without(config, amp):
+    config = change(change(config, "run", device="cuda", amp=amp), "model", dropout=0.0)
+    eager, graphed = train(config), train(change(config, "run", graph=True))
+    for row, expected in zip(timeless(graphed), timeless(eager), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_the_gpu(config):
+    config = change(config, "run", device="cuda")
+    device = torch.device("cuda")
+    data = training.load_data(config, device)
+    model, _ = training.build_model(config, device, data.train)
+    loop = Loop(config, model, data, training.current_team())
+    indices = torch.arange(4, device=device)
+    loop.learn(indices)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.learn(indices)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
