@@ -11,7 +11,7 @@ import torch
 # The package is found where it is not installed, and so is this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.paired import RESULTS, table
+from benchmarks.paired import NOTES, RESULTS, table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,6 +52,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("BiGRU against nn.GRU")
         terminalreporter.write_line(pytest_report_header())
         terminalreporter.write_line(table())
+    if NOTES:
+        terminalreporter.section("bigru.train")
+        for note in NOTES:
+            terminalreporter.write_line(note)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,8 @@ SECONDS = 10.0
 """What one benchmark's rounds may take together."""
 RESULTS: list[Comparison] = []
 """What this run has compared so far."""
+NOTES: list[str] = []
+"""What else it has to say, a line each."""
 
 
 def compare(benchmark: BenchmarkFixture, name: str, bigru: Work, nn_gru: Work, device: torch.device) -> None:

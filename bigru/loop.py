@@ -106,7 +106,7 @@ class Loop:
                 # Only now: a checkpoint brings the optimiser other tensors.
                 self.replay = capture_training(self._learn, self.step)
             while self.progress.epoch < optim.epochs and not self.progress.stalled(optim.patience):
-                self._epoch(folder)
+                self.run_epoch(folder)
                 # The epoch has left its checkpoint.
                 if stopped := self.team.most(self.stop.signal):
                     raise Interrupted(stopped)
@@ -131,12 +131,12 @@ class Loop:
         prediction = self.step(batch.x, batch.target, present, coordinates)
         self.errors = window_errors(prediction, batch.target, present)
 
-    def _epoch(self, folder: Path) -> None:
+    def run_epoch(self, folder: Path) -> None:
         progress, optim = self.progress, self.config.optim
-        tr = self._train_epoch(folder)
+        tr = self.train_epoch(folder)
         train_s = progress.epoch_s
         start = time.perf_counter()
-        va = summarise(self._validate())
+        va = summarise(self.validate())
         val_s = time.perf_counter() - start
         if not math.isfinite(va.mpjpe):
             raise DivergedError(f"epoch {progress.epoch + 1}: the validation MPJPE is {va.mpjpe}; {ADVICE}; "
@@ -159,7 +159,7 @@ class Loop:
         self._save(folder)
         log.info("%s", epoch_line(row, optim.epochs, best))
 
-    def _train_epoch(self, folder: Path) -> Metrics:
+    def train_epoch(self, folder: Path) -> Metrics:
         """The rest of the epoch's pass over the training windows, and the metrics of all of it.
 
         They are of the passes themselves, dropout on, weights moving.
@@ -202,7 +202,7 @@ class Loop:
         assert progress.rows is not None
         return summarise(progress.rows)
 
-    def _validate(self) -> Tensor:
+    def validate(self) -> Tensor:
         """The rows of `window_errors` of all validation windows, (N, 7), each batch scored by one process."""
         size, mask = self.config.optim.batch_size, self.config.data.mask_missing
         if self.team.size == 1:
