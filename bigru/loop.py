@@ -110,6 +110,9 @@ class Loop:
                 # The epoch has left its checkpoint.
                 if stopped := self.team.most(self.stop.signal):
                     raise Interrupted(stopped)
+        # One that came after it was asked for last.
+        if self.stop.signal:
+            raise Interrupted(self.stop.signal)
 
     def learn(self, indices: Tensor) -> None:
         """One step on the windows with these numbers, (B,) int64: this process's share of them.
@@ -132,6 +135,7 @@ class Loop:
         self.errors = window_errors(prediction, batch.target, present)
 
     def run_epoch(self, folder: Path) -> None:
+        """Trains and validates, and writes what the epoch brought."""
         progress, optim = self.progress, self.config.optim
         tr = self.train_epoch(folder)
         train_s = progress.epoch_s

@@ -1,8 +1,11 @@
 """The training command: `python -m bigru.train` trains the forecaster, scores it and writes results_bigru.md.
 
 A run is a folder, `{out}/{stamp}`, from which the document is made and at which an interrupted run goes on:
-config.json, metrics.jsonl (a line an epoch), checkpoint.pt (after each epoch), weights.safetensors (the best so far),
-train.log, skipped.tsv, and, once it has finished, samples.npz and summary.json.
+config.json, metrics.jsonl (a line an epoch), checkpoint.pt (after each epoch, and where a signal stopped the run),
+weights.safetensors (the best so far), train.log, skipped.tsv, run.lock, which keeps a second run out of the folder,
+diverged.npz with the batch where the loss broke, and, once it has finished, samples.npz and summary.json.
+
+`torchrun --nproc-per-node N -m bigru.train ...` trains in N processes: the batch is the same, divided among them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -71,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0; 1: diverged, or left alone by another process; 2: the user's to mend; 130 and 143: after SIGINT and SIGTERM.
     """
-    # Of several processes the first speaks for all.
     first = is_first()
-    with log_to(logging.StreamHandler() if first else logging.NullHandler()), on_signals(interrupt):
+    with ExitStack() as stack:
+        if not first:
+            # Of several processes the first speaks for all.
+            nobody = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nobody))
+            stack.enter_context(redirect_stderr(nobody))
+        stack.enter_context(log_to(logging.StreamHandler()))
+        stack.enter_context(on_signals(interrupt))
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
             with joined():
@@ -99,6 +108,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ConfigError, CheckpointError, NoWindowsError, OSError: for settings, weights or data that cannot be used.
         DivergedError: when the loss is no longer finite.
+        Interrupted: after SIGINT or SIGTERM in training; the step under way was finished, and a checkpoint written.
     """
     return carry_out(config, None)
 
@@ -190,7 +200,9 @@ class RunLog(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()
-        raise named(error, Path(self.baseFilename)) if isinstance(error, OSError) else RuntimeError(record) from error
+        if isinstance(error, OSError):
+            raise named(error, Path(self.baseFilename)) from error
+        super().handleError(record)
 
 
 def check_writable(out: Path) -> None:
@@ -283,6 +295,12 @@ def go_on(folder: Path, loop: Loop) -> None:
     if progress.windows != loop.progress.windows:
         raise ConfigError(f"resume: {folder} began with other data: it had {progress.windows} windows, there are now "
                           f"{loop.progress.windows}")
+    if progress.losses is not None and progress.rows is not None:
+        steps = len(progress.losses)
+        batch = len(progress.rows) // steps
+        if (steps, batch) != (loop.steps, loop.batch):
+            raise ConfigError(f"resume: {folder} stands in the middle of an epoch of {steps} batches of {batch}; by "
+                              f"its settings it has {loop.steps} of {loop.batch}")
     loop.progress = progress
     if loop.team.first and progress.best_weights:
         save_weights(folder / "weights.safetensors", progress.best_weights)

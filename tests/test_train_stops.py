@@ -150,9 +150,21 @@ OPTIONS = ["--data-root", str(root), "--observed", "4", "--predicted", "4", "--h
            "--batch-size", "32", "--epochs", "8", "--lr", "1e-2", "--warmup-epochs", "2", "--device", "cpu"]
 
 
-def start(arguments):
+def start(arguments, last=0):
+    # Kills itself where it would sync or rename a file for the so many'th time, if that is given.
     child = os.fork()
     if child == 0:
+        calls = [0]
+
+        def deadly(real):
+            def call(*arguments, **options):
+                calls[0] += 1
+                if calls[0] == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+            return call
+
+        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os._exit(train.main(arguments))
     return child
@@ -172,8 +184,11 @@ while kills < 20:
     while True:
         # Only a run that has written its settings is one.
         runs = [path for path in folder.glob("2*") if (path / "config.json").is_file()]
-        child = start(["--resume", str(runs[0])] if runs else [*OPTIONS, "--out", str(folder)])
-        if kills < 20:
+        arguments = ["--resume", str(runs[0])] if runs else [*OPTIONS, "--out", str(folder)]
+        # Half of them anywhere, half of them in the middle of a file.
+        in_file = moments.random() < 0.5
+        child = start(arguments, moments.randrange(1, 30) if kills < 20 and in_file else 0)
+        if kills < 20 and not in_file:
             time.sleep(moments.uniform(0, whole_s))
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -370,6 +385,18 @@ def test_a_gradient_that_is_no_number_names_its_own_batch(config, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
     with pytest.raises(DivergedError, match=r"epoch 1, batch 2 of 5: the gradient's norm is inf.*no good weights yet"):
         train(config)
+
+
+def test_a_run_stopped_in_an_epoch_of_other_batches(stopped, capsys):
+    settings = json.loads((stopped / "config.json").read_text())
+    settings["optim"]["batch_size"] = 5
+    (stopped / "config.json").write_text(json.dumps(settings))
+    assert main(["--resume", str(stopped)]) == 2
+    assert "stands in the middle of an epoch of 5 batches of 4; by its settings it has 4 of 5" in \
+        capsys.readouterr().err
+    settings["optim"]["batch_size"] = 4
+    (stopped / "config.json").write_text(json.dumps(settings))
+    assert main(["--resume", str(stopped)]) == 0
 
 
 def test_clips_that_vanish_while_training(config, monkeypatch, tmp_path):
