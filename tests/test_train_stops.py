@@ -140,7 +140,7 @@ def test_an_ignored_signal_stays_ignored_and_threads_need_none():
 
 
 KILLER = """
-import os, random, signal, sys, time
+import io, os, random, signal, sys, time
 from pathlib import Path
 import bigru.report.figures
 from bigru import train
@@ -150,21 +150,26 @@ OPTIONS = ["--data-root", str(root), "--observed", "4", "--predicted", "4", "--h
            "--batch-size", "32", "--epochs", "8", "--lr", "1e-2", "--warmup-epochs", "2", "--device", "cpu"]
 
 
-def start(arguments, last=0):
-    # Kills itself where it would sync or rename a file for the so many'th time, if that is given.
+def start(arguments, last=0, name=""):
+    # Kills itself as it empties or renames a file of that name for the so many'th time, if that is given.
     child = os.fork()
     if child == 0:
         calls = [0]
 
-        def deadly(real):
-            def call(*arguments, **options):
-                calls[0] += 1
-                if calls[0] == last:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **options)
-            return call
+        def count(file):
+            calls[0] += name in str(file)
+            if calls[0] == last:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+        def emptied(file, mode="r", *arguments, **options):
+            opened = open(file, mode, *arguments, **options)
+            if "w" in mode:
+                count(file)
+            return opened
+
+        renamed = os.replace
+        os.replace = lambda old, new: (count(new), renamed(old, new))
+        io.open = emptied
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os._exit(train.main(arguments))
     return child
@@ -187,7 +192,9 @@ while kills < 20:
         arguments = ["--resume", str(runs[0])] if runs else [*OPTIONS, "--out", str(folder)]
         # Half of them anywhere, half of them in the middle of a file.
         in_file = moments.random() < 0.5
-        child = start(arguments, moments.randrange(1, 30) if kills < 20 and in_file else 0)
+        name, most = moments.choice([("checkpoint.pt", 5), ("", 25)])
+        last = moments.randint(1, most)
+        child = start(arguments, last, name) if kills < 20 and in_file else start(arguments)
         if kills < 20 and not in_file:
             time.sleep(moments.uniform(0, whole_s))
             os.kill(child, signal.SIGKILL)
