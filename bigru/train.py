@@ -14,16 +14,13 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -34,6 +31,7 @@ from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import Dataset, NoWindowsError, Windows, load_dataset
 from bigru.distributed import LostProcessError, current_team, is_first, joined
 from bigru.environment import describe_environment, device_name, pick_device
+from bigru.folder import RunLog, check_writable, only_user, start_folder, start_of
 from bigru.loop import DivergedError, Loop
 from bigru.model.checkpoint import (
     CheckpointError,
@@ -41,8 +39,6 @@ from bigru.model.checkpoint import (
     as_json,
     load_checkpoint,
     load_weights,
-    named,
-    only_user,
     save_weights,
     write_arrays,
     write_json,
@@ -64,7 +60,6 @@ from bigru.signals import interrupt, on_signals
 
 log = logging.getLogger("bigru.train")
 
-STAMP = "%Y%m%d_%H%M%S"
 SCORES = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px")
 SPLITS = ("train", "val", "test")
 
@@ -195,23 +190,6 @@ def carry_out(config: TrainConfig, folder: Path | None) -> Path:
     return folder
 
 
-class RunLog(logging.FileHandler):
-    """A log whose lines are written or the run stops: a disk that is full is no small matter."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exception()
-        if isinstance(error, OSError):
-            raise named(error, Path(self.baseFilename)) from error
-        super().handleError(record)
-
-
-def check_writable(out: Path) -> None:
-    """Raises ConfigError where no run can begin, before the data are read."""
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ConfigError(f"out: expected a folder that can be written, got {nearest}")
-
-
 def going_on(loop: Loop) -> str:
     """Where a run goes on, for the first line of its log; empty for one that begins."""
     progress = loop.progress
@@ -261,32 +239,6 @@ def build_model(config: TrainConfig, device: torch.device, train: Windows) -> tu
         return model, model.encoder.core.resolve_backend(sample)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"backend: {config.run.backend} cannot run the network on {device}: {error}") from error
-
-
-def start_folder(config: TrainConfig) -> Path:
-    """A new folder named after this second, with the settings in it."""
-    while True:
-        folder = config.run.out / datetime.now().strftime(STAMP)
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not config.run.out.is_dir():
-                raise
-            time.sleep(0.1)
-    write_json(folder / "config.json", config.as_dict())
-    return folder
-
-
-def start_of(folder: Path) -> datetime:
-    """When a run began: its folder's name, or what that name begins with, since the folder may be a copy."""
-    # The report takes letters, digits and underscores only.
-    named = re.fullmatch(r"(\d{8}_\d{6})\w*", folder.name, re.ASCII)
-    try:
-        return datetime.strptime(named[1] if named else "", STAMP)
-    except ValueError as error:
-        raise ConfigError("resume: a run's folder is named after its start, as 20250522_023917 or "
-                          f"20250522_023917_copy, got {folder.name}") from error
 
 
 def go_on(folder: Path, loop: Loop) -> None:

@@ -19,10 +19,10 @@ from runs import change, dataset, make_up, options, rows, same_weights, timeless
 from safetensors.torch import load_file
 
 import bigru.train as training
+from bigru import folder as folders
 from bigru import loop, step
 from bigru.data.synthetic import write_synthetic
 from bigru.loop import DivergedError
-from bigru.model import checkpoint
 from bigru.signals import Interrupted, StopRequest, on_signals
 from bigru.train import main, resume, train
 
@@ -341,7 +341,7 @@ def test_a_file_system_without_locks(config, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", none)
+    monkeypatch.setattr(folders.fcntl, "flock", none)
     assert main(options(config)) == 0
     assert "cannot be locked here" in capsys.readouterr().err
 

@@ -1,16 +1,15 @@
-"""Files that are whole or not there: a run's checkpoint and the weights in and out; a run's folder is one run's."""
+"""Files that are whole or not there: a run's checkpoint and the weights in and out."""
 
 from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bigru.config import ConfigError
 from bigru.model.forecaster import POSE_SIZE
 from bigru.step import Step, get_random_state, set_random_state
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has none.
-    fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger("bigru.train")
 
 FORMAT = 2
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,33 +101,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def named(error: OSError, path: Path) -> OSError:
     """The error with the file's path in it: that of a write names none."""
     return type(error)(error.errno, error.strerror, str(path)) if error.errno is not None else error
-
-
-@contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in a run's folder for as long as the block runs.
-
-    The lock is the system's and goes with the process, however it ends; the file run.lock stays.
-
-    Raises:
-        ConfigError: another process has the folder.
-        OSError: the folder cannot be written.
-    """
-    with (folder / "run.lock").open("a+", encoding="utf-8") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                raise ConfigError(f"{folder} is in use by another run, process {lock.read().strip() or 'unknown'}; "
-                                  "wait for it, or stop it first") from error
-            except OSError:
-                # Some network file systems have no locks: a run without one is better than none.
-                log.warning("%s cannot be locked here; do not start a second run in it", folder)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
 
 
 def as_json(value: Any) -> str:
