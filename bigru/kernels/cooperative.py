@@ -39,6 +39,7 @@ from bigru.kernels.portable import (
     _load_gates_in,
     _parts,
     _peak,
+    _row,
     _store_gate_gradients,
     _store_gates,
 )
@@ -242,7 +243,7 @@ def gru_forward_cooperative_kernel(
     _publish_state(mine, h, scale, N * HP, SCALED, SPLIT)
     _arrive(arrivals_ptr)
     t = d * (T - 1)
-    i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, offs_gi, mask, B, H)
+    i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(None, t, b0, d, T, B), offs_gi, mask, H)
     for s in range(T):
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
         x = _load_state(everyones + (s % 2) * HALF, N * HP, CHUNK, CHUNKS, SPLIT)
@@ -265,7 +266,7 @@ def gru_forward_cooperative_kernel(
             _store_gates(gates_ptr, row, offs_gates, mask, r, z, n, q, H)
         t += 1 - 2 * d
         mask_next = mask_j & (b < tl.where(s + 1 < T, B - b0, 0))[:, None]
-        i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, offs_gi, mask_next, B, H)
+        i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(None, t, b0, d, T, B), offs_gi, mask_next, H)
     tl.store(h_n_ptr + offs_h + j[None, :], h, mask)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bigru.kernels.layer import fused_gru_layer
+from bigru.kernels.packed import Packing, checked_lengths, pack, packing_of, unpack
 from bigru.kernels.reference import gru_layer, gru_recurrence
 
 KERNELS = {"triton": "portable", "resident": "resident", "cooperative": "cooperative"}
@@ -79,21 +82,34 @@ class BiGRU(nn.RNNBase):
         self.precision = precision
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs the GRU over a batch of sequences.
 
         Args:
             input: (T, B, I), (B, T, I) if `batch_first`, (T, I) for one sequence, or a PackedSequence.
             hx: (2 * num_layers, B, H) initial states, (2 * num_layers, H) for one sequence; default zeros.
+            lengths: (B,) time steps of each sequence of a padded input, from 1 to T, int64 on the CPU or a list, for
+                what a PackedSequence gives: no step past a sequence's end is computed, the reverse direction starts
+                there, and h_n is the state after each sequence's last step. y is zero past each end.
+
+        A PackedSequence, or `lengths`, is served by the "triton", "torch" and "reference" backends; "auto" takes
+        "triton" on a GPU. Under torch.compile it breaks the graph: the number of rows at each step is data.
 
         Returns:
             y, shaped as the input with 2H features, and h_n, shaped as hx.
 
         Raises:
             ValueError: input of the wrong rank or dtype.
+            TypeError: lengths that are no integers, or beside a PackedSequence.
             RuntimeError: wrong sizes, T = 0, tensors on different devices, or a backend that cannot serve the call.
         """
+        if lengths is not None:
+            return self._forward_padded(input, hx, lengths)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
@@ -127,17 +143,16 @@ class BiGRU(nn.RNNBase):
             RuntimeError: the backend asked for cannot serve it; the message says why.
         """
         if self.backend in ("torch", "reference"):
-            if self.backend == "reference" and isinstance(input, PackedSequence):
-                raise RuntimeError("backend 'reference' cannot serve this call: the input is a PackedSequence")
             return self.backend
+        packed = isinstance(input, PackedSequence)
         data = input.data if isinstance(input, PackedSequence) else input
         if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
         wanted = "triton" if self.backend == "auto" else self.backend
         call = data.device, data.dtype, self.hidden_size, self.precision
-        refusal = _refusal(KERNELS[wanted], data is not input, *call)
+        refusal = _refusal(KERNELS[wanted], packed, *call)
         if refusal is None:
-            return wanted if self.backend != "auto" else _preferred(*call)
+            return wanted if self.backend != "auto" or packed else _preferred(*call)
         if self.backend != "auto":
             raise RuntimeError(f"backend {wanted!r} cannot serve this call: {refusal}")
         if data.dtype == torch.float32 and self.precision == "fp32" and torch.backends.cudnn.allow_tf32:
@@ -175,7 +190,9 @@ class BiGRU(nn.RNNBase):
             raise RuntimeError(f"hx: expected {x.dtype} like input, got {hx.dtype}")
         return hx
 
-    def _forward_layers(self, x: Tensor, hx: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    def _forward_layers(
+        self, x: Tensor, hx: Tensor, backend: str, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
         weights = self._weights()
         per_layer = len(weights) // self.num_layers
         device, dtype = x.device.type, x.dtype
@@ -184,33 +201,57 @@ class BiGRU(nn.RNNBase):
             # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16.
             dtype = torch.get_autocast_dtype(device)
             inside = torch.autocast(device, enabled=False)
+        recurrence: Callable[..., Any] = gru_recurrence
+        if packing is not None:
+            recurrence = functools.partial(gru_recurrence, batch_sizes=packing.batch_sizes.tolist())
         states = []
         with inside:
             for layer in range(self.num_layers):
                 own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
                 if backend in KERNELS:
-                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, KERNELS[backend])
+                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, KERNELS[backend], packing)
                 else:
-                    x, h_n = gru_layer(x.to(dtype), h0.to(dtype), [w.to(dtype) for w in own], gru_recurrence)
+                    x, h_n = gru_layer(x.to(dtype), h0.to(dtype), [w.to(dtype) for w in own], recurrence)
                 states.append(h_n)
                 if self.dropout and layer < self.num_layers - 1:
                     x = nn.functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(states)
 
+    @torch.compiler.disable(reason="the number of rows at each step of a PackedSequence is data")
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         if hx is not None and hx.dim() != 3:
             raise RuntimeError(f"hx: expected 3 dimensions for a PackedSequence, got shape {tuple(hx.shape)}")
-        if hx is not None and packed.sorted_indices is not None and hx.shape[1] == len(packed.sorted_indices):
+        packing = packing_of(packed)
+        if hx is not None and packed.sorted_indices is not None and hx.shape[1] == packing.batch:
             hx = hx.index_select(1, packed.sorted_indices)
-        hx = self._checked_state(packed.data, hx, int(packed.batch_sizes[0]))
-        self.resolve_backend(packed)
-        y, h_n = torch._VF.gru(
-            packed.data, packed.batch_sizes, hx, self._weights(), self.bias, self.num_layers, self.dropout,
-            self.training, True,
-        )  # fmt: skip
+        hx = self._checked_state(packed.data, hx, packing.batch)
+        backend = self.resolve_backend(packed)
+        if backend == "torch":
+            y, h_n = torch._VF.gru(
+                packed.data, packed.batch_sizes, hx, self._weights(), self.bias, self.num_layers, self.dropout,
+                self.training, True,
+            )  # fmt: skip
+        else:
+            y, h_n = self._forward_layers(packed.data, hx, backend, packing)
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
+
+    @torch.compiler.disable(reason="the number of rows at each step of a ragged batch is data")
+    def _forward_padded(
+        self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Tensor | Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, PackedSequence):
+            raise TypeError("lengths: expected None beside a PackedSequence, which has its own")
+        if input.dim() != 3:
+            raise ValueError(f"lengths: expected 3-D input beside them, got {input.dim()}-D")
+        batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+        lengths = checked_lengths(lengths, steps, batch)
+        if batch == 0:
+            return self(input, hx)
+        packed, index = pack(input, lengths, self.batch_first)
+        y, h_n = self._forward_packed(packed, hx)
+        return unpack(y, index, input.shape[:2]), h_n
 
 
 @functools.cache
@@ -224,8 +265,6 @@ def _refusal(
     kernel: str, packed: bool, device: torch.device, dtype: torch.dtype, hidden: int, precision: str
 ) -> str | None:
     """Why a family of kernels cannot serve an input, or None if it can."""
-    if packed:
-        return "the input is a PackedSequence"
     if not _triton_installed():
         return "triton is not installed"
     from bigru.kernels import launch
@@ -234,7 +273,7 @@ def _refusal(
         return f"the input is on {device}, and these kernels run on a GPU"
     if device.type != "cuda" and not launch.interpreted():
         return f"the input is on {device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
-    return launch.refusal(kernel, hidden, dtype, precision, launch.describe(device))
+    return launch.refusal(kernel, hidden, dtype, precision, launch.describe(device), packed)
 
 
 @torch.compiler.assume_constant_result

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from bigru.kernels import cooperative, portable
+from bigru.kernels.packed import Packing
 from bigru.kernels.proven import PROVEN
 
 Precision = Literal["fp32", "tf32"]
@@ -132,8 +133,12 @@ def choose_resident(
     return ResidentConfig(rows, padded, split)
 
 
-def refusal(kernel: str, hidden: int, dtype: torch.dtype, precision: str, device: Device) -> str | None:
+def refusal(
+    kernel: str, hidden: int, dtype: torch.dtype, precision: str, device: Device, packed: bool = False
+) -> str | None:
     """Why a family of kernels cannot serve H, dtype and precision on a device, or None if it can."""
+    if packed and kernel != "portable":
+        return "the input is a PackedSequence"
     if device.capability < OLDEST:
         return (
             f"the GPU's compute capability is {device.capability[0]}.{device.capability[1]}, and the kernels need 8.0"
@@ -174,13 +179,14 @@ def _on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
-def gates_shape(kernel: str, steps: int, batch: int, directions: int, hidden: int) -> tuple[int, ...]:
-    """Shape of the saved gates, which is private to a family of kernels."""
-    return (steps, batch, directions, *((hidden, 4) if kernel == "resident" else (4, hidden)))
+def gates_shape(kernel: str, *shape: int) -> tuple[int, ...]:
+    """Shape of the saved gates for y's shape; it is private to a family of kernels."""
+    *rows, hidden = shape
+    return (*rows, *((hidden, 4) if kernel == "resident" else (4, hidden)))
 
 
 def gru_forward(
-    gi: Tensor,  # (T, B, D, 3H)
+    gi: Tensor,  # (T, B, D, 3H), or (P, D, 3H) with a packing
     w_hh: Tensor,  # (D, 3H, H)
     b_hn: Tensor | None,  # (D, H)
     h0: Tensor,  # (D, B, H)
@@ -189,19 +195,22 @@ def gru_forward(
     kernel: str = "portable",
     config: LaunchConfig | None = None,
     out: Tensor | None = None,  # (T, B, D, H), contiguous
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward recurrence.
+
+    With a packing, which the portable kernels take, (T, B, ...) is (P, ...) here and in `gru_backward`.
 
     Returns:
         y (T, B, D, H), which is `out` if given; h_n (D, B, H); gates, empty unless `save`: (T, B, D, H, 4) from the
         resident kernels, (T, B, D, 4, H) from the others, for the backward kernel of the same family.
     """
-    steps, batch, directions, _ = gi.shape
-    hidden = h0.shape[-1]
+    batch, hidden = h0.shape[1:]
+    shape = *gi.shape[:-1], hidden
     gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
     b_hn = None if b_hn is None else b_hn.contiguous()
-    y = gi.new_empty(steps, batch, directions, hidden) if out is None else out
-    gates = gi.new_empty(gates_shape(kernel, steps, batch, directions, hidden) if save else (0,))
+    y = gi.new_empty(shape) if out is None else out
+    gates = gi.new_empty(gates_shape(kernel, *shape) if save else (0,))
     h_n = torch.empty_like(h0)
     if batch > 0:
         call = hidden, gi.dtype, precision, batch, describe(gi.device)
@@ -213,28 +222,29 @@ def gru_forward(
                 cooperative.forward(*operands, *outputs, cooperative.choose_cooperative(*call))
             else:
                 accurate = gi.dtype == torch.float32 and precision == "fp32"
-                _forward_portable(*operands, *outputs, config or choose(*call), accurate)
+                _forward_portable(*operands, *outputs, config or choose(*call), accurate, packing)
     return y, h_n, gates
 
 
 def _forward_portable(
     gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor, c: LaunchConfig,
-    accurate: bool,
+    accurate: bool, packing: Packing | None,
 ) -> None:  # fmt: skip
-    steps, batch, directions, hidden = y.shape
+    directions, batch, hidden = h0.shape
+    steps, table = (len(y), None) if packing is None else (packing.steps, packing.table)
     bias = gi if b_hn is None else b_hn
     grid = (triton.cdiv(batch, c.block_batch), directions)
     if c.whole:
         portable.gru_forward_kernel[grid](
-            gi, w_hh, bias, h0, y, h_n, gates, steps, batch,
+            gi, w_hh, bias, h0, y, h_n, gates, table, steps, batch,
             H=hidden, HP=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
             SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, **c.options(),
         )  # fmt: skip
     else:
         state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
-        state[0].copy_(h0)
+        state.copy_(h0)
         portable.gru_forward_blocked_kernel[grid](
-            gi, w_hh, bias, state, y, gates, steps, batch, hidden,
+            gi, w_hh, bias, state, y, gates, table, steps, batch, hidden,
             H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
             PRECISION=c.dot, ACCURATE=accurate, **c.options(),
         )  # fmt: skip
@@ -264,16 +274,18 @@ def gru_backward(
     precision: Precision,
     kernel: str = "portable",
     config: LaunchConfig | None = None,
+    packing: Packing | None = None,
+    before: Tensor | None = None,  # (P, D, H), contiguous; with a packing, filled with the state before each step
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward recurrence.
 
     Returns:
         dgi (T, B, D, 3H), gradient of the gates' input side; dq (T, B, D, H), gradient of q; dh0 (D, B, H).
     """
-    steps, batch, directions, hidden = y.shape
+    batch, hidden = h0.shape[1:]
     dy, dh_n, y, gates, h0, w_hh = (tensor.contiguous() for tensor in (dy, dh_n, y, gates, h0, w_hh))
     operands = dy, dh_n, y, gates, h0, w_hh
-    dgi = y.new_empty(steps, batch, directions, 3 * hidden)
+    dgi = y.new_empty(*y.shape[:-1], 3 * hidden)
     dq = torch.empty_like(y)
     dh0 = torch.empty_like(h0)
     if batch > 0:
@@ -285,26 +297,27 @@ def gru_backward(
             elif kernel == "cooperative":
                 cooperative.backward(*operands, *outputs, cooperative.choose_cooperative(*call))
             else:
-                _backward_portable(*operands, *outputs, config or choose(*call))
+                _backward_portable(*operands, *outputs, config or choose(*call), packing, before)
     return dgi, dq, dh0
 
 
 def _backward_portable(
     dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor, dh0: Tensor,
-    c: LaunchConfig,
+    c: LaunchConfig, packing: Packing | None, before: Tensor | None,
 ) -> None:  # fmt: skip
-    steps, batch, directions, hidden = y.shape
+    directions, batch, hidden = h0.shape
+    steps, table = (len(y), None) if packing is None else (packing.steps, packing.table)
     grid = (triton.cdiv(batch, c.block_batch), directions)
     if c.whole:
         portable.gru_backward_kernel[grid](
-            dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, steps, batch,
+            dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, table, before, steps, batch,
             H=hidden, HP=c.block_hidden, N=c.block_batch,
             SPLIT=c.split, PRECISION=c.dot, **c.options(),
         )  # fmt: skip
     else:
         dh = dh_n.to(torch.float32, copy=True)
         portable.gru_backward_blocked_kernel[grid](
-            dy, y, gates, h0, w_hh, dh, dgi, dq, steps, batch, hidden,
+            dy, y, gates, h0, w_hh, dh, dgi, dq, table, before, steps, batch, hidden,
             H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(),
         )  # fmt: skip
         dh0.copy_(dh)

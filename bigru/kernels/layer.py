@@ -14,42 +14,57 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bigru.kernels.packed import Packing
 from bigru.kernels.recurrence import check_recurrence, fused_gru_recurrence
 from bigru.kernels.reference import gru_layer
 
 
 def fused_gru_layer(
-    x: Tensor, h0: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, precision: str, kernel: str
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    precision: str,
+    kernel: str,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer; the equations are in `bigru.kernels.reference`.
 
     Args:
-        x: (T, B, I) input.
+        x: (T, B, I) input, or (P, I) with a packing.
         h0: (D, B, H) initial states.
         weights: w_ih (3H, I), w_hh (3H, H) and, with biases, b_ih (3H), b_hh (3H), of the first direction, then of the
             second: the order of `torch.nn.GRU`.
         dtype: what all of them are converted to.
         precision: "fp32" or "tf32", for fp32 storage.
-        kernel: one of `launch.KERNELS`.
+        kernel: one of `launch.KERNELS`; "portable" with a packing.
+        packing: how the rows make steps, if they are packed; not under a compiler.
 
     Returns:
-        y (T, B, D * H) and h_n (D, B, H).
+        y (T, B, D * H), or (P, D * H), and h_n (D, B, H).
     """
     if torch.compiler.is_compiling():
         recurrence = functools.partial(fused_gru_recurrence, precision=precision, kernel=kernel)
         return gru_layer(x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights], recurrence)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
-        y, h_n = _Layer.apply(x, h0, precision, kernel, dtype, *weights)
+        y, h_n = _Layer.apply(x, h0, precision, kernel, dtype, packing, *weights)
     else:
-        y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, save=False)
-    return y.flatten(2), h_n
+        y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, packing, save=False)
+    return y.flatten(-2), h_n
 
 
 def _forward(
-    x: Tensor, h0: Tensor, weights: Sequence[Tensor], precision: str, kernel: str, dtype: torch.dtype, save: bool
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    precision: str,
+    kernel: str,
+    dtype: torch.dtype,
+    packing: Packing | None,
+    save: bool,
 ) -> tuple[Tensor, ...]:
-    """y (T, B, D, H), h_n and, for the backward pass, gates, `_before` of y (T + 2, B, D, H), and x, h0, w_ih
-    (D * 3H, I), w_hh (D, 3H, H) as computed with."""
+    """y (T, B, D, H), h_n and, for the backward pass, gates, y once more, between the rows that `_before` wants
+    (T + 2, B, D, H) unless packed, and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     from bigru.kernels import launch  # triton is needed from here on, not before
 
     hidden = h0.shape[2]
@@ -70,7 +85,12 @@ def _forward(
         bias.view(2, -1)[:, : 2 * hidden] += b_hh.view(2, -1)[:, : 2 * hidden]
         b_hn = b_hn.view(2, hidden)
     gi = torch.nn.functional.linear(x, w_ih, bias).unflatten(-1, (2, 3 * hidden))
-    check_recurrence(gi, w_hh, b_hn, h0, precision, kernel)
+    check_recurrence(gi, w_hh, b_hn, h0, precision, kernel, packing)
+    if packing is not None:
+        y, h_n, gates = launch.gru_forward(
+            gi, w_hh, b_hn, h0, precision, save, packing=packing  # type: ignore[arg-type]
+        )  # fmt: skip
+        return y, h_n, gates, y, x, h0, w_ih, w_hh
     # A row before the first step and one behind the last hold h0, so that the states before all steps are one tensor.
     padded = gi.new_empty(gi.shape[0] + 2, *gi.shape[1:3], hidden)
     y, h_n, gates = launch.gru_forward(
@@ -90,11 +110,12 @@ def _before(padded: Tensor) -> Tensor:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, precision, kernel, dtype, *weights):
-        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, save=True)
+    def forward(ctx, x, h0, precision, kernel, dtype, packing, *weights):
+        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, packing, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept)
-        ctx.precision, ctx.kernel, ctx.dtypes = precision, kernel, [t.dtype for t in (x, h0, *weights)]
+        ctx.precision, ctx.kernel, ctx.packing = precision, kernel, packing
+        ctx.dtypes = [t.dtype for t in (x, h0, *weights)]
         return y, h_n
 
     @staticmethod
@@ -102,27 +123,33 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, dy, dh_n):
         from bigru.kernels import launch
 
-        gates, padded, x, h0, w_ih, w_hh = ctx.saved_tensors
-        y = padded[1:-1]
+        gates, states, x, h0, w_ih, w_hh = ctx.saved_tensors
+        if ctx.packing is None:
+            y, before = states[1:-1], _before(states)
+            given = {}
+        else:
+            y = states
+            given = {"packing": ctx.packing, "before": torch.empty_like(y)}
+            before = given["before"].transpose(0, 1)
         dy = torch.zeros_like(y) if dy is None else dy
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-        dgi, dq, dh0 = launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
-        hidden = y.shape[3]
-        needs_x, needs_h0, _, _, _, *needs = ctx.needs_input_grad
+        dgi, dq, dh0 = launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, **given)
+        hidden = y.shape[-1]
+        needs_x, needs_h0, _, _, _, _, *needs = ctx.needs_input_grad
         half = len(needs) // 2
-        rows = dgi.flatten(2).flatten(0, 1)
+        dgi, dq = dgi.view(-1, 2, 3 * hidden), dq.view(-1, 2, hidden)
+        rows = dgi.flatten(1)
         dx = (rows @ w_ih).view(x.shape) if needs_x else None
         dw: list[Tensor | None] = [None] * half
         if needs[0] or needs[half]:
-            dw[0] = (rows.T @ x.flatten(0, 1)).view(2, 3 * hidden, -1)
+            dw[0] = (rows.T @ x.flatten(0, -2)).view(2, 3 * hidden, -1)
         if needs[1] or needs[half + 1]:
-            by_direction = dgi.flatten(0, 1).permute(1, 2, 0), dq.flatten(0, 1).permute(1, 2, 0)
-            before = _before(padded)
+            by_direction = dgi.permute(1, 2, 0), dq.permute(1, 2, 0)
             dw[1] = torch.cat([by_direction[0][:, : 2 * hidden] @ before, by_direction[1] @ before], 1)
         if any(needs[2:half]) or any(needs[half + 2 :]):
             db_ih = rows.sum(0).view(2, 3 * hidden)
-            dw[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum((0, 1))], 1)
+            dw[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum(0)], 1)
         per_direction = (gradient[d] if gradient is not None else None for d in range(2) for gradient in dw)
         gradients = [dx, dh0 if needs_h0 else None, *per_direction]
         gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *gradients[:2], None, None, None, *gradients[2:]
+        return *gradients[:2], None, None, None, None, *gradients[2:]

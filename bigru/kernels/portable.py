@@ -12,6 +12,12 @@ Two forms of each kernel share their arithmetic:
 
 State, accumulation and all element-wise arithmetic are fp32 whatever the storage. Offsets inside one time step are
 32-bit, the step's own offset is 64-bit.
+
+Each kernel also takes a ragged batch as a PackedSequence lays it out: P rows, step by step, where step t has rows only
+for the sequences longer than t, the longest first; (T, B, ...) below then means (P, ...). `packing_ptr` holds each
+sequence's length and each step's first row. A program makes as many steps as its longest sequence has; a sequence
+without a row at a step keeps its state, or its gradient, so that direction 1 starts at each sequence's own end. Where
+`packing_ptr` is None nothing of this is compiled.
 """
 
 from __future__ import annotations
@@ -108,8 +114,36 @@ def _load_weights(w, mask, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _load_gates_in(gi_ptr, t, b0, d, offs, mask, B, H: tl.constexpr):
-    gi = gi_ptr + ((t.to(tl.int64) * B + b0) * 2 + d) * (3 * H) + offs
+def _row(packing_ptr, t, b0, d, T, B):
+    """Row of y, for direction d, where batch row b0 lies at step t; of no meaning outside of 0 <= t < T."""
+    if packing_ptr is None:
+        return (t.to(tl.int64) * B + b0) * 2 + d
+    else:
+        return (tl.load(packing_ptr + B + t, (t >= 0) & (t < T), 0) + b0) * 2 + d
+
+
+@triton.jit
+def _extent(packing_ptr, b0, b, T, B):
+    """How far the block's rows go: their number or, packed, the length of each; and the steps that none of them has."""
+    if packing_ptr is None:
+        return B - b0, 0
+    else:
+        lengths = tl.load(packing_ptr + b0 + b, b0 + b < B, 0).to(tl.int32)
+        return lengths, T - tl.load(packing_ptr + b0).to(tl.int32)
+
+
+@triton.jit
+def _present(packing_ptr, extent, t, b, inside):
+    """Which of the block's rows are there at step t; none unless inside, i.e. unless there is such a step."""
+    if packing_ptr is None:
+        return b < tl.where(inside, extent, 0)
+    else:
+        return t < tl.where(inside, extent, -1)
+
+
+@triton.jit
+def _load_gates_in(gi_ptr, row, offs, mask, H: tl.constexpr):
+    gi = gi_ptr + row * (3 * H) + offs
     i_r = tl.load(gi, mask, 0.0).to(tl.float32)
     i_z = tl.load(gi + H, mask, 0.0).to(tl.float32)
     i_n = tl.load(gi + 2 * H, mask, 0.0).to(tl.float32)
@@ -134,6 +168,7 @@ def gru_forward_kernel(
     y_ptr,  # (T, B, D, H)
     h_n_ptr,  # (D, B, H)
     gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
+    packing_ptr,  # (B + T) int64, or None
     T,
     B,
     H: tl.constexpr,
@@ -172,13 +207,24 @@ def gru_forward_kernel(
         h_scale = 1024.0 / h_peak
         unscale = h_peak * (1.0 / (1024.0 * 1024.0))
 
-    t = d * (T - 1)
+    extent, start = _extent(packing_ptr, b0, b, T, B)
+    t = d * (T - 1 - start)
     step = 1 - 2 * d
-    i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, offs_gi, mask, B, H)
-    for s in range(T):
-        # The next step's input gates are asked for before this step's products, which hide their latency.
-        mask_next = mask_j[:, None] & (b < tl.where(s + 1 < T, B - b0, 0))[None, :]
-        next_r, next_z, next_n = _load_gates_in(gi_ptr, t + step, b0, d, offs_gi, mask_next, B, H)
+    row = _row(packing_ptr, t, b0, d, T, B)
+    row_next = _row(packing_ptr, t + step, b0, d, T, B)
+    present = mask
+    if packing_ptr is not None:
+        present = mask_j[:, None] & (t < extent)[None, :]
+    i_r, i_z, i_n = _load_gates_in(gi_ptr, row, offs_gi, present, H)
+    for s in range(start, T):
+        # The next step's input gates are asked for before this step's products, which hide their latency. Where they
+        # lie was asked for a step earlier still.
+        if packing_ptr is None:
+            row_next = _row(packing_ptr, t + step, b0, d, T, B)
+        else:
+            row_after = _row(packing_ptr, t + 2 * step, b0, d, T, B)
+        mask_next = mask_j[:, None] & _present(packing_ptr, extent, t + step, b, s + 1 < T)[None, :]
+        next_r, next_z, next_n = _load_gates_in(gi_ptr, row_next, offs_gi, mask_next, H)
         zero = tl.zeros([HP, N], tl.float32)
         x = h
         if SPLIT:
@@ -191,12 +237,19 @@ def gru_forward_kernel(
             h_z *= unscale * wz_peak
             q *= unscale * wn_peak
         q += b_hn[:, None]
-        r, z, n, h = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
-        row = (t.to(tl.int64) * B + b0) * 2 + d
-        tl.store(y_ptr + row * H + offs_y, h, mask)
+        r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
+        if packing_ptr is None:
+            h = h_new
+            row = _row(packing_ptr, t, b0, d, T, B)
+        else:
+            present = mask_j[:, None] & (t < extent)[None, :]
+            h = tl.where((t < extent)[None, :], h_new, h)
+        tl.store(y_ptr + row * H + offs_y, h, present)
         if SAVE:
-            _store_gates(gates_ptr, row, offs_gates, mask, r, z, n, q, H)
+            _store_gates(gates_ptr, row, offs_gates, present, r, z, n, q, H)
         i_r, i_z, i_n = next_r, next_z, next_n
+        if packing_ptr is not None:
+            row, row_next = row_next, row_after
         t += step
     tl.store(h_n_ptr + offs_h, h, mask)
 
@@ -206,9 +259,10 @@ def gru_forward_blocked_kernel(
     gi_ptr,  # (T, B, D, 3H)
     w_hh_ptr,  # (D, 3H, H)
     b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
-    state_ptr,  # (2, D, B, H) fp32; [0] holds h0 on entry, [T % 2] holds h_n on return
+    state_ptr,  # (2, D, B, H) fp32; holds h0 twice on entry, [T % 2] holds h_n on return
     y_ptr,  # (T, B, D, H)
     gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
+    packing_ptr,  # (B + T) int64, or None
     T,
     B,
     hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
@@ -229,14 +283,19 @@ def gru_forward_blocked_kernel(
     state_ptr += (d.to(tl.int64) * B + b0) * H
     half = B.to(tl.int64) * (2 * H)
 
-    t = d * (T - 1)
-    for s in range(T):
-        row = (t.to(tl.int64) * B + b0) * 2 + d
+    extent, start = _extent(packing_ptr, b0, b, T, B)
+    present = mask_b
+    t = d * (T - 1 - start)
+    # The steps left out come first, so that the last one leaves the state in the same half whatever their number.
+    for s in range(start, T):
+        row = _row(packing_ptr, t, b0, d, T, B)
+        if packing_ptr is not None:
+            present = (t < extent)[None, :]
         h_ptr = state_ptr + (s % 2) * half + b[None, :] * H
         for j0 in range(0, hidden, BH):
             offs_j = j0 + j[:, None]
-            mask = (offs_j < H) & mask_b
-            i_r, i_z, i_n = _load_gates_in(gi_ptr, t, b0, d, b[None, :] * (2 * 3 * H) + offs_j, mask, B, H)
+            mask = (offs_j < H) & present
+            i_r, i_z, i_n = _load_gates_in(gi_ptr, row, b[None, :] * (2 * 3 * H) + offs_j, mask, H)
             h_r = tl.zeros([BH, N], tl.float32)
             h_z = tl.zeros([BH, N], tl.float32)
             q = tl.zeros([BH, N], tl.float32)
@@ -252,9 +311,11 @@ def gru_forward_blocked_kernel(
                 q = _product(w_n, w_n, h_k, q, False, PRECISION)
             if HAS_BIAS:
                 q += tl.load(b_hn_ptr + d * H + j0 + j, j0 + j < H, 0.0).to(tl.float32)[:, None]
-            h = tl.load(h_ptr + offs_j, mask, 0.0)
-            r, z, n, h = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
-            tl.store(state_ptr + ((s + 1) % 2) * half + b[None, :] * H + offs_j, h, mask)
+            mask_h = (offs_j < H) & mask_b
+            h = tl.load(h_ptr + offs_j, mask_h, 0.0)
+            r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
+            h = h_new if packing_ptr is None else tl.where(present, h_new, h)
+            tl.store(state_ptr + ((s + 1) % 2) * half + b[None, :] * H + offs_j, h, mask_h)
             tl.store(y_ptr + row * H + b[None, :] * (2 * H) + offs_j, h, mask)
             if SAVE:
                 _store_gates(gates_ptr, row, b[None, :] * (2 * 4 * H) + offs_j, mask, r, z, n, q, H)
@@ -264,23 +325,31 @@ def gru_forward_blocked_kernel(
 
 
 @triton.jit
-def _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i, b, T, B, H: tl.constexpr):
-    # s counts backward steps: at the last one, T - 1, the state before it is h0; past it there is nothing to load.
-    rows = B - b0
+def _load_saved(
+    dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_before, t, s, b0, d, i, b, extent, T, B, H: tl.constexpr
+):  # fmt: skip
+    # s counts backward steps; at T there is nothing to load. The state before a row's first step is h0: at s = T - 1
+    # or, packed, at t = 0 in direction 0 and at the sequence's own end in direction 1.
     mask_i = (i < H)[:, None]
-    mask = mask_i & (b < tl.where(s < T, rows, 0))[None, :]
-    row = (t.to(tl.int64) * B + b0) * 2 + d
+    present = _present(packing_ptr, extent, t, b, s < T)
+    if packing_ptr is None:
+        mask_previous = _present(packing_ptr, extent, t, b, s < T - 1)
+        mask_first = _present(packing_ptr, extent, t, b, s == T - 1)
+    else:
+        mask_previous = present & (t != d * (extent - 1))
+        mask_first = present & (t == d * (extent - 1))
+    mask = mask_i & present[None, :]
     offs_y = b[None, :] * (2 * H) + i[:, None]
     dy = tl.load(dy_ptr + row * H + offs_y, mask, 0.0).to(tl.float32)
     gates = gates_ptr + row * (4 * H) + b[None, :] * (2 * 4 * H) + i[:, None]
     r = tl.load(gates, mask, 0.0).to(tl.float32)
-    z = tl.load(gates + H, mask, 0.0).to(tl.float32)
+    # z = 1 where there is no row: its gradient passes unchanged.
+    z = tl.load(gates + H, mask, 0.0 if packing_ptr is None else 1.0).to(tl.float32)
     n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
     q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
-    previous = y_ptr + (((t + 2 * d - 1).to(tl.int64) * B + b0) * 2 + d) * H + offs_y
     first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[None, :] * H + i[:, None]
-    h_prev = tl.load(previous, mask_i & (b < tl.where(s < T - 1, rows, 0))[None, :], 0.0).to(tl.float32)
-    h_prev += tl.load(first, mask_i & (b < tl.where(s == T - 1, rows, 0))[None, :], 0.0).to(tl.float32)
+    h_prev = tl.load(y_ptr + row_before * H + offs_y, mask_i & mask_previous[None, :], 0.0).to(tl.float32)
+    h_prev += tl.load(first, mask_i & mask_first[None, :], 0.0).to(tl.float32)
     return dy, r, z, n, q, h_prev
 
 
@@ -304,6 +373,8 @@ def gru_backward_kernel(
     dgi_ptr,  # (T, B, D, 3H)
     dq_ptr,  # (T, B, D, H)
     dh0_ptr,  # (D, B, H)
+    packing_ptr,  # (B + T) int64, or None
+    before_ptr,  # (P, D, H), the state before each step; None unless packed
     T,
     B,
     H: tl.constexpr,
@@ -333,14 +404,29 @@ def gru_backward_kernel(
     if SPLIT:
         w_peak = tl.maximum(tl.maximum(wr_peak, wz_peak), wn_peak)
 
-    t = (1 - d) * (T - 1)
+    extent, start = _extent(packing_ptr, b0, b, T, B)
+    t = (1 - d) * (T - 1 - start)
     step = 2 * d - 1
-    dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, 0, b0, d, i, b, T, B, H)
-    for s in range(T):
+    row = _row(packing_ptr, t, b0, d, T, B)
+    row_next = _row(packing_ptr, t + step, b0, d, T, B)
+    present = mask
+    dy, r, z, n, q, h_prev = _load_saved(
+        dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_next, t, start, b0, d, i, b, extent, T, B, H
+    )  # fmt: skip
+    for s in range(start, T):
         da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
         dh = (dh + dy) * z
+        row_after = _row(packing_ptr, t + 2 * step, b0, d, T, B)
+        if packing_ptr is None:
+            row_next = _row(packing_ptr, t + step, b0, d, T, B)
+        else:
+            present = (i < H)[:, None] & (t < extent)[None, :]
+            tl.store(before_ptr + row * H + offs_y, h_prev, present)
         # The next step's operands are asked for before this step's products, which hide their latency.
-        dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t + step, s + 1, b0, d, i, b, T, B, H)
+        dy, r, z, n, q, h_prev = _load_saved(
+            dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row_next, row_after, t + step, s + 1, b0, d, i, b, extent,
+            T, B, H,
+        )  # fmt: skip
         if SPLIT:
             # Gradients have no bound, so each batch row is scaled by its own largest one.
             a_peak = _peak(tl.maximum(tl.maximum(tl.abs(da_r), tl.abs(da_z)), tl.abs(dq)), 0)[None, :]
@@ -355,8 +441,11 @@ def gru_backward_kernel(
             dh = _product(wr_high, wr_low, da_r, dh, SPLIT, PRECISION)
             dh = _product(wz_high, wz_low, da_z, dh, SPLIT, PRECISION)
             dh = _product(wn_high, wn_low, dq, dh, SPLIT, PRECISION)
-        row = (t.to(tl.int64) * B + b0) * 2 + d
-        _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H)
+        if packing_ptr is None:
+            row = _row(packing_ptr, t, b0, d, T, B)
+        _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, present, da_r, da_z, da_n, dq, H)
+        if packing_ptr is not None:
+            row, row_next = row_next, row_after
         t += step
     tl.store(dh0_ptr + offs_h, dh, mask)
 
@@ -371,6 +460,8 @@ def gru_backward_blocked_kernel(
     dh_ptr,  # (D, B, H) fp32; holds dh_n on entry, dh0 on return
     dgi_ptr,  # (T, B, D, 3H)
     dq_ptr,  # (T, B, D, H)
+    packing_ptr,  # (B + T) int64, or None
+    before_ptr,  # (P, D, H), the state before each step; None unless packed
     T,
     B,
     hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
@@ -387,19 +478,29 @@ def gru_backward_blocked_kernel(
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     offs_h = (d.to(tl.int64) * B + b0) * H + b[None, :] * H
 
-    t = (1 - d) * (T - 1)
-    for s in range(T):
-        row = (t.to(tl.int64) * B + b0) * 2 + d
+    extent, start = _extent(packing_ptr, b0, b, T, B)
+    present = mask_b
+    t = (1 - d) * (T - 1 - start)
+    for s in range(start, T):
+        row = _row(packing_ptr, t, b0, d, T, B)
+        row_before = _row(packing_ptr, t + 2 * d - 1, b0, d, T, B)
+        if packing_ptr is not None:
+            present = (t < extent)[None, :]
         for i0 in range(0, hidden, BH):
             offs_i = i0 + i[:, None]
             mask = (offs_i < H) & mask_b
             offs_y = b[None, :] * (2 * H) + offs_i
-            dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i0 + i, b, T, B, H)
+            dy, r, z, n, q, h_prev = _load_saved(
+                dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_before, t, s, b0, d, i0 + i, b, extent, T, B, H
+            )  # fmt: skip
             dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0) + dy
             da_r, da_z, da_n, dq = _cell_backward(dh, r, z, n, q, h_prev)
             tl.store(dh_ptr + offs_h + offs_i, dh * z, mask)
             offs_gi = b[None, :] * (2 * 3 * H) + offs_i
-            _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H)
+            mask_row = (offs_i < H) & present
+            _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask_row, da_r, da_z, da_n, dq, H)
+            if packing_ptr is not None:
+                tl.store(before_ptr + row * H + offs_y, h_prev, mask_row)
         # Each block of dh needs the gate gradients of all hidden units, which other threads have just written.
         tl.debug_barrier()
         for i0 in range(0, hidden, BH):
@@ -408,7 +509,7 @@ def gru_backward_blocked_kernel(
             dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0)
             for k0 in range(0, hidden, BH):
                 offs_k = k0 + i[:, None]
-                mask_k = (offs_k < H) & mask_b
+                mask_k = (offs_k < H) & present
                 w = w_ptr + (k0 + i[None, :]) * H + offs_i
                 mask_w = (offs_i < H) & (k0 + i[None, :] < H)
                 dgi = dgi_ptr + row * (3 * H) + b[None, :] * (2 * 3 * H) + offs_k

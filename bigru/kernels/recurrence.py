@@ -6,6 +6,8 @@ Input products stay outside (`reference.input_gates`), so that ATen's matrix pro
 import torch
 from torch import Tensor
 
+from bigru.kernels.packed import Packing
+
 
 def fused_gru_recurrence(
     gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str = "portable"
@@ -75,13 +77,23 @@ def _(dy, dh_n, y, gates, h0, w_hh, precision, family="portable"):
     return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), h0.new_empty(h0.shape)
 
 
-def check_recurrence(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str) -> None:
+def check_recurrence(
+    gi: Tensor,
+    w_hh: Tensor,
+    b_hn: Tensor | None,
+    h0: Tensor,
+    precision: str,
+    kernel: str,
+    packing: Packing | None = None,
+) -> None:
     """Raises ValueError or RuntimeError unless a family of kernels can run the recurrence on these operands."""
     from bigru.kernels import launch
 
-    if gi.dim() != 4 or gi.shape[2] != 2 or gi.shape[3] % 3:
-        raise ValueError(f"gi: expected shape (T, B, 2, 3H), got {tuple(gi.shape)}")
-    steps, batch, directions, gates = gi.shape
+    rows = "T, B" if packing is None else "P"
+    if gi.shape[-2:-1] != (2,) or gi.shape[-1] % 3 or gi.dim() != (4 if packing is None else 3):
+        raise ValueError(f"gi: expected shape ({rows}, 2, 3H), got {tuple(gi.shape)}")
+    steps, batch = gi.shape[:2] if packing is None else (packing.steps, packing.batch)
+    directions, gates = gi.shape[-2:]
     hidden = gates // 3
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "w_hh": (w_hh, (directions, gates, hidden)),
@@ -108,7 +120,9 @@ def check_recurrence(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, 
         raise RuntimeError(f"gi: expected a CUDA tensor, which the {kernel} kernels need, got one on {gi.device}")
     if gi.device.type != "cuda" and not launch.interpreted():
         raise RuntimeError(f"gi: expected a CUDA tensor (or TRITON_INTERPRET=1), got one on {gi.device}")
-    if refusal := launch.refusal(kernel, hidden, gi.dtype, precision, launch.describe(gi.device)):
+    if refusal := launch.refusal(
+        kernel, hidden, gi.dtype, precision, launch.describe(gi.device), packing is not None
+    ):
         raise RuntimeError(f"kernel {kernel!r} cannot serve this call: {refusal}")
 
 

@@ -26,7 +26,7 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | Non
     """Input side of all gates, both directions, as one matrix product.
 
     Args:
-        x: (T, B, I) input of the layer.
+        x: (T, B, I) input of the layer; packed, (P, I).
         w_ih: (D, 3H, I) input weights.
         b_ih: (D, 3H) input biases, or None.
         b_hh: (D, 3H) recurrent biases, or None; only the parts of r and z are used.
@@ -49,7 +49,7 @@ def gru_layer(
     """One bidirectional layer of `torch.nn.GRU` in operators that autograd and compilers see through.
 
     Args:
-        x: (T, B, I) input.
+        x: (T, B, I) input; packed, (P, I).
         h0: (D, B, H) initial states.
         weights: w_ih (3H, I), w_hh (3H, H) and, with biases, b_ih (3H), b_hh (3H), of the first direction, then of the
             second.
@@ -63,11 +63,17 @@ def gru_layer(
     b_ih, b_hh = biases if biases else (None, None)
     b_hn = b_hh[:, 2 * h0.shape[2] :] if b_hh is not None else None
     y, h_n, *_ = recurrence(input_gates(x, w_ih, b_ih, b_hh), w_hh, b_hn, h0)
-    return y.flatten(2), h_n
+    return y.flatten(-2), h_n
 
 
 def gru_recurrence(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, *, return_gates: bool = False
+    gi: Tensor,
+    w_hh: Tensor,
+    b_hn: Tensor | None,
+    h0: Tensor,
+    *,
+    return_gates: bool = False,
+    batch_sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs the recurrence over time, direction 0 forwards and direction 1 backwards.
 
@@ -79,20 +85,27 @@ def gru_recurrence(
         b_hn: (D, H) recurrent bias of n, or None.
         h0: (D, B, H) initial state.
         return_gates: whether to return what a backward pass needs.
+        batch_sizes: for packed sequences, the number of rows at each step, never rising: step t has rows for the first
+            batch_sizes[t] sequences only. gi is then (P, D, 3H), and (T, B, ...) below means (P, ...).
 
     Returns:
         y (T, B, D, H), every state; h_n (D, B, H), the last state of each direction; and, where asked, the gates
         (T, B, D, 4, H) in the order r, z, n, q, else None.
     """
-    steps = gi.shape[0]
+    by_step = gi if batch_sizes is None else gi.split(list(batch_sizes))
+    join = torch.stack if batch_sizes is None else torch.cat
+    steps = len(by_step)
     ys, gates, h_n = [], [], []
-    for d in range(gi.shape[2]):
+    for d in range(gi.shape[-2]):
         h = h0[d]
         y_d: list[Tensor] = [h] * steps
         gates_d: list[Tensor] = [h] * steps
         for s in range(steps):
             t = s if d == 0 else steps - 1 - s
-            i_r, i_z, i_n = gi[t, :, d].chunk(3, dim=-1)
+            i_r, i_z, i_n = by_step[t][:, d].chunk(3, dim=-1)
+            if batch_sizes is not None:
+                # Sequences without a row at this step wait.
+                h, waiting = h.tensor_split([batch_sizes[t]])
             h_r, h_z, q = (h @ w_hh[d].T).chunk(3, dim=-1)
             if b_hn is not None:
                 q = q + b_hn[d]
@@ -103,8 +116,10 @@ def gru_recurrence(
             y_d[t] = h
             if return_gates:
                 gates_d[t] = torch.stack([r, z, n, q], dim=1)
-        ys.append(torch.stack(y_d))
+            if batch_sizes is not None:
+                h = torch.cat([h, waiting])
+        ys.append(join(y_d))
         h_n.append(h)
         if return_gates:
-            gates.append(torch.stack(gates_d))
-    return torch.stack(ys, dim=2), torch.stack(h_n), torch.stack(gates, dim=2) if return_gates else None
+            gates.append(join(gates_d))
+    return torch.stack(ys, dim=-2), torch.stack(h_n), torch.stack(gates, dim=-3) if return_gates else None
