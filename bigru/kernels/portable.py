@@ -408,7 +408,7 @@ def gru_backward_kernel(
     t = (1 - d) * (T - 1 - start)
     step = 2 * d - 1
     row = _row(packing_ptr, t, b0, d, T, B)
-    row_next = _row(packing_ptr, t + step, b0, d, T, B)
+    row_next = _row(packing_ptr, t + 2 * d - 1, b0, d, T, B)
     present = mask
     dy, r, z, n, q, h_prev = _load_saved(
         dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_next, t, start, b0, d, i, b, extent, T, B, H
@@ -416,7 +416,7 @@ def gru_backward_kernel(
     for s in range(start, T):
         da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
         dh = (dh + dy) * z
-        row_after = _row(packing_ptr, t + 2 * step, b0, d, T, B)
+        row_after = _row(packing_ptr, t + step + 2 * d - 1, b0, d, T, B)
         if packing_ptr is None:
             row_next = _row(packing_ptr, t + step, b0, d, T, B)
         else:

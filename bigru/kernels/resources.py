@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ COOPERATIVE = {
     "forward cooperative": "gru_forward_cooperative_kernel",
     "backward cooperative": "gru_backward_cooperative_kernel",
 }
+PACKED_HIDDEN = HIDDEN
+"""Hidden sizes of the portable kernels for packed sequences."""
 SPLIT_HIDDEN = (192, 256, 512, 1024)
 """Hidden sizes of the cooperative kernels: with padding and without, few programs and many."""
 BUFFERS = {
@@ -96,11 +98,13 @@ class Case:
     config: launch.LaunchConfig | launch.ResidentConfig | cooperative.CooperativeConfig
     save: bool = True
     """Whether the gates are saved, as in training."""
+    packed: bool = False
+    """Whether the batch is a PackedSequence, which the portable kernels take."""
 
     @property
     def name(self) -> str:
         """The kernel as the table names it."""
-        return self.kernel + (", inference" if not self.save else "")
+        return self.kernel + (", packed" if self.packed else "") + (", inference" if not self.save else "")
 
     @property
     def rows(self) -> int:
@@ -177,7 +181,10 @@ def cases_of(arch: str, hidden: int, dtype: torch.dtype, precision: launch.Preci
     """What could serve one call."""
     config = launch.choose(hidden, dtype, precision, batch, DEVICES[arch])
     for kernel in WHOLE if config.whole else BLOCKED:
-        yield Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
+        case = Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
+        yield case
+        if hidden in PACKED_HIDDEN:
+            yield replace(case, packed=True)
     if launch.refusal("resident", hidden, dtype, precision, DEVICES[arch]) is None:
         narrow = launch.choose_resident(hidden, dtype, precision, batch, DEVICES[arch])
         for kernel in RESIDENT:
@@ -216,7 +223,7 @@ def compile_case(case: Case) -> Any:
         "H": case.hidden, "N": case.rows, "HAS_BIAS": True, "SAVE": case.save, "SPLIT": config.split,
         "ACCURATE": accurate,
     }  # fmt: skip
-    build, types = ASTSource, dict(BUFFERS.get(name, {}))
+    build, types = ASTSource, {"packing_ptr": "*i64"} | BUFFERS.get(name, {})
     if isinstance(config, launch.ResidentConfig):
         kernel, build = getattr(resident, name), GluonASTSource
         values |= {"HP": config.padded}
@@ -232,6 +239,9 @@ def compile_case(case: Case) -> Any:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = values[parameter.name]
+        elif parameter.name in ("packing_ptr", "before_ptr") and not case.packed:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = None
         elif parameter.name.endswith("_ptr"):
             signature[parameter.name] = types.get(parameter.name, f"*{case.storage}")
             aligned[(i,)] = [["tt.divisibility", 16]]

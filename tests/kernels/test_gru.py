@@ -170,24 +170,6 @@ def test_double_backward_through_the_reference():
     assert torch.autograd.gradgradcheck(lambda a: gru(a)[0], (x,))
 
 
-@pytest.mark.parametrize("sorted_lengths", [True, False])
-@pytest.mark.parametrize("given_state", [True, False])
-def test_packed_sequences(sorted_lengths, given_state):
-    torch.manual_seed(1)
-    gru, theirs = pair(3, 4, 2)
-    lengths = [5, 3, 1] if sorted_lengths else [3, 5, 1]
-    x = torch.randn(5, 3, 3)
-    hx = torch.randn(4, 3, 4) if given_state else None
-    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=sorted_lengths)
-    y, h_n = gru(packed, hx)
-    wide = nn.utils.rnn.pack_padded_sequence(x.double(), lengths, enforce_sorted=sorted_lengths)
-    expected, expected_h_n = theirs(wide, None if hx is None else hx.double())
-    assert error(y.data, expected.data) < 1e-5
-    assert error(h_n, expected_h_n) < 1e-5
-    with pytest.raises(RuntimeError, match="hx: expected shape"):
-        gru(packed, torch.randn(4, 5, 4))
-
-
 class TestBackends:
     def test_auto_takes_aten_on_a_cpu(self):
         x = torch.randn(2, 2, 3)
@@ -208,10 +190,6 @@ class TestBackends:
         gru = BiGRU(3, 4, backend="triton", dtype=torch.float64, device=kernel_device)
         with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call.*float64"):
             gru(torch.randn(2, 2, 3, dtype=torch.float64, device=kernel_device))
-        packed = nn.utils.rnn.pack_sequence([torch.randn(2, 3), torch.randn(1, 3)])
-        for backend in ("triton", "reference"):
-            with pytest.raises(RuntimeError, match=f"'{backend}' cannot serve this call.*PackedSequence"):
-                BiGRU(3, 4, backend=backend)(packed)
 
     def test_triton_on_a_cpu_is_refused_without_the_interpreter(self, monkeypatch):
         pytest.importorskip("triton")

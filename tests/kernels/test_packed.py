@@ -1,0 +1,348 @@
+"""Ragged batches: each sequence of a PackedSequence, or of a padded batch with lengths, as if it ran alone."""
+
+import pytest
+import torch
+from support import TOLERANCE, error
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
+
+from bigru import BiGRU
+from bigru.kernels import packed as packing
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
+]
+
+LENGTHS = {
+    "falling": [5, 3, 1],
+    "unsorted": [2, 5, 1, 4],
+    "equal": [3, 3, 3],
+    "one step each": [1, 1],
+    "one sequence": [4],
+    "a full block": [2, 4, 4, 3, 4, 1, 4, 2],
+    "a second block with a shorter longest": [1, 2, 4, 4, 4, 4, 4, 4, 4, 3, 2],
+}
+SMALL, BLOCKED = 5, 129
+"""Hidden sizes whose W_hh is held on chip, and read in blocks."""
+
+
+@pytest.fixture(params=["torch", "reference", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+def ragged(lengths, features=3, hidden=SMALL, layers=1, seed=0):
+    """A sequence for each length, hx, and upstream gradients of each sequence's y and of h_n."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [torch.randn(length, features, generator=generator) for length in lengths]
+    hx = torch.randn(2 * layers, len(lengths), hidden, generator=generator)
+    dy = [torch.randn(length, 2 * hidden, generator=generator) for length in lengths]
+    return sequences, hx, dy, torch.randn(hx.shape, generator=generator)
+
+
+def together(gru, sequences, hx, dy, dh_n, enforce_sorted=False):
+    """y and dx of each sequence one after the other, h_n, dhx and every parameter's gradient, all of one packed run."""
+    parameter = next(gru.parameters())
+    sequences, dy = ([x.to(parameter) for x in xs] for xs in (sequences, dy))
+    x = pack_sequence(sequences, enforce_sorted)
+    x = PackedSequence(x.data.requires_grad_(), *x[1:])
+    hx = hx.to(parameter, copy=True).requires_grad_()
+    gru.zero_grad()
+    y, h_n = gru(x, hx)
+    torch.autograd.backward((y.data, h_n), (pack_sequence(dy, enforce_sorted).data, dh_n.to(parameter)))
+    dx = PackedSequence(x.data.grad, *x[1:])
+    named = {"y": torch.cat(unpack_sequence(y)), "h_n": h_n, "dx": torch.cat(unpack_sequence(dx)), "dhx": hx.grad}
+    return named | {name: p.grad for name, p in gru.named_parameters()}
+
+
+def alone(gru, sequences, hx, dy, dh_n):
+    """The same of the fp64 reference, one dense run a sequence."""
+    exact = BiGRU(
+        gru.input_size, gru.hidden_size, gru.num_layers, gru.bias, backend="reference", dtype=torch.float64
+    )  # fmt: skip
+    exact.load_state_dict(gru.state_dict())
+    runs = []
+    for b, x in enumerate(sequences):
+        x = x.double().requires_grad_()
+        h = hx[:, b].double().requires_grad_()
+        y, h_n = exact(x, h)
+        torch.autograd.backward((y, h_n), (dy[b].double(), dh_n[:, b].double()))
+        runs.append((y, h_n, x.grad, h.grad))
+    y, h_n, dx, dhx = zip(*runs, strict=True)
+    named = {"y": torch.cat(y), "h_n": torch.stack(h_n, 1), "dx": torch.cat(dx), "dhx": torch.stack(dhx, 1)}
+    return named | {name: p.grad for name, p in exact.named_parameters()}
+
+
+def check(gru, inputs, tolerance, **options):
+    actual, wanted = together(gru, *inputs, **options), alone(gru, *inputs)
+    assert actual.keys() == wanted.keys()
+    for name, value in actual.items():
+        assert error(value, wanted[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_each_sequence_as_if_alone(lengths, backend, kernel_device):
+    torch.manual_seed(1)
+    gru = BiGRU(3, SMALL, 2, backend=backend, device=kernel_device)
+    check(gru, ragged(lengths, layers=2), 1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [1, *[2] * 15, 3]], ids=["one block", "two blocks"])
+def test_weights_read_in_blocks(lengths, kernel_device):
+    pytest.importorskip("triton")
+    torch.manual_seed(1)
+    gru = BiGRU(2, BLOCKED, bias=len(lengths) > 3, backend="triton", device=kernel_device)
+    check(gru, ragged(lengths, 2, BLOCKED), 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), TOLERANCE, ids=lambda value: str(value).removeprefix("torch."))
+def test_precisions_of_the_fused_kernel(dtype, precision, kernel_device):
+    pytest.importorskip("triton")
+    torch.manual_seed(1)
+    gru = BiGRU(3, 20, backend="triton", precision=precision, dtype=dtype, device=kernel_device)
+    sequences, hx, dy, dh_n = ragged([2, 4, 1], hidden=20)
+    sequences, dy = ([x.to(dtype).float() for x in xs] for xs in (sequences, dy))
+    check(gru, (sequences, hx.to(dtype).float(), dy, dh_n.to(dtype).float()), TOLERANCE[dtype, precision])
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 3, 1], [3, 5, 1, 3]], ids=["sorted", "unsorted"])
+def test_matches_nn_gru(lengths, backend, kernel_device):
+    torch.manual_seed(1)
+    gru = BiGRU(3, SMALL, 2, False, backend=backend, device=kernel_device)
+    theirs = nn.GRU(3, SMALL, 2, False, bidirectional=True, dtype=torch.float64)
+    theirs.load_state_dict(gru.state_dict())
+    inputs = ragged(lengths, layers=2)
+    in_order = lengths[0] == max(lengths)
+    actual, wanted = together(gru, *inputs, in_order), together(theirs, *inputs, in_order)
+    for name, value in actual.items():
+        assert error(value, wanted[name]) < 1e-5, name
+
+
+def test_keeps_the_order_and_the_class_of_the_input(backend, kernel_device):
+    gru = BiGRU(3, SMALL, backend=backend, device=kernel_device)
+    x = pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (2, 3, 1)], enforce_sorted=False)
+    y, h_n = gru(x)
+    assert isinstance(y, PackedSequence)
+    for ours, theirs in zip(y[1:], x[1:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(h_n[0, 0], unpack_sequence(y)[0][-1, :SMALL])
+    assert torch.equal(h_n[1, 0], unpack_sequence(y)[0][0, SMALL:])
+
+
+def test_bit_identical_from_run_to_run(kernel_device):
+    pytest.importorskip("triton")
+    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+    inputs = ragged([1, 3, 2])
+    first, second = together(gru, *inputs), together(gru, *inputs)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("hidden", [SMALL, BLOCKED])
+def test_nan_stays_in_its_sequence(hidden, kernel_device):
+    pytest.importorskip("triton")
+    gru = BiGRU(3, hidden, backend="triton", device=kernel_device)
+    lengths = [1, 3, 2]
+    sequences, *rest = ragged(lengths, hidden=hidden)
+    clean = together(gru, sequences, *rest)
+    sequences[2] = torch.full_like(sequences[2], float("nan"))
+    dirty = together(gru, sequences, *rest)
+    assert dirty["y"][4:].isnan().all()
+    assert torch.equal(dirty["h_n"][:, :2], clean["h_n"][:, :2])
+    assert torch.equal(dirty["dhx"][:, :2], clean["dhx"][:, :2])
+    for name in ("y", "dx"):
+        assert torch.equal(dirty[name][:4], clean[name][:4]), name
+
+
+def test_double_backward_through_the_reference():
+    gru = BiGRU(2, 2, backend="reference", dtype=torch.float64)
+    x = pack_sequence([torch.randn(n, 2, dtype=torch.float64) for n in (1, 3)], enforce_sorted=False)
+    data = x.data.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda data: gru(PackedSequence(data, *x[1:]))[0].data, (data,))
+
+
+def test_dropout_between_layers_only_in_training(backend, kernel_device):
+    gru = BiGRU(3, SMALL, 2, dropout=1.0, backend=backend, device=kernel_device)
+    x, other = (pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (3, 1)]) for _ in range(2))
+    dropped = gru(x)[0].data
+    # With everything dropped the second layer sees zeros, so its output forgets x.
+    assert torch.equal(dropped, gru(other)[0].data)
+    assert not torch.equal(dropped, gru.eval()(x)[0].data)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_autocast(backend, kernel_device):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    gru = BiGRU(3, SMALL, 2, backend=backend, device=kernel_device)
+    x = pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (3, 1)])
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        y, h_n = gru(x)
+    assert y.data.dtype == h_n.dtype == torch.bfloat16
+    assert error(y.data, gru(x)[0].data) < 2e-2
+    y.data.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in gru.parameters())
+
+
+def test_checkpointed(kernel_device):
+    pytest.importorskip("triton")
+    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+    x = pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (3, 1)])
+
+    def gradients(call):
+        gru.zero_grad()
+        data = x.data.detach().clone().requires_grad_()
+        call(data).square().sum().backward()
+        return [data.grad, *(p.grad for p in gru.parameters())]
+
+    def run(data):
+        return gru(PackedSequence(data, *x[1:]))[0].data
+
+    plain = gradients(run)
+    again = gradients(lambda data: torch.utils.checkpoint.checkpoint(run, data, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("sequences", [True, False], ids=["PackedSequence", "lengths"])
+def test_compiled_with_a_graph_break(sequences, kernel_device):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+    compiled = torch.compile(gru, backend="eager")
+    x = torch.randn(3, 2, 3, device=kernel_device)
+    for lengths in ([3, 1], [2, 3]):
+        if sequences:
+            packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            (ours, h_n), (theirs, wanted) = compiled(packed), gru(packed)
+            ours, theirs = ours.data, theirs.data
+        else:
+            (ours, h_n), (theirs, wanted) = compiled(x, lengths=lengths), gru(x, lengths=lengths)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(h_n, wanted)
+
+
+class TestWhoServes:
+    @pytest.fixture(autouse=True)
+    def with_triton(self):
+        pytest.importorskip("triton")
+
+    @pytest.fixture
+    def on_a_gpu(self, monkeypatch):
+        """A PackedSequence as on a GPU, for which nothing but the portable kernels is right."""
+        from types import SimpleNamespace
+
+        from bigru.kernels import launch
+        from bigru.kernels.proven import Proven
+
+        monkeypatch.setattr(launch, "PROVEN", (Proven("resident", (9, 0), (128,), "float32", "fp32", "card.json"),))
+        monkeypatch.setattr(launch, "describe", lambda device: launch.H100)
+        data = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+        return PackedSequence(data, torch.tensor([1]))
+
+    def test_auto_takes_the_portable_kernels(self, on_a_gpu):
+        assert BiGRU(3, 128).resolve_backend(on_a_gpu.data) == "resident"
+        assert BiGRU(3, 128).resolve_backend(on_a_gpu) == "triton"
+
+    @pytest.mark.parametrize(("backend", "hidden"), [("resident", 128), ("cooperative", 256)])
+    def test_other_kernels_refuse_by_name(self, backend, hidden, on_a_gpu):
+        with pytest.raises(RuntimeError, match=f"'{backend}' cannot serve this call: the input is a PackedSequence"):
+            BiGRU(3, hidden, backend=backend).resolve_backend(on_a_gpu)
+
+    def test_auto_on_a_cpu_is_aten(self):
+        packed = pack_sequence([torch.randn(2, 3)])
+        assert BiGRU(3, 4).resolve_backend(packed) == "torch"
+
+
+class TestErrors:
+    def test_a_state_of_another_batch(self, backend, kernel_device):
+        gru = BiGRU(3, 4, backend=backend, device=kernel_device)
+        x = pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (1, 2)], enforce_sorted=False)
+        for batch in (1, 3):
+            with pytest.raises(RuntimeError, match=rf"hx: expected shape \(2, 2, 4\).*got \(2, {batch}, 4\)"):
+                gru(x, torch.randn(2, batch, 4, device=kernel_device))
+        with pytest.raises(RuntimeError, match="hx: expected 3 dimensions"):
+            gru(x, torch.randn(2, 4, device=kernel_device))
+
+    @pytest.mark.parametrize("sizes", [[2, 2], [1, 2], [3, 0], []], ids=str)
+    def test_batch_sizes_that_do_not_describe_the_rows(self, sizes, backend, kernel_device):
+        x = PackedSequence(torch.randn(3, 3, device=kernel_device), torch.tensor(sizes, dtype=torch.int64))
+        with pytest.raises(RuntimeError, match="input: expected batch_sizes .* 3 rows, got"):
+            BiGRU(3, 4, backend=backend, device=kernel_device)(x)
+
+    @pytest.mark.parametrize(("x", "lengths", "raised", "message"), [
+        (torch.randn(4, 2, 3), [4], RuntimeError, r"lengths: expected shape \(2,\), one for each sequence, got \(1,\)"),
+        (torch.randn(4, 2, 3), torch.ones(2, 1, dtype=torch.int64), RuntimeError, r"lengths: .* got \(2, 1\)"),
+        (torch.randn(4, 2, 3), [0, 4], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[0, 4\]"),
+        (torch.randn(4, 2, 3), [1, 5], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[1, 5\]"),
+        (torch.randn(4, 2, 3), [1.0, 2.0], TypeError, r"lengths: expected .* list of int, got \[1.0, 2.0\]"),
+        (torch.randn(4, 2, 3), torch.ones(2), TypeError, "lengths: expected integers, got torch.float32"),
+        (torch.randn(4, 2, 3), 4, TypeError, "lengths: expected .* list of int, got 4"),
+        (torch.randn(4, 2, 3), torch.ones(2, dtype=torch.int64, device="meta"), RuntimeError, "CPU, got one on meta"),
+        (torch.randn(4, 3), [4], ValueError, "lengths: expected 3-D input beside them, got 2-D"),
+        (pack_sequence([torch.randn(2, 3)]), [2], TypeError, "lengths: expected None beside a PackedSequence"),
+    ])  # fmt: skip
+    def test_bad_lengths(self, x, lengths, raised, message):
+        with pytest.raises(raised, match=message):
+            BiGRU(3, 4)(x, lengths=lengths)
+
+
+class TestLengths:
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("given_state", [False, True])
+    def test_as_packing_and_unpacking(self, batch_first, given_state, backend, kernel_device):
+        torch.manual_seed(1)
+        gru = BiGRU(3, SMALL, 2, batch_first=batch_first, backend=backend, device=kernel_device)
+        lengths = torch.tensor([2, 4, 1])
+        x = torch.randn((3, 6, 3) if batch_first else (6, 3, 3), device=kernel_device)
+        hx = torch.randn(4, 3, SMALL, device=kernel_device) if given_state else None
+        results = []
+        for ours in (True, False):
+            gru.zero_grad()
+            leaf = x.clone().requires_grad_()
+            if ours:
+                y, h_n = gru(leaf, hx, lengths=lengths)
+            else:
+                packed = pack_padded_sequence(leaf, lengths, batch_first, enforce_sorted=False)
+                packed, h_n = gru(packed, hx)
+                y, _ = pad_packed_sequence(packed, batch_first, total_length=6)
+            torch.autograd.backward((y, h_n), (torch.cos(x[..., :1] * y.detach()), h_n.detach() + 1))
+            results.append([y, h_n, leaf.grad, *(p.grad for p in gru.parameters())])
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_what_lies_past_an_end_is_not_read(self, backend, kernel_device):
+        gru = BiGRU(3, SMALL, 2, backend=backend, device=kernel_device)
+        x = torch.randn(4, 2, 3, device=kernel_device)
+        x[1:, 1] = float("nan")
+        x.requires_grad_()
+        y, h_n = gru(x, lengths=[4, 1])
+        assert y.isfinite().all()
+        assert h_n.isfinite().all()
+        assert not y[1:, 1].any()
+        (y.square().sum() + h_n.sum()).backward()
+        assert x.grad.isfinite().all()
+        assert not x.grad[1:, 1].any()
+
+    def test_full_lengths_change_nothing(self, backend, kernel_device):
+        gru = BiGRU(3, SMALL, backend=backend, device=kernel_device)
+        x = torch.randn(4, 3, 2, device=kernel_device).transpose(1, 2)
+        for ours, theirs in zip(gru(x, lengths=[4, 4]), gru(x), strict=True):
+            assert error(ours, theirs) < 1e-6
+
+    def test_empty_batch(self, backend, kernel_device):
+        gru = BiGRU(3, SMALL, backend=backend, device=kernel_device)
+        y, h_n = gru(torch.randn(4, 0, 3, device=kernel_device), lengths=[])
+        assert (y.shape, h_n.shape) == ((4, 0, 2 * SMALL), (2, 0, SMALL))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_table_of_the_kernels(lengths):
+    falling = sorted(lengths, reverse=True)
+    packed = pack_sequence([torch.arange(n) for n in falling])
+    table = packing.packing_of(packed).table.tolist()
+    assert table[: len(lengths)] == falling
+    # Where a step's first row lies, the longest sequence has the number of that step.
+    assert [packed.data[row].item() for row in table[len(lengths) :]] == list(range(falling[0]))
