@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +143,8 @@ class BiGRU(nn.RNNBase):
         """
         if self.backend in ("torch", "reference"):
             return self.backend
-        packed = isinstance(input, PackedSequence)
         data = input.data if isinstance(input, PackedSequence) else input
+        packed = data is not input
         if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
         wanted = "triton" if self.backend == "auto" else self.backend
@@ -201,9 +200,8 @@ class BiGRU(nn.RNNBase):
             # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16.
             dtype = torch.get_autocast_dtype(device)
             inside = torch.autocast(device, enabled=False)
-        recurrence: Callable[..., Any] = gru_recurrence
-        if packing is not None:
-            recurrence = functools.partial(gru_recurrence, batch_sizes=packing.batch_sizes.tolist())
+        sizes = None if packing is None else packing.batch_sizes.tolist()
+        recurrence = functools.partial(gru_recurrence, batch_sizes=sizes)
         states = []
         with inside:
             for layer in range(self.num_layers):

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bigru.kernels import cooperative, portable
+from bigru.kernels import blocked, cooperative, portable
 from bigru.kernels.packed import Packing
 from bigru.kernels.proven import PROVEN
 
@@ -243,7 +243,7 @@ def _forward_portable(
     else:
         state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
         state.copy_(h0)
-        portable.gru_forward_blocked_kernel[grid](
+        blocked.gru_forward_blocked_kernel[grid](
             gi, w_hh, bias, state, y, gates, table, steps, batch, hidden,
             H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
             PRECISION=c.dot, ACCURATE=accurate, **c.options(),
@@ -316,7 +316,7 @@ def _backward_portable(
         )  # fmt: skip
     else:
         dh = dh_n.to(torch.float32, copy=True)
-        portable.gru_backward_blocked_kernel[grid](
+        blocked.gru_backward_blocked_kernel[grid](
             dy, y, gates, h0, w_hh, dh, dgi, dq, table, before, steps, batch, hidden,
             H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(),
         )  # fmt: skip

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from bigru.kernels import cooperative, launch, portable, resident
+from bigru.kernels import blocked, cooperative, launch, portable, resident
 
 DEVICES = {"sm_80": launch.A100, "sm_90": launch.H100, "sm_100": launch.B200}
 HIDDEN = (16, 32, 64, 100, 128, 200)
@@ -232,7 +232,7 @@ def compile_case(case: Case) -> Any:
         values |= {"S": config.units, "CHUNK": config.chunk, "WARPS": config.num_warps, "MAX_POLLS": config.max_polls}
         types.setdefault("state_ptr", "*fp16" if case.storage == "fp32" else f"*{case.storage}")
     else:
-        kernel = getattr(portable, name)
+        kernel = getattr(portable if config.whole else blocked, name)
         values |= {"HP": config.block_hidden, "BH": config.block_hidden, "PRECISION": config.dot}
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
 
 from bigru import BiGRU
-from bigru.kernels import packed as packing
+from bigru.kernels.packed import packing_of
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -145,8 +145,7 @@ def test_bit_identical_from_run_to_run(kernel_device):
 def test_nan_stays_in_its_sequence(hidden, kernel_device):
     pytest.importorskip("triton")
     gru = BiGRU(3, hidden, backend="triton", device=kernel_device)
-    lengths = [1, 3, 2]
-    sequences, *rest = ragged(lengths, hidden=hidden)
+    sequences, *rest = ragged([1, 3, 2], hidden=hidden)
     clean = together(gru, sequences, *rest)
     sequences[2] = torch.full_like(sequences[2], float("nan"))
     dirty = together(gru, sequences, *rest)
@@ -269,7 +268,7 @@ class TestErrors:
     @pytest.mark.parametrize("sizes", [[2, 2], [1, 2], [3, 0], []], ids=str)
     def test_batch_sizes_that_do_not_describe_the_rows(self, sizes, backend, kernel_device):
         x = PackedSequence(torch.randn(3, 3, device=kernel_device), torch.tensor(sizes, dtype=torch.int64))
-        with pytest.raises(RuntimeError, match="input: expected batch_sizes .* 3 rows, got"):
+        with pytest.raises(RuntimeError, match=r"input: expected batch_sizes .* 3 rows, got"):
             BiGRU(3, 4, backend=backend, device=kernel_device)(x)
 
     @pytest.mark.parametrize(("x", "lengths", "raised", "message"), [
@@ -279,7 +278,7 @@ class TestErrors:
         (torch.randn(4, 2, 3), [1, 5], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[1, 5\]"),
         (torch.randn(4, 2, 3), [1.0, 2.0], TypeError, r"lengths: expected .* list of int, got \[1.0, 2.0\]"),
         (torch.randn(4, 2, 3), torch.ones(2), TypeError, "lengths: expected integers, got torch.float32"),
-        (torch.randn(4, 2, 3), 4, TypeError, "lengths: expected .* list of int, got 4"),
+        (torch.randn(4, 2, 3), 4, TypeError, r"lengths: expected .* list of int, got 4"),
         (torch.randn(4, 2, 3), torch.ones(2, dtype=torch.int64, device="meta"), RuntimeError, "CPU, got one on meta"),
         (torch.randn(4, 3), [4], ValueError, "lengths: expected 3-D input beside them, got 2-D"),
         (pack_sequence([torch.randn(2, 3)]), [2], TypeError, "lengths: expected None beside a PackedSequence"),
@@ -342,7 +341,7 @@ class TestLengths:
 def test_table_of_the_kernels(lengths):
     falling = sorted(lengths, reverse=True)
     packed = pack_sequence([torch.arange(n) for n in falling])
-    table = packing.packing_of(packed).table.tolist()
+    table = packing_of(packed).table.tolist()
     assert table[: len(lengths)] == falling
     # Where a step's first row lies, the longest sequence has the number of that step.
     assert [packed.data[row].item() for row in table[len(lengths) :]] == list(range(falling[0]))

@@ -70,6 +70,7 @@ def test_every_choice_is_listed_once():
         f"{direction}{form}" for direction in ("forward", "backward")
         for form in ("", " blocked", " resident", " cooperative")
     }  # fmt: skip
+    kernels |= {f"{kernel}, packed" for kernel in resources.WHOLE | resources.BLOCKED}
     assert {case.name for case in cases} == kernels | {"forward resident, inference"}
     assert {case.storage for case in cases} == {"fp32", "bf16", "fp16"}
     assert {(case.storage, case.precision) for case in cases} == {
