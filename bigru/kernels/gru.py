@@ -238,7 +238,7 @@ class BiGRU(nn.RNNBase):
     @torch.compiler.disable(reason="the number of rows at each step of a ragged batch is data")
     def _forward_padded(
         self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Tensor | Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(input, PackedSequence):
             raise TypeError("lengths: expected None beside a PackedSequence, which has its own")
         if input.dim() != 3:
@@ -246,7 +246,7 @@ class BiGRU(nn.RNNBase):
         batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
         lengths = checked_lengths(lengths, steps, batch)
         if batch == 0:
-            return self(input, hx)
+            return self.forward(input, hx)
         packed, index = pack(input, lengths, self.batch_first)
         y, h_n = self._forward_packed(packed, hx)
         return unpack(y, index, input.shape[:2]), h_n

@@ -41,10 +41,12 @@ def packing_of(packed: PackedSequence) -> Packing:
     """The layout of a PackedSequence.
 
     Raises:
-        RuntimeError: its batch sizes do not describe its rows. The kernels would read where there are none.
+        RuntimeError: its data is no matrix, or its batch sizes do not describe its rows. The kernels would read where
+            there are none.
     """
-    sizes = packed.batch_sizes
-    rows = packed.data.shape[0]
+    sizes, rows = packed.batch_sizes, packed.data.shape[0]
+    if packed.data.dim() != 2:
+        raise RuntimeError(f"input: expected a PackedSequence of 2-D data, got shape {tuple(packed.data.shape)}")
     falling = sizes.dim() == 1 and len(sizes) > 0 and int(sizes[-1]) > 0 and not (sizes.diff() > 0).any()
     if not falling or int(sizes.sum()) != rows:
         raise RuntimeError(

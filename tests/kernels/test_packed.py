@@ -271,6 +271,11 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=r"input: expected batch_sizes .* 3 rows, got"):
             BiGRU(3, 4, backend=backend, device=kernel_device)(x)
 
+    def test_data_of_another_rank(self, backend, kernel_device):
+        x = pack_sequence([torch.randn(2, device=kernel_device)])
+        with pytest.raises(RuntimeError, match=r"input: expected a PackedSequence of 2-D data, got shape \(2,\)"):
+            BiGRU(2, 4, backend=backend, device=kernel_device)(x)
+
     @pytest.mark.parametrize(("x", "lengths", "raised", "message"), [
         (torch.randn(4, 2, 3), [4], RuntimeError, r"lengths: expected shape \(2,\), one for each sequence, got \(1,\)"),
         (torch.randn(4, 2, 3), torch.ones(2, 1, dtype=torch.int64), RuntimeError, r"lengths: .* got \(2, 1\)"),
@@ -340,8 +345,8 @@ class TestLengths:
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_table_of_the_kernels(lengths):
     falling = sorted(lengths, reverse=True)
-    packed = pack_sequence([torch.arange(n) for n in falling])
-    table = packing_of(packed).table.tolist()
+    steps = pack_sequence([torch.arange(length)[:, None] for length in falling])
+    table = packing_of(steps).table.tolist()
     assert table[: len(lengths)] == falling
-    # Where a step's first row lies, the longest sequence has the number of that step.
-    assert [packed.data[row].item() for row in table[len(lengths) :]] == list(range(falling[0]))
+    # A step's first row is the longest sequence's.
+    assert steps.data[table[len(lengths) :], 0].tolist() == list(range(falling[0]))
