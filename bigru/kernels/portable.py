@@ -208,19 +208,19 @@ def gru_forward_kernel(
     t = d * (T - 1 - start)
     step = 1 - 2 * d
     row = _row(packing_ptr, t, b0, d, T, B)
-    row_next = _row(packing_ptr, t + step, b0, d, T, B)
     present = mask
     if packing_ptr is not None:
+        row_next = _row(packing_ptr, t + step, b0, d, T, B)
         present = mask_j[:, None] & (t < extent)[None, :]
     i_r, i_z, i_n = _load_gates_in(gi_ptr, row, offs_gi, present, H)
     for s in range(start, T):
         # The next step's input gates are asked for before this step's products, which hide their latency. Where they
         # lie was asked for a step earlier still.
+        mask_next = mask_j[:, None] & _present(packing_ptr, extent, t + step, b, s + 1 < T)[None, :]
         if packing_ptr is None:
             row_next = _row(packing_ptr, t + step, b0, d, T, B)
         else:
             row_after = _row(packing_ptr, t + 2 * step, b0, d, T, B)
-        mask_next = mask_j[:, None] & _present(packing_ptr, extent, t + step, b, s + 1 < T)[None, :]
         next_r, next_z, next_n = _load_gates_in(gi_ptr, row_next, offs_gi, mask_next, H)
         zero = tl.zeros([HP, N], tl.float32)
         x = h
@@ -256,16 +256,12 @@ def _load_saved(
     dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_before, t, s, b0, d, i, b, extent, T, B, H: tl.constexpr
 ):  # fmt: skip
     # s counts backward steps; at T there is nothing to load. The state before a row's first step is h0: at s = T - 1
-    # or, packed, at t = 0 in direction 0 and at the sequence's own end in direction 1.
+    # or, packed, at t = 0 in direction 0 and at the sequence's own end in direction 1. Rows are given where packed.
     mask_i = (i < H)[:, None]
     present = _present(packing_ptr, extent, t, b, s < T)
-    if packing_ptr is None:
-        mask_previous = _present(packing_ptr, extent, t, b, s < T - 1)
-        mask_first = _present(packing_ptr, extent, t, b, s == T - 1)
-    else:
-        mask_previous = present & (t != d * (extent - 1))
-        mask_first = present & (t == d * (extent - 1))
     mask = mask_i & present[None, :]
+    if packing_ptr is None:
+        row = _row(packing_ptr, t, b0, d, T, B)
     offs_y = b[None, :] * (2 * H) + i[:, None]
     dy = tl.load(dy_ptr + row * H + offs_y, mask, 0.0).to(tl.float32)
     gates = gates_ptr + row * (4 * H) + b[None, :] * (2 * 4 * H) + i[:, None]
@@ -274,9 +270,20 @@ def _load_saved(
     z = tl.load(gates + H, mask, 0.0 if packing_ptr is None else 1.0).to(tl.float32)
     n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
     q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
+    if packing_ptr is None:
+        row_before = _row(packing_ptr, t + 2 * d - 1, b0, d, T, B)
+    previous = y_ptr + row_before * H + offs_y
     first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[None, :] * H + i[:, None]
-    h_prev = tl.load(y_ptr + row_before * H + offs_y, mask_i & mask_previous[None, :], 0.0).to(tl.float32)
-    h_prev += tl.load(first, mask_i & mask_first[None, :], 0.0).to(tl.float32)
+    if packing_ptr is None:
+        has_previous = _present(packing_ptr, extent, t, b, s < T - 1)
+    else:
+        has_previous = present & (t != d * (extent - 1))
+    h_prev = tl.load(previous, mask_i & has_previous[None, :], 0.0).to(tl.float32)
+    if packing_ptr is None:
+        is_first = _present(packing_ptr, extent, t, b, s == T - 1)
+    else:
+        is_first = present & (t == d * (extent - 1))
+    h_prev += tl.load(first, mask_i & is_first[None, :], 0.0).to(tl.float32)
     return dy, r, z, n, q, h_prev
 
 
@@ -334,19 +341,19 @@ def gru_backward_kernel(
     extent, start = _extent(packing_ptr, b0, b, T, B)
     t = (1 - d) * (T - 1 - start)
     step = 2 * d - 1
-    row = _row(packing_ptr, t, b0, d, T, B)
-    row_next = _row(packing_ptr, t + 2 * d - 1, b0, d, T, B)
     present = mask
+    row, row_next, row_after = None, None, None
+    if packing_ptr is not None:
+        row = _row(packing_ptr, t, b0, d, T, B)
+        row_next = _row(packing_ptr, t + step, b0, d, T, B)
     dy, r, z, n, q, h_prev = _load_saved(
         dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_next, t, start, b0, d, i, b, extent, T, B, H
     )  # fmt: skip
     for s in range(start, T):
         da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
         dh = (dh + dy) * z
-        row_after = _row(packing_ptr, t + step + 2 * d - 1, b0, d, T, B)
-        if packing_ptr is None:
-            row_next = _row(packing_ptr, t + step, b0, d, T, B)
-        else:
+        if packing_ptr is not None:
+            row_after = _row(packing_ptr, t + 2 * step, b0, d, T, B)
             present = (i < H)[:, None] & (t < extent)[None, :]
             tl.store(before_ptr + row * H + offs_y, h_prev, present)
         # The next step's operands are asked for before this step's products, which hide their latency.
@@ -368,9 +375,8 @@ def gru_backward_kernel(
             dh = _product(wr_high, wr_low, da_r, dh, SPLIT, PRECISION)
             dh = _product(wz_high, wz_low, da_z, dh, SPLIT, PRECISION)
             dh = _product(wn_high, wn_low, dq, dh, SPLIT, PRECISION)
-        if packing_ptr is None:
-            row = _row(packing_ptr, t, b0, d, T, B)
-        _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, present, da_r, da_z, da_n, dq, H)
+        stored = _row(packing_ptr, t, b0, d, T, B) if packing_ptr is None else row
+        _store_gate_gradients(dgi_ptr, dq_ptr, stored, offs_gi, offs_y, present, da_r, da_z, da_n, dq, H)
         if packing_ptr is not None:
             row, row_next = row_next, row_after
         t += step
