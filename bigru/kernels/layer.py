@@ -124,16 +124,14 @@ class _Layer(torch.autograd.Function):
         from bigru.kernels import launch
 
         gates, states, x, h0, w_ih, w_hh = ctx.saved_tensors
-        if ctx.packing is None:
-            y, before = states[1:-1], _before(states)
-            given = {}
-        else:
-            y = states
-            given = {"packing": ctx.packing, "before": torch.empty_like(y)}
-            before = given["before"].transpose(0, 1)
+        y = states[1:-1] if ctx.packing is None else states
+        filled = None if ctx.packing is None else torch.empty_like(y)
         dy = torch.zeros_like(y) if dy is None else dy
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-        dgi, dq, dh0 = launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, **given)
+        dgi, dq, dh0 = launch.gru_backward(
+            dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, packing=ctx.packing, before=filled
+        )  # fmt: skip
+        before = _before(states) if filled is None else filled.transpose(0, 1)
         hidden = y.shape[-1]
         needs_x, needs_h0, _, _, _, _, *needs = ctx.needs_input_grad
         half = len(needs) // 2

@@ -145,15 +145,15 @@ def test_bit_identical_from_run_to_run(kernel_device):
 def test_nan_stays_in_its_sequence(hidden, kernel_device):
     pytest.importorskip("triton")
     gru = BiGRU(3, hidden, backend="triton", device=kernel_device)
-    sequences, *rest = ragged([1, 3, 2], hidden=hidden)
+    sequences, *rest = ragged([1, 2, 2], hidden=hidden)
     clean = together(gru, sequences, *rest)
     sequences[2] = torch.full_like(sequences[2], float("nan"))
     dirty = together(gru, sequences, *rest)
-    assert dirty["y"][4:].isnan().all()
+    assert dirty["y"][3:].isnan().all()
     assert torch.equal(dirty["h_n"][:, :2], clean["h_n"][:, :2])
     assert torch.equal(dirty["dhx"][:, :2], clean["dhx"][:, :2])
     for name in ("y", "dx"):
-        assert torch.equal(dirty[name][:4], clean[name][:4]), name
+        assert torch.equal(dirty[name][:3], clean[name][:3]), name
 
 
 def test_double_backward_through_the_reference():
