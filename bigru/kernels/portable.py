@@ -346,6 +346,7 @@ def gru_backward_kernel(
     if packing_ptr is not None:
         row = _row(packing_ptr, t, b0, d, T, B)
         row_next = _row(packing_ptr, t + step, b0, d, T, B)
+        row_after = row_next
     dy, r, z, n, q, h_prev = _load_saved(
         dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_next, t, start, b0, d, i, b, extent, T, B, H
     )  # fmt: skip
