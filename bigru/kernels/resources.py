@@ -51,8 +51,8 @@ COOPERATIVE = {
     "forward cooperative": "gru_forward_cooperative_kernel",
     "backward cooperative": "gru_backward_cooperative_kernel",
 }
-PACKED_HIDDEN = HIDDEN
-"""Hidden sizes of the portable kernels for packed sequences."""
+PACKED_HIDDEN = (128, 200)
+"""Of these, what the kernels for packed sequences are compiled for: the largest H on chip, and one read in blocks."""
 SPLIT_HIDDEN = (192, 256, 512, 1024)
 """Hidden sizes of the cooperative kernels: with padding and without, few programs and many."""
 BUFFERS = {
