@@ -198,7 +198,7 @@ def test_offsets_beyond_32_bits(kernel_device):
     h0[:, :8] = small[3]
     h_n = torch.empty_like(h0)
     portable.gru_forward_kernel[(1, 2)](
-        gi, small[1], small[2], h0, y, h_n, gi, steps, batch,
+        gi, small[1], small[2], h0, y, h_n, gi, None, steps, batch,
         H=hidden, HP=16, N=8, HAS_BIAS=True, SAVE=False, SPLIT=False, PRECISION="tf32", ACCURATE=False,
     )  # fmt: skip
     assert error(y[:, :8], expected(small, upstream)[0]) < TOLERANCE[torch.bfloat16, "fp32"]
