@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.packed import Packing, checked_lengths, pack, packing_of, unpack
 from bigru.kernels.reference import gru_layer, gru_recurrence
+from bigru.kernels.transforms import transformed, vmapped
 
 KERNELS = {"triton": "portable", "resident": "resident", "cooperative": "cooperative"}
 """The families of kernels (`launch.KERNELS`) by the backend's name."""
@@ -35,11 +36,15 @@ class BiGRU(nn.RNNBase):
         bias: whether to learn b_ih and b_hh.
         batch_first: input and output as (B, T, features) instead of (T, B, features).
         dropout: probability of dropping an output between two layers in training.
+        bidirectional: True; the parameter is there for calls that were written for torch.nn.GRU.
+        proj_size: refused, as by torch.nn.GRU.
         backend: who computes the recurrence. "triton": the fused kernels, on a GPU (or in Triton's interpreter);
             "resident" (H up to 128) and "cooperative" (H from 129): faster kernels, experimental except where
-            `bigru.kernels.proven` lists a recorded run on a GPU; "torch": ATen's own GRU (cuDNN on a GPU);
-            "reference": a plain PyTorch loop, slow, differentiable to any order; "auto": on a GPU the fastest of the
-            fused kernels that can serve the call and is proven there, else "torch".
+            `bigru.kernels.proven` lists a recorded run on a GPU; "torch": ATen's own GRU (cuDNN on a GPU), or,
+            under torch.compile and torch.export, a loop inside an operator, since compilers unroll ATen's;
+            "reference": a plain PyTorch loop, slow, differentiable to any order and in any mode; "auto": on a GPU the
+            fastest of the fused kernels that can serve the call and is proven there, else "torch"; but "reference"
+            inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
             weight is some 10^5 times as large as the others) or "tf32" (below 2e-3). Input products follow
             torch.backends.cuda.matmul.allow_tf32, and the "torch" backend follows torch.backends.cudnn.allow_tf32.
@@ -47,7 +52,8 @@ class BiGRU(nn.RNNBase):
         dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: for arguments that torch.nn.GRU refuses, or an unknown backend or precision.
+        TypeError, ValueError: for arguments that torch.nn.GRU refuses, bidirectional=False, or an unknown backend or
+            precision.
 
     Example:
         >>> gru = BiGRU(84, 128, num_layers=2, batch_first=True)
@@ -64,12 +70,20 @@ class BiGRU(nn.RNNBase):
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
+        bidirectional: bool = True,
+        proj_size: None = None,
         *,
         backend: str = "auto",
         precision: str = "fp32",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(bidirectional, bool):
+            raise TypeError(f"bidirectional: expected a bool, got {type(bidirectional).__name__}")
+        if not bidirectional:
+            raise ValueError("bidirectional: expected True, got False; for one direction there is torch.nn.GRU")
+        if proj_size is not None:
+            raise ValueError(f"proj_size: only an LSTM has one, got {proj_size!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
         if precision not in PRECISIONS:
@@ -126,7 +140,8 @@ class BiGRU(nn.RNNBase):
         if x.shape[0 if time_first else 1] == 0:
             raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
         backend = self.resolve_backend(x)
-        if backend == "torch":
+        # A compiler would unroll ATen's GRU over time, and again for every length.
+        if backend == "torch" and not torch.compiler.is_compiling():
             y, h_n = torch._VF.gru(
                 x, hx, self._weights(), self.bias, self.num_layers, self.dropout, self.training, True, not time_first
             )
@@ -141,6 +156,10 @@ class BiGRU(nn.RNNBase):
         Raises:
             RuntimeError: the backend asked for cannot serve it; the message says why.
         """
+        if self.backend == "auto" and transformed() and not isinstance(input, PackedSequence):
+            # ATen's GRU has no rule for vmap, cuDNN's no second derivative and no forward mode, an operator none.
+            aten = input.device.type == "cpu" and not torch.compiler.is_compiling() and not vmapped()
+            return "torch" if aten else "reference"
         if self.backend in ("torch", "reference"):
             return self.backend
         data = input.data if isinstance(input, PackedSequence) else input
@@ -171,7 +190,7 @@ class BiGRU(nn.RNNBase):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int) -> Tensor:
-        weight = self._weights()[0]
+        weight = getattr(self, self._flat_weights_names[0])
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"input: expected {weight.dtype} like the weights, got {x.dtype}")
         if x.device != weight.device:
@@ -197,8 +216,10 @@ class BiGRU(nn.RNNBase):
         device, dtype = x.device.type, x.dtype
         inside: AbstractContextManager = nullcontext()
         if torch.is_autocast_enabled(device):
-            # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16.
-            dtype = torch.get_autocast_dtype(device)
+            # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's
+            # GRU on a CPU heeds no autocast, so neither does what stands for it.
+            if backend != "torch" or device != "cpu":
+                dtype = torch.get_autocast_dtype(device)
             inside = torch.autocast(device, enabled=False)
         sizes = None if packing is None else packing.batch_sizes.tolist()
         recurrence = functools.partial(gru_recurrence, batch_sizes=sizes)
@@ -206,10 +227,11 @@ class BiGRU(nn.RNNBase):
         with inside:
             for layer in range(self.num_layers):
                 own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
-                if backend in KERNELS:
-                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, KERNELS[backend], packing)
-                else:
+                if backend == "reference":
                     x, h_n = gru_layer(x.to(dtype), h0.to(dtype), [w.to(dtype) for w in own], recurrence)
+                else:
+                    family = KERNELS.get(backend, "plain")
+                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, family, packing)
                 states.append(h_n)
                 if self.dropout and layer < self.num_layers - 1:
                     x = nn.functional.dropout(x, self.dropout, self.training)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigru.kernels.packed import Packing
 from bigru.kernels.recurrence import check_recurrence, fused_gru_recurrence
 from bigru.kernels.reference import gru_layer
+from bigru.kernels.transforms import refuse_second_derivative, refuse_transforms
 
 
 def fused_gru_layer(
@@ -37,12 +37,16 @@ def fused_gru_layer(
             second: the order of `torch.nn.GRU`.
         dtype: what all of them are converted to.
         precision: "fp32" or "tf32", for fp32 storage.
-        kernel: one of `launch.KERNELS`; "portable" with a packing.
+        kernel: one of `launch.KERNELS`, "portable" with a packing; under a compiler also "plain".
         packing: how the rows make steps, if they are packed; not under a compiler.
 
     Returns:
         y (T, B, D * H), or (P, D * H), and h_n (D, B, H).
+
+    Raises:
+        RuntimeError: inside a transform of torch.func, in forward mode, or for a second derivative.
     """
+    refuse_transforms(x, h0, *weights)
     if torch.compiler.is_compiling():
         recurrence = functools.partial(fused_gru_recurrence, precision=precision, kernel=kernel)
         return gru_layer(x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights], recurrence)
@@ -119,10 +123,11 @@ class _Layer(torch.autograd.Function):
         return y, h_n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dh_n):
         from bigru.kernels import launch
 
+        # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
+        refuse_second_derivative(dy, dh_n)
         gates, states, x, h0, w_ih, w_hh = ctx.saved_tensors
         y = states[1:-1] if ctx.packing is None else states
         filled = None if ctx.packing is None else torch.empty_like(y)

@@ -6,7 +6,9 @@ Input products stay outside (`reference.input_gates`), so that ATen's matrix pro
 import torch
 from torch import Tensor
 
+from bigru.kernels import plain
 from bigru.kernels.packed import Packing
+from bigru.kernels.transforms import INSTEAD, refuse_transforms
 
 
 def fused_gru_recurrence(
@@ -20,11 +22,12 @@ def fused_gru_recurrence(
         b_hn: (D, H) recurrent bias of n, or None.
         h0: (D, B, H) initial state.
         precision: "fp32" or "tf32", for fp32 storage.
-        kernel: one of `launch.KERNELS`.
+        kernel: one of `launch.KERNELS`, or "plain": `bigru.kernels.plain` instead, on any device and in any dtype.
 
     Returns:
         y (T, B, D, H) and h_n (D, B, H).
     """
+    refuse_transforms(gi, w_hh, b_hn, h0)
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (gi, w_hh, b_hn, h0))
     save = wanted and torch.is_grad_enabled()
     y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)
@@ -37,6 +40,8 @@ def gru_forward(
     gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, family: str = "portable"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
+    if family == "plain":
+        return plain.gru_forward(gi, w_hh, b_hn, h0, save)
     from bigru.kernels import launch  # triton is needed from here on, not before
 
     check_recurrence(gi, w_hh, b_hn, h0, precision, family)
@@ -45,12 +50,17 @@ def gru_forward(
 
 @gru_forward.register_fake
 def _(gi, w_hh, b_hn, h0, precision, save, family="portable"):
-    from bigru.kernels import launch
-
     steps, batch, directions, _ = gi.shape
     hidden = h0.shape[-1]
     y = gi.new_empty(steps, batch, directions, hidden)
-    gates = gi.new_empty(launch.gates_shape(family, steps, batch, directions, hidden) if save else (0,))
+    shape: tuple[int, ...] = (0,)
+    if save and family == "plain":
+        shape = (steps, batch, directions, 4, hidden)
+    elif save:
+        from bigru.kernels import launch
+
+        shape = launch.gates_shape(family, steps, batch, directions, hidden)
+    gates = gi.new_empty(shape)
     return y, h0.new_empty(h0.shape), gates
 
 
@@ -65,7 +75,9 @@ def gru_backward(
     precision: str,
     family: str = "portable",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gi, of q and of h0. Not differentiable itself: double backward raises."""
+    """Gradients of gi, of q and of h0. Not differentiable itself: a second derivative raises."""
+    if family == "plain":
+        return plain.gru_backward(dy, dh_n, y, gates, h0, w_hh)
     from bigru.kernels import launch
 
     return launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, precision, family)  # type: ignore[arg-type]
@@ -162,3 +174,10 @@ def recurrent_weight_gradient(dgi: Tensor, dq: Tensor, y: Tensor, h0: Tensor) ->
 
 
 gru_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise RuntimeError(f"bigru::gru_backward cannot be differentiated; {INSTEAD}")
+
+
+gru_backward.register_autograd(_no_second_derivative)

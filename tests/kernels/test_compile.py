@@ -8,45 +8,61 @@ from support import error
 
 from bigru import BiGRU
 
-pytest.importorskip("triton")
-
 # B and T; a compiler takes sizes that are equal at first, features among them, for equal ever after.
 SIZES = [(2, 3), (5, 4), (3, 7), (2, 5)]
+# Of the compiler's own making.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture
-def gru(kernel_device):
+@pytest.fixture(params=["triton", "torch"])
+def gru(request, kernel_device):
+    """On the fused kernels, and on ATen's GRU, for which under a compiler a loop in an operator stands."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    return BiGRU(6, 4, 2, batch_first=True, backend="triton", device=kernel_device)
+    return BiGRU(6, 4, 2, batch_first=True, backend=request.param, device=kernel_device)
 
 
-def trained(module, gru, x):
+def trained(module, gru, x, hx=None):
     """Outputs, and the gradients of the input and of every parameter."""
     gru.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
-    y, h_n = module(x)
+    y, h_n = module(x, hx)
     torch.autograd.backward((y, h_n), (torch.cos(y.detach()), torch.sin(h_n.detach())))
     return [y, h_n, x.grad, *(parameter.grad for parameter in gru.parameters())]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own making
-@pytest.mark.parametrize(
-    "compiler",
-    [
-        "aot_eager",
-        pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
-    ],
-)
-def test_one_graph_serves_every_batch_and_length(gru, compiler, kernel_device):
-    compiled = torch.compile(gru, fullgraph=True, dynamic=True, backend=compiler)
+def same(ours, theirs):
+    return all(error(a, b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_one_graph_serves_every_batch_and_length(gru, kernel_device):
+    compiled = torch.compile(gru, fullgraph=True, dynamic=True, backend=COMPILER)
     counter = torch._dynamo.utils.counters["stats"]
     for batch, steps in SIZES:
         x = torch.randn(batch, steps, 6, device=kernel_device)
-        for ours, theirs in zip(trained(compiled, gru, x), trained(gru, gru, x), strict=True):
-            assert error(ours, theirs) < 1e-6
+        assert same(trained(compiled, gru, x), trained(gru, gru, x))
     assert counter["unique_graphs"] == 1
+    # Inference is one more, since it keeps nothing.
+    with torch.no_grad():
+        for batch, steps in SIZES:
+            x = torch.randn(batch, steps, 6, device=kernel_device)
+            assert same(compiled(x), gru(x))
+    assert counter["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("gru", ["torch"], indirect=True)
+def test_left_to_itself_it_compiles_again_once(gru, kernel_device):
+    # For the first sizes as they are, then once for sizes that change.
+    compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
+    for batch, steps in SIZES:
+        x, hx = torch.randn(batch, steps, 6, device=kernel_device), torch.randn(4, batch, 4, device=kernel_device)
+        assert same(trained(compiled, gru, x, hx), trained(gru, gru, x, hx))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_export_leaves_batch_and_time_free(gru, kernel_device):
@@ -58,5 +74,56 @@ def test_export_leaves_batch_and_time_free(gru, kernel_device):
     with torch.no_grad():
         for batch, steps in SIZES:
             x = torch.randn(batch, steps, 6, device=kernel_device)
-            for ours, theirs in zip(program.module()(x), gru(x), strict=True):
-                assert error(ours, theirs) < 1e-6
+            assert same(program.module()(x), gru(x))
+
+
+def test_autocast_means_the_same_when_compiled(gru, kernel_device):
+    compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 6, device=kernel_device)
+    with torch.no_grad(), torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        (y, _), (expected, _) = compiled(x), gru(x)
+    assert y.dtype == expected.dtype
+    assert error(y, expected) < 1e-2
+
+
+@needs_gpu
+class TestCudaGraphs:
+    """A capture records what is launched, so nothing may wait for the GPU or be tuned while it lasts."""
+
+    @pytest.fixture
+    def gru(self):
+        torch.manual_seed(0)
+        return BiGRU(6, 32, 2, batch_first=True, device="cuda")
+
+    def test_forward(self, gru):
+        x = torch.randn(3, 5, 6, device="cuda")
+        with torch.no_grad():
+            graphed = torch.cuda.make_graphed_callables(gru.eval(), (x,))
+            for _ in range(2):
+                x = torch.randn_like(x)
+                assert same(graphed(x), gru(x))
+
+    def test_training_step(self, gru):
+        optimizer = torch.optim.SGD(gru.parameters(), lr=0.1)
+        x = torch.randn(3, 5, 6, device="cuda")
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            gru(x)[0].square().sum().backward()
+            optimizer.step()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        start = {name: value.clone() for name, value in gru.state_dict().items()}
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        replayed = [parameter.clone() for parameter in gru.parameters()]
+        gru.load_state_dict(start)
+        step()
+        assert same(replayed, gru.parameters())

@@ -1,0 +1,43 @@
+"""The loops that stand for ATen's GRU under a compiler, against the reference."""
+
+import functools
+
+import pytest
+import torch
+from support import NAMES, TOLERANCE, error, expected, make_inputs, outputs_and_gradients
+
+from bigru.kernels.recurrence import fused_gru_recurrence
+
+run = functools.partial(fused_gru_recurrence, precision="fp32", kernel="plain")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 3), (4, 1, 5), (5, 3, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matches_the_reference(dtype, shape, bias, poisoned):
+    inputs, upstream = make_inputs(shape, dtype, "cpu", bias=bias)
+    tolerance = TOLERANCE.get((dtype, "fp32"), 1e-14)
+    results = zip(NAMES, outputs_and_gradients(run, inputs, upstream), expected(inputs, upstream), strict=True)
+    for name, value, wanted in results:
+        assert (value is None) == (wanted is None)
+        if value is not None:
+            assert value.dtype == dtype
+            assert error(value, wanted) < tolerance, name
+
+
+def test_empty_batch():
+    inputs, upstream = make_inputs((3, 0, 5), torch.float32, "cpu")
+    y, _, dgi, dw_hh, *_ = outputs_and_gradients(run, inputs, upstream)
+    assert y.shape == (3, 0, 2, 5)
+    assert dgi.shape == (3, 0, 2, 15)
+    assert not dw_hh.any()
+
+
+def test_opcheck():
+    inputs, (dy, dh_n) = make_inputs((3, 2, 5), torch.float32, "cpu")
+    y, _, gates = torch.ops.bigru.gru_forward(*inputs, "fp32", True, "plain")
+    backward = (dy, dh_n, y, gates, inputs[3], inputs[1], "fp32", "plain")
+    torch.library.opcheck(torch.ops.bigru.gru_backward.default, backward)
+    for x in inputs:
+        x.requires_grad_()
+    torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, "plain"))
