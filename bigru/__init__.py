@@ -1,8 +1,9 @@
 """bigru: a fused bidirectional GRU for PyTorch, and the hand-motion forecaster it was made for."""
 
+from bigru.kernels.convert import replace_gru
 from bigru.kernels.gru import BiGRU
 from bigru.model.forecaster import HandForecaster
 
 __version__ = "0.1.0"
 
-__all__ = ["BiGRU", "HandForecaster", "__version__"]
+__all__ = ["BiGRU", "HandForecaster", "__version__", "replace_gru"]

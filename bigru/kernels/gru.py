@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ KERNELS = {"triton": "portable", "resident": "resident", "cooperative": "coopera
 """The families of kernels (`launch.KERNELS`) by the backend's name."""
 BACKENDS = ("auto", *KERNELS, "torch", "reference")
 PRECISIONS = ("fp32", "tf32")
+Module = TypeVar("Module", bound=nn.RNNBase)
 
 
 class BiGRU(nn.RNNBase):
@@ -84,15 +87,41 @@ class BiGRU(nn.RNNBase):
             raise ValueError("bidirectional: expected True, got False; for one direction there is torch.nn.GRU")
         if proj_size is not None:
             raise ValueError(f"proj_size: only an LSTM has one, got {proj_size!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+        check_options(backend, precision)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, True, device=device, dtype=dtype
         )
         self.backend = backend
         self.precision = precision
+
+    @classmethod
+    def from_gru(cls, gru: nn.GRU, *, backend: str = "auto", precision: str = "fp32") -> Self:
+        """A BiGRU in place of a torch.nn.GRU: the same Parameter objects, options, hooks and training mode.
+
+        Args:
+            gru: a bidirectional torch.nn.GRU; it stays as it is.
+            backend, precision: as for the constructor.
+
+        Raises:
+            TypeError: for a subclass, which may compute something else, or anything else.
+            ValueError: for one direction or a proj_size.
+        """
+        if refusal := unlike_bigru(gru):
+            raise refusal
+        check_options(backend, precision)
+        return _twin(gru, cls, backend=backend, precision=precision)
+
+    def to_gru(self) -> nn.GRU:
+        """The torch.nn.GRU that computes the same, of the same Parameter objects, hooks and training mode.
+
+        Raises:
+            TypeError: for a subclass, such as parametrizations make.
+        """
+        if type(self) is not BiGRU:
+            raise TypeError(f"expected a BiGRU itself, got {type(self).__name__}, a subclass")
+        gru = _twin(self, nn.GRU)
+        del gru.backend, gru.precision
+        return gru
 
     def forward(
         self,
@@ -190,7 +219,8 @@ class BiGRU(nn.RNNBase):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int) -> Tensor:
-        weight = getattr(self, self._flat_weights_names[0])
+        # Not read by name: every reading of a parametrized weight computes it, and may change it (spectral_norm).
+        weight = next(self.parameters())
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"input: expected {weight.dtype} like the weights, got {x.dtype}")
         if x.device != weight.device:
@@ -272,6 +302,36 @@ class BiGRU(nn.RNNBase):
         packed, index = pack(input, lengths, self.batch_first)
         y, h_n = self._forward_packed(packed, hx)
         return unpack(y, index, input.shape[:2]), h_n
+
+
+def check_options(backend: str, precision: str) -> None:
+    """Raises ValueError for an unknown backend or precision."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+
+
+def unlike_bigru(gru: nn.Module) -> TypeError | ValueError | None:
+    """What is wrong with a module that is to become a BiGRU, if anything."""
+    if type(gru) is not nn.GRU:
+        return TypeError(f"gru: expected a torch.nn.GRU itself, got {type(gru).__name__}")
+    if not gru.bidirectional:
+        return ValueError("gru: expected bidirectional=True, got False")
+    if gru.proj_size:
+        return ValueError(f"gru: expected no proj_size, got {gru.proj_size}")
+    return None
+
+
+def _twin(module: nn.RNNBase, of: type[Module], **attributes: str) -> Module:
+    """A module of another class that holds all that this one holds, in containers of its own."""
+    twin = copy.copy(module)
+    for name, value in vars(twin).items():
+        if isinstance(value, dict | list):
+            vars(twin)[name] = copy.copy(value)
+    vars(twin).update(attributes)
+    twin.__class__ = of
+    return twin  # type: ignore[return-value]
 
 
 @functools.cache

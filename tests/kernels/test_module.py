@@ -1,0 +1,279 @@
+"""`BiGRU` as a module: copies, files, dtypes, parametrizations, hooks, checkpointing, and the modes of autograd."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from support import error
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+from bigru import BiGRU
+
+pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+
+
+@pytest.fixture(params=["torch", "reference", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture
+def gru(backend, kernel_device):
+    torch.manual_seed(0)
+    return BiGRU(3, 4, backend=backend, device=kernel_device)
+
+
+@pytest.fixture
+def x(kernel_device):
+    torch.manual_seed(1)
+    return torch.randn(3, 2, 3).to(kernel_device)
+
+
+def nn_gru(gru):
+    """nn.GRU of the same parameters."""
+    theirs = nn.GRU(3, 4, bidirectional=True, device=gru.weight_ih_l0.device)
+    theirs.load_state_dict(gru.state_dict())
+    return theirs
+
+
+def gradients(module, x, run=None):
+    """Of the input and of every parameter, for an upstream gradient that depends on the output."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    y, h_n = (run or module)(x)
+    (y.square().sum() + h_n.sum()).backward()
+    return [x.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+def same(ours, theirs, tolerance=1e-6):
+    return all(error(a, b) < tolerance for a, b in zip(ours, theirs, strict=True))
+
+
+class TestCopiesAndFiles:
+    def saved_and_loaded(self, gru):
+        file = io.BytesIO()
+        torch.save(gru.state_dict(), file)
+        file.seek(0)
+        fresh = BiGRU(3, 4, backend=gru.backend).to(gru.weight_ih_l0.device)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        return fresh
+
+    def test_each_computes_the_same(self, gru, x):
+        whole = io.BytesIO()
+        torch.save(gru, whole)
+        whole.seek(0)
+        copies = {
+            "deepcopy": copy.deepcopy(gru),
+            "pickle": pickle.loads(pickle.dumps(gru)),
+            "torch.save of the module": torch.load(whole, weights_only=False),
+            "torch.save of the state dict": self.saved_and_loaded(gru),
+        }
+        expected = gradients(gru, x)
+        for name, twin in copies.items():
+            assert (twin.backend, twin.precision) == (gru.backend, gru.precision), name
+            assert torch.equal(twin(x)[0], gru(x)[0]), name
+            assert same(gradients(twin, x), expected), name
+            with torch.no_grad():
+                twin.weight_ih_l0.zero_()
+        assert gru.weight_ih_l0.all()
+
+    def test_state_dict_both_ways(self, gru, x):
+        theirs = nn_gru(gru)
+        assert same(gru(x), theirs(x), 1e-5)
+        gru.load_state_dict({name: value / 2 for name, value in theirs.state_dict().items()})
+        theirs.load_state_dict(gru.state_dict())
+        assert same(gru(x), theirs(x), 1e-5)
+
+    def test_repr_and_weights_are_nn_grus(self):
+        ours, theirs = BiGRU(3, 4, 2, False, True, 0.5), nn.GRU(3, 4, 2, False, True, 0.5, bidirectional=True)
+        assert ours.extra_repr() == f"{theirs.extra_repr()}, backend='auto', precision='fp32'"
+        assert ours._all_weights == theirs._all_weights
+        for own in ours.all_weights:
+            assert all(any(weight is parameter for parameter in ours.parameters()) for weight in own)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+    def test_flatten_parameters_changes_nothing(self, gru, x):
+        before = gru(x)[0]
+        gru.flatten_parameters()
+        assert torch.equal(gru(x)[0], before)
+
+    def test_loading_by_assignment(self, gru, x):
+        halved = {name: value.clone() / 2 for name, value in gru.state_dict().items()}
+        gru.load_state_dict(halved, assign=True)
+        assert same(gru(x), nn_gru(gru)(x), 1e-5)
+
+
+class TestDtypes:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-2)], ids=str)
+    def test_to_16_bits_and_back(self, gru, x, dtype, tolerance):
+        expected = nn_gru(gru)(x)
+        y, h_n = gru.to(dtype)(x.to(dtype))
+        assert y.dtype == h_n.dtype == dtype
+        assert same((y, h_n), expected, tolerance)
+        assert gru.float()(x)[0].dtype == torch.float32
+
+    def test_double(self, gru, x, backend):
+        gru.double()
+        if backend == "triton":
+            with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call: the input is torch.float64"):
+                gru(x.double())
+            gru.backend = "auto"  # takes ATen's, on a GPU too
+        assert same(gru(x.double()), nn_gru(gru).double()(x.double()), 1e-12)
+
+    def test_meta_to_a_device(self, x, backend, kernel_device):
+        gru = BiGRU(3, 4, backend=backend, device="meta").to_empty(device=kernel_device)
+        gru.reset_parameters()
+        assert same(gru(x), nn_gru(gru)(x), 1e-5)
+
+
+class TestWeightsAreReadWhenCalled:
+    def test_functional_call(self, gru, x):
+        zeros = {name: torch.zeros_like(p) for name, p in gru.named_parameters()}
+        assert not torch.func.functional_call(gru, zeros, (x,))[0].any()
+        assert gru(x)[0].any()
+
+    @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+    def test_parametrizations(self, gru, x, norm):
+        # In evaluation spectral_norm's power iteration stands still: nn.GRU reads each weight several times a call.
+        theirs = nn_gru(gru).eval()
+        gru.eval()
+        for module in (gru, theirs):
+            torch.manual_seed(0)
+            norm(module, "weight_hh_l0")
+            norm(module, "weight_ih_l0_reverse")
+        assert same(gradients(gru, x), gradients(theirs, x), 1e-5)
+        with torch.no_grad():
+            for module in (gru, theirs):
+                next(module.parametrizations.weight_hh_l0.parameters()).mul_(2)
+        assert same(gru(x), theirs(x), 1e-5)
+        parametrize.remove_parametrizations(gru, "weight_hh_l0")
+        assert same(gru(x), theirs(x), 1e-5)
+
+    def test_each_is_read_once_a_call(self, gru, x):
+        class Counted(nn.Module):
+            calls = 0
+
+            def forward(self, weight):
+                Counted.calls += 1
+                return weight
+
+        for name in ("weight_ih_l0", "bias_hh_l0_reverse"):
+            parametrize.register_parametrization(gru, name, Counted())
+        Counted.calls = 0
+        gru(x)
+        assert Counted.calls == 2
+
+    def test_pruning(self, gru, x):
+        theirs = nn_gru(gru)
+        for module in (gru, theirs):
+            prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+        assert same(gradients(gru, x), gradients(theirs, x), 1e-5)
+        prune.remove(gru, "weight_hh_l0")
+        assert (gru.weight_hh_l0 == 0).float().mean() == 0.5
+        assert same(gru(x), theirs(x), 1e-5)
+
+    def test_an_assigned_parameter(self, gru, x):
+        gru(x)
+        gru.weight_hh_l0 = nn.Parameter(torch.ones_like(gru.weight_hh_l0))
+        assert same(gru(x), nn_gru(gru)(x), 1e-5)
+        gru.weight_hh_l0.data = torch.zeros_like(gru.weight_hh_l0)
+        assert same(gru(x), nn_gru(gru)(x), 1e-5)
+
+    def test_an_optimiser_step(self, gru, x):
+        theirs = nn_gru(gru)
+        for module in (gru, theirs):
+            optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+            for _ in range(3):
+                gradients(module, x)
+                optimizer.step()
+        assert same(gru(x), theirs(x), 1e-5)
+
+    def test_shared_weights(self, gru, x):
+        gru.weight_hh_l0_reverse = gru.weight_hh_l0
+        theirs = nn.GRU(3, 4, bidirectional=True, device=x.device)
+        theirs.weight_hh_l0_reverse = theirs.weight_hh_l0
+        theirs.load_state_dict(gru.state_dict())
+        assert same(gradients(gru, x), gradients(theirs, x), 1e-5)
+
+
+class TestAutograd:
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing(self, gru, x, use_reentrant):
+        def run(x):
+            return checkpoint(gru, x, use_reentrant=use_reentrant)
+
+        assert same(gradients(gru, x, run), gradients(gru, x))
+
+    def test_hooks(self, gru, x):
+        seen = []
+        gru.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        gru.register_forward_hook(lambda module, args, output: (output[0] + 1, output[1]))
+        gru.register_full_backward_hook(lambda module, dx, dy: seen.append((len(dx), len(dy))))
+        gru.weight_hh_l0.register_hook(lambda gradient: 3 * gradient)
+        gru.bias_ih_l0.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.shape))
+        plain = copy.deepcopy(nn_gru(gru))
+        y, _ = gru(x.clone().requires_grad_())
+        expected, _ = plain(2 * x)
+        assert error(y, expected + 1) < 1e-5
+        y.sum().backward()
+        expected.sum().backward()
+        assert error(gru.weight_hh_l0.grad, 3 * plain.weight_hh_l0.grad) < 1e-5
+        assert sorted(seen, key=str) == sorted([(12,), (1, 2)], key=str)
+
+    def test_inference_mode(self, gru, x):
+        with torch.inference_mode():
+            y, h_n = gru(x)
+        assert y.is_inference()
+        assert h_n.is_inference()
+        assert torch.equal(y, gru(x)[0])
+        # Tensors made there may be used where gradients of others are wanted.
+        inferred = x.detach()
+        with torch.inference_mode():
+            inferred = inferred * 1
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            nn_gru(gru)(inferred)[0].sum().backward()
+
+    def test_no_grad(self, gru, x):
+        with torch.no_grad():
+            y, h_n = gru(x)
+        assert not y.requires_grad
+        assert not h_n.requires_grad
+
+    def test_frozen(self, gru, x):
+        gru.requires_grad_(False)
+        assert not gru(x)[0].requires_grad
+        (dx,) = torch.autograd.grad(gru(x.requires_grad_())[0].sum(), x)
+        assert error(dx, torch.autograd.grad(nn_gru(gru)(x)[0].sum(), x)[0]) < 1e-5
+
+    def test_gradients_accumulate_and_the_graph_is_freed(self, gru, x):
+        once = [gradient.clone() for gradient in gradients(gru, x)[1:]]
+        y, h_n = gru(x)
+        loss = y.square().sum() + h_n.sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert same([parameter.grad / 3 for parameter in gru.parameters()], once)
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+    def test_one_output_alone(self, gru, x):
+        theirs = nn_gru(gru)
+        for which in (0, 1):
+            ours, expected = (
+                torch.autograd.grad(m(x)[which].square().sum(), list(m.parameters())) for m in (gru, theirs)
+            )
+            assert same(ours, expected, 1e-5)
+
+    def test_backward_in_eval_mode(self, gru, x):
+        # cuDNN's GRU cannot.
+        expected = gradients(gru, x)
+        assert same(gradients(gru.eval(), x), expected)
+
+    def test_gradients_are_bit_identical_from_run_to_run(self, gru, x):
+        first, second = gradients(gru, x), gradients(gru, x)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
