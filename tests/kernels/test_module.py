@@ -132,6 +132,25 @@ class TestDtypes:
         assert same(gru(x), nn_gru(gru)(x), 1e-5)
 
 
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_made_as_asked(self, device, dtype, backend):
+        gru = BiGRU(3, 4, 2, backend=backend, device=device, dtype=dtype)
+        assert {(p.device.type, p.dtype) for p in gru.parameters()} == {(device, dtype)}
+
+
+def test_inputs_and_weights_are_left_alone(gru, x):
+    hx = torch.randn(2, 2, 4, device=x.device).requires_grad_()
+    x.requires_grad_()
+    kept = [x, hx, *gru.parameters()]
+    before = [(tensor.detach().clone(), tensor._version) for tensor in kept]
+    y, h_n = gru(x, hx)
+    (y.square().sum() + h_n.square().sum()).backward()
+    for tensor, (values, version) in zip(kept, before, strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor.detach(), values)
+
+
 class TestWeightsAreReadWhenCalled:
     def test_functional_call(self, gru, x):
         zeros = {name: torch.zeros_like(p) for name, p in gru.named_parameters()}

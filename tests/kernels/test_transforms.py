@@ -159,16 +159,22 @@ def test_compiled_then_in_forward_mode(kernel_device):
             compiled(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck_to_second_order(bias):
+# The inputs of PyTorch's own module tests for its GRU.
+@pytest.mark.parametrize("given_state", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(("bias", "batch_first", "layers"), [(True, True, 2), (False, False, 2), (True, False, 1)])
+def test_gradcheck_to_second_order(bias, batch_first, layers, batched, given_state):
     torch.manual_seed(0)
-    gru = BiGRU(2, 2, 2, bias, backend="reference", dtype=torch.float64)
+    gru = BiGRU(2, 2, layers, bias, batch_first, backend="reference", dtype=torch.float64)
     names = list(dict(gru.named_parameters()))
 
-    def run(x, hx, *weights):
+    def run(x, *rest):
+        hx, weights = (rest[0], rest[1:]) if given_state else (None, rest)
         return functional_call(gru, dict(zip(names, weights, strict=True)), (x, hx))
 
-    leaves = [torch.randn(2, 2, 2), torch.randn(4, 2, 2), *gru.parameters()]
-    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    x, hx = torch.randn(2, 3, 2), torch.randn(2 * layers, 2 if batch_first else 3, 2)
+    tensors = [x, hx] if given_state else [x]
+    tensors = [*(tensors if batched else (t[:, 0] for t in tensors)), *gru.parameters()]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in tensors]
     assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
