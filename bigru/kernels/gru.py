@@ -185,14 +185,15 @@ class BiGRU(nn.RNNBase):
         Raises:
             RuntimeError: the backend asked for cannot serve it; the message says why.
         """
-        if self.backend == "auto" and transformed() and not isinstance(input, PackedSequence):
-            # ATen's GRU has no rule for vmap, cuDNN's no second derivative and no forward mode, an operator none.
-            aten = input.device.type == "cpu" and not torch.compiler.is_compiling() and not vmapped()
-            return "torch" if aten else "reference"
         if self.backend in ("torch", "reference"):
             return self.backend
         data = input.data if isinstance(input, PackedSequence) else input
         packed = data is not input
+        if self.backend == "auto" and transformed():
+            # ATen's GRU has no rule for vmap and none for packed sequences, cuDNN's no second derivative and no forward
+            # mode, an operator none of all.
+            aten = data.device.type == "cpu" and not packed and not torch.compiler.is_compiling() and not vmapped()
+            return "torch" if aten else "reference"
         if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
         wanted = "triton" if self.backend == "auto" else self.backend

@@ -41,11 +41,11 @@ class Configuration:
 
 
 @st.composite
-def configurations(draw, dtypes, largest, packed):
+def configurations(draw, dtypes, largest):
     steps, batch = draw(st.integers(1, largest)), draw(st.none() | st.integers(0, largest))
     layers, bias = draw(st.integers(1, 3)), draw(st.booleans())
     lengths = None
-    if packed and draw(st.booleans()):
+    if draw(st.booleans()):
         batch = draw(st.integers(1, largest))
         lengths = tuple(draw(st.lists(st.integers(1, steps), min_size=batch, max_size=batch)))
     leaves = 2 + layers * (8 if bias else 4)
@@ -118,20 +118,20 @@ WIDE = [torch.float64, torch.float32]
 
 
 @settings(REPEATABLE, max_examples=60)
-@given(configurations([*WIDE, torch.bfloat16], 6, packed=True))
+@given(configurations([*WIDE, torch.bfloat16], 6))
 def test_torch(configuration):
     check(configuration, "torch", "cpu")
 
 
 @settings(REPEATABLE, max_examples=60)
-@given(configurations(WIDE, 5, packed=False))
+@given(configurations(WIDE, 5))
 def test_reference(configuration):
     check(configuration, "reference", "cpu")
 
 
 # The interpreter is too slow to look for a smaller failure.
 @settings(REPEATABLE, max_examples=12, phases=[Phase.explicit, Phase.generate])
-@given(configurations([torch.float32, torch.bfloat16], 3, packed=False))
+@given(configurations([torch.float32, torch.bfloat16], 3))
 def test_triton(kernel_device, configuration):
     pytest.importorskip("triton")
     check(configuration, "triton", kernel_device)

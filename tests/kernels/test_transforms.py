@@ -124,6 +124,25 @@ def test_refused_by_the_fused_kernels(name, kernel_device):
         TRANSFORMS[name](gru, x)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_packed_sequences(backend, kernel_device):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    gru, x = make(backend, *((kernel_device, torch.float32) if backend == "triton" else ()))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [1, 3], enforce_sorted=False)
+    ones = torch.ones_like(packed.data)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match=r'fused kernels.*backend="reference"'):
+            jvp(lambda data: gru(packed._replace(data=data))[0].data, (packed.data,), (ones,))
+        return
+    derivative = jvp(lambda data: gru(packed._replace(data=data))[0].data, (packed.data,), (ones,))[1]
+    # torch.func cannot enter ATen's, but forward mode can.
+    with forward_ad.dual_level():
+        dual = packed._replace(data=forward_ad.make_dual(packed.data, ones))
+        expected = forward_ad.unpack_dual(make("torch")[0](dual)[0].data).tangent
+    assert error(derivative, expected) < 1e-12
+
+
 def test_a_tangent_elsewhere_does_not_matter(kernel_device):
     pytest.importorskip("triton")
     gru, x = make("triton", kernel_device, torch.float32)
