@@ -59,12 +59,12 @@ class LaunchConfig:
     dot: Literal["ieee", "tf32", "tf32x3"]
     """`input_precision` of tl.dot where operands are fp32 and not split."""
 
-    def options(self) -> dict[str, int | bool]:
-        """What the compiler is told."""
+    def options(self, packed: bool = False) -> dict[str, int | bool]:
+        """What the compiler is told, also for packed sequences."""
         # Fusion of multiply and add is the default; triton 3.9 warns where it is not asked for by name.
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-        # Left to itself, ptxas stops at 64, 80 or 128 registers in the blocked kernels and spills.
-        return options if self.whole else options | {"maxnreg": 255}
+        # Left to itself, ptxas stops at 64, 80, 128 or 168 registers in these kernels and spills.
+        return options | {"maxnreg": 255} if packed or not self.whole else options
 
 
 def choose(hidden: int, dtype: torch.dtype, precision: Precision, batch: int, device: Device) -> LaunchConfig:
@@ -238,7 +238,7 @@ def _forward_portable(
         portable.gru_forward_kernel[grid](
             gi, w_hh, bias, h0, y, h_n, gates, table, steps, batch,
             H=hidden, HP=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
-            SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, **c.options(),
+            SPLIT=c.split, PRECISION=c.dot, ACCURATE=accurate, **c.options(packing is not None),
         )  # fmt: skip
     else:
         state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
@@ -246,7 +246,7 @@ def _forward_portable(
         blocked.gru_forward_blocked_kernel[grid](
             gi, w_hh, bias, state, y, gates, table, steps, batch, hidden,
             H=hidden, BH=c.block_hidden, N=c.block_batch, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
-            PRECISION=c.dot, ACCURATE=accurate, **c.options(),
+            PRECISION=c.dot, ACCURATE=accurate, **c.options(packing is not None),
         )  # fmt: skip
         h_n.copy_(state[steps % 2])
 
@@ -312,13 +312,13 @@ def _backward_portable(
         portable.gru_backward_kernel[grid](
             dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, table, before, steps, batch,
             H=hidden, HP=c.block_hidden, N=c.block_batch,
-            SPLIT=c.split, PRECISION=c.dot, **c.options(),
+            SPLIT=c.split, PRECISION=c.dot, **c.options(packing is not None),
         )  # fmt: skip
     else:
         dh = dh_n.to(torch.float32, copy=True)
         blocked.gru_backward_blocked_kernel[grid](
             dy, y, gates, h0, w_hh, dh, dgi, dq, table, before, steps, batch, hidden,
-            H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(),
+            H=hidden, BH=c.block_hidden, N=c.block_batch, PRECISION=c.dot, **c.options(packing is not None),
         )  # fmt: skip
         dh0.copy_(dh)
 

@@ -51,8 +51,8 @@ COOPERATIVE = {
     "forward cooperative": "gru_forward_cooperative_kernel",
     "backward cooperative": "gru_backward_cooperative_kernel",
 }
-PACKED_HIDDEN = (128, 200)
-"""Of these, what the kernels for packed sequences are compiled for: the largest H on chip, and one read in blocks."""
+PACKED_HIDDEN = (16, 128, 200)
+"""Of these, what the kernels for packed sequences are compiled for: least and most on chip, and one read in blocks."""
 SPLIT_HIDDEN = (192, 256, 512, 1024)
 """Hidden sizes of the cooperative kernels: with padding and without, few programs and many."""
 BUFFERS = {
@@ -249,7 +249,8 @@ def compile_case(case: Case) -> Any:
             signature[parameter.name] = "i32"
     target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
     source = build(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options=config.options())
+    options = config.options(case.packed) if isinstance(config, launch.LaunchConfig) else config.options()
+    return triton.compile(source, target=target, options=options)
 
 
 def dump(cubin: bytes) -> str:
