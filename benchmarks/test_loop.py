@@ -56,13 +56,13 @@ def test_epoch(benchmark, device, windows, tmp_path):
     own_s, epoch_s = [], []
 
     def network() -> None:
-        step.network.train()
+        step.model.train()
         for _ in range(TRAIN // MAIN.batch):
             step(batch.x, batch.target, batch.present)
-        step.network.eval()
+        step.model.eval()
         with torch.inference_mode():
             for _ in range(VAL // MAIN.batch):
-                step.network(batch.x)
+                step.model(batch.x)
 
     def epoch() -> None:
         tr, va = loop.train_epoch(tmp_path), summarise(loop.validate())

@@ -80,7 +80,8 @@ class Loop:
             raise ConfigError(f"batch_size: expected at least a window for each of {team.size} processes, got "
                               f"{self.batch}")
         optimizer = make_optimizer(model, optim.lr, optim.weight_decay, capturable=run.graph)
-        self.step = Step(team.wrap(model, device), optimizer, optim.grad_clip, amp=run.amp, processes=team.size)
+        self.step = Step(model, optimizer, optim.grad_clip, amp=run.amp,
+                         reduce=team.sum_gradients if team.size > 1 else None)
         self.share = team.share(self.batch)
         self.coordinates = self._count_coordinates() if team.size > 1 else None
         # Where a captured step finds its windows and leaves their errors.

@@ -51,16 +51,15 @@ class Step:
     """What training does with a batch.
 
     Args:
-        model: the network, or DistributedDataParallel around it; changes with every step.
+        model: the network; changes with every step.
         optimizer: over its parameters.
         grad_clip: largest norm of the gradient.
         amp: "bf16" or "fp16" runs the forward pass under autocast, with a scaled loss for fp16; weights, loss and
             optimiser stay fp32. "none": everything is of the parameters' dtype.
-        processes: how many processes average their gradients.
+        reduce: what is done to the gradients of a backward pass, in place: summed over several processes, say.
 
     Attributes:
-        network: the model itself, where another is around it.
-        device: where it is.
+        device: where the model is.
         prediction, loss, norm: what the last step made, (B, T, 84), () and (): the gradient's norm before clipping.
             A replayed graph fills the tensors that its capture left here.
         scaler: of the loss; does nothing but for fp16.
@@ -73,17 +72,16 @@ class Step:
         grad_clip: float,
         *,
         amp: str = "none",
-        processes: int = 1,
+        reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         self.model = model
-        self.network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.optimizer = optimizer
         self.device = next(model.parameters()).device
         self.prediction = self.loss = self.norm = torch.empty(0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self._grad_clip = grad_clip
         self._amp_dtype = AMP_DTYPES.get(amp)
-        self._processes = processes
+        self._reduce = reduce
 
     def __call__(
         self, x: Tensor, target: Tensor, present: Tensor | None = None, coordinates: Tensor | None = None
@@ -103,8 +101,9 @@ class Step:
             prediction = prediction.float()
         loss = masked_mse(prediction, target, present, coordinates)
         self.optimizer.zero_grad(set_to_none=True)
-        # Averaging over the processes divides by their number, and this loss is to be summed over them.
-        self.scaler.scale(loss if self._processes == 1 else loss * self._processes).backward()
+        self.scaler.scale(loss).backward()
+        if self._reduce is not None:
+            self._reduce([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
         self.scaler.unscale_(self.optimizer)
         self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip).detach()
         self.scaler.step(self.optimizer)

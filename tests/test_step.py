@@ -34,7 +34,7 @@ def batch():
 
 def test_a_step_is_forward_loss_backward_clipping_adamw():
     ours, data = make_step(), batch()
-    model = copy.deepcopy(ours.network)
+    model = copy.deepcopy(ours.model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=1e-5)
     for _ in range(3):
         prediction = ours(data.x, data.target, data.present)
@@ -48,29 +48,34 @@ def test_a_step_is_forward_loss_backward_clipping_adamw():
         assert torch.equal(ours.prediction, expected)
         assert torch.equal(ours.loss, loss)
         assert torch.equal(ours.norm, norm)
-    for one, other in zip(ours.network.parameters(), model.parameters(), strict=True):
+    for one, other in zip(ours.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert not any(kept.requires_grad for kept in (ours.prediction, ours.loss, ours.norm))
 
 
 def test_shares_of_a_batch_add_up_to_it():
-    """What two processes would average: the gradients of unequal shares, each over the whole batch's coordinates."""
-    data, whole, parts = batch(), make_step(), [make_step(processes=2) for _ in range(2)]
+    """What two processes would sum: the gradients of unequal shares, each over the whole batch's coordinates."""
+    data, kept = batch(), []
+
+    def reduce(gradients):
+        kept.append([gradient.clone() for gradient in gradients])
+
+    whole = make_step(reduce=reduce)
     whole(data.x, data.target, data.present)
-    coordinates = 2 * data.present.sum()
     loss = torch.zeros(())
-    for step, share in zip(parts, (slice(0, 2), slice(2, 6)), strict=True):
-        step._grad_clip = whole._grad_clip = float("inf")
-        step(data.x[share], data.target[share], data.present[share], coordinates)
+    for share in (slice(0, 2), slice(2, 6)):
+        step = make_step(reduce=reduce)
+        step(data.x[share], data.target[share], data.present[share], 2 * data.present.sum())
         loss += step.loss
     assert loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
-    whole = make_step()
-    whole._grad_clip = float("inf")
-    whole(data.x, data.target, data.present)
-    for parameter, *shares in zip(whole.network.parameters(), *(step.network.parameters() for step in parts),
-                                  strict=True):
-        averaged = sum(share.grad for share in shares) / 2
-        torch.testing.assert_close(averaged, parameter.grad, rtol=1e-5, atol=1e-8)
+    for expected, *shares in zip(*kept, strict=True):
+        torch.testing.assert_close(sum(shares), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_what_reduces_gradients_does_so_before_they_are_clipped():
+    step, data = make_step(reduce=lambda gradients: [gradient.zero_() for gradient in gradients]), batch()
+    step(data.x, data.target, data.present)
+    assert step.norm == 0
 
 
 def test_set_rate_of_a_number_and_of_a_tensor():
@@ -89,12 +94,12 @@ def test_set_rate_of_a_number_and_of_a_tensor():
 def test_mixed_precision_learns_in_fp32_weights(amp):
     mixed, plain, data = make_step(amp), make_step(), batch()
     kinds = []
-    mixed.network.pose_head[2].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    mixed.model.pose_head[2].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
     for _ in range(20):
         mixed(data.x, data.target, data.present)
         plain(data.x, data.target, data.present)
     assert set(kinds) == {steps.AMP_DTYPES[amp]}
-    assert all(parameter.dtype == torch.float32 for parameter in mixed.network.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in mixed.model.parameters())
     assert mixed.prediction.dtype == mixed.loss.dtype == torch.float32
     assert mixed.loss.item() == pytest.approx(plain.loss.item(), rel=0.05)
     assert mixed.scaler.is_enabled() == (amp == "fp16")
@@ -149,17 +154,17 @@ def test_a_capture_leaves_no_trace(monkeypatch, begun):
     untouched = make_step(dropout=0.3)
     if begun:
         untouched(data.x, data.target, data.present)
-    held = [parameter.data_ptr() for parameter in step.network.parameters()]
+    held = [parameter.data_ptr() for parameter in step.model.parameters()]
     torch.manual_seed(5)
     replay = capture_training(lambda: step(data.x, data.target, data.present), step)
     assert torch.rand(1) == (torch.manual_seed(5), torch.rand(1))[1]
     # A graph holds addresses.
-    assert held == [parameter.data_ptr() for parameter in step.network.parameters()]
+    assert held == [parameter.data_ptr() for parameter in step.model.parameters()]
     torch.manual_seed(6)
     replay()
     torch.manual_seed(6)
     untouched(data.x, data.target, data.present)
-    for one, other in zip(step.network.parameters(), untouched.network.parameters(), strict=True):
+    for one, other in zip(step.model.parameters(), untouched.model.parameters(), strict=True):
         assert torch.equal(one, other)
         for name, tensor in untouched.optimizer.state[other].items():
             assert torch.equal(step.optimizer.state[one][name], tensor), name

@@ -52,9 +52,10 @@ def only_run(config, *others):
     return folder
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
-@pytest.mark.parametrize(("stop", "epoch", "batch"), [(8, 1, 3), (10, 1, 5), (1, 0, 1), (30, 5, 5)],
-                         ids=["mid-epoch", "last batch", "first batch", "very last batch"])
+@pytest.mark.parametrize(("number", "code", "stop", "epoch", "batch"), [
+    (signal.SIGINT, 130, 8, 1, 3), (signal.SIGTERM, 143, 10, 1, 5),
+    (signal.SIGTERM, 143, 1, 0, 1), (signal.SIGINT, 130, 30, 5, 5),
+], ids=["mid-epoch", "last batch", "first batch", "very last batch"])
 def test_a_signal_ends_the_run_after_its_step(config, monkeypatch, capsys, number, code, stop, epoch, batch):
     # Dropout is on, so that the random state counts too.
     whole = train(change(config, "optim", epochs=6))

@@ -148,7 +148,7 @@ def save_checkpoint(path: Path, step: Step, progress: Progress, random_states: S
     """
     content = {
         "format": FORMAT,
-        "model": step.network.state_dict(),
+        "model": step.model.state_dict(),
         "optimizer": step.optimizer.state_dict(),
         "scaler": step.scaler.state_dict(),
         "progress": {item.name: getattr(progress, item.name) for item in fields(progress)},
@@ -173,7 +173,7 @@ def load_checkpoint(path: Path, step: Step, rank: int = 0) -> Progress:
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {content['format']!r}")
         progress = Progress(**content["progress"])
-        step.network.load_state_dict(content["model"])
+        step.model.load_state_dict(content["model"])
         # How AdamW is computed is this run's affair; the rate is set anew before every step.
         for saved, own in zip(content["optimizer"]["param_groups"], step.optimizer.param_groups, strict=True):
             saved |= {name: own[name] for name in ("lr", "fused", "foreach", "capturable")}
