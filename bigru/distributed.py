@@ -41,6 +41,9 @@ class Team:
 
     def device(self, name: str) -> str:
         """The name of this process's device: `auto` and `cuda` mean a GPU of its own."""
+        if self.size > 1 and name.startswith("cuda:"):
+            raise ConfigError(f"device: expected auto, cuda or cpu for {self.size} processes, which take a GPU each, "
+                              f"got {name}")
         if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         gpus = torch.cuda.device_count()
@@ -56,11 +59,11 @@ class Team:
     def sum_gradients(self, gradients: list[Tensor]) -> None:
         """Puts in every gradient's place its sum over all processes, to the bit the same in each.
 
-        One message for all: the published network's gradients are 1.9 MB. Not by DistributedDataParallel, which
-        divides by the number of processes; whose order of summing depends on when it has last divided its buckets, so
-        that a resumed run of three would differ in the last bits; and which, freed last at an interruption, has
-        been seen to wait for a thread of gloo that waited for Python's lock.
+        One message does for all: the published network's gradients are 1.9 MB, so that there is nothing to overlap.
         """
+        # Not by DistributedDataParallel: its buckets are laid out anew after the first step, so that a resumed run of
+        # three processes would sum in another order; and freed last, as at an interruption, it holds Python's lock
+        # while it joins gloo's threads, one of which may wait for that lock.
         summed = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(summed)
         for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):

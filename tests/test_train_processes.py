@@ -218,3 +218,5 @@ def test_a_team_has_a_gpu_for_each(monkeypatch):
     assert Team().device("auto") == "auto"
     with pytest.raises(ConfigError, match=r"device: expected a GPU for each process .*, got 2 for process 3"):
         Team(2, 3, 2).device("auto")
+    with pytest.raises(ConfigError, match="device: expected auto, cuda or cpu for 2 processes, which take a GPU each"):
+        Team(0, 2, 0).device("cuda:1")
