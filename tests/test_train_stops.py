@@ -34,6 +34,14 @@ def config(tmp_path, monkeypatch):
     return make_up(tmp_path, monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """As in a terminal: where the tests run in the background of a script, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def at_step(monkeypatch, number, act):
     """Has something done in the middle of a step, counted from 1 over all epochs of five."""
     real, calls = step.masked_mse, [0]
