@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -20,10 +21,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bigru.model.forecaster import POSE_SIZE
+from bigru.model.forecaster import POSE_SIZE, HandForecaster
 from bigru.step import Step, get_random_state, set_random_state
 
 FORMAT = 2
+MODALITY_SIZES = {"gaze": 2, "objects": 120, "surrogate": 8}
+"""Features per frame of what may be fed beside the hands."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -205,7 +208,39 @@ def load_weights(model: nn.Module, path: Path) -> None:
         CheckpointError: for a file that is missing or unreadable, holds more than data, whose names, shapes or
             modalities are not the model's, or whose tensors are not dense ones of finite real numbers.
     """
+    _fit(model, _read_weights(path), path)
+
+
+def load_forecaster(path: Path, **options: Any) -> HandForecaster:
+    """Builds the network that a file of weights is of, its sizes read from their shapes, and loads them.
+
+    Args:
+        path: as for `load_weights`.
+        options: `backend` and `precision` of `HandForecaster`.
+
+    Raises:
+        CheckpointError: as `load_weights`, or where the weights are not of a forecaster.
+    """
     weights = _read_weights(path)
+    names = [f"encoder.core.weight_{part}_l0" for part in ("ih", "hh")]
+    if missing := [name for name in names if name not in weights]:
+        raise CheckpointError(f"weights: {path} is no forecaster's state dict: no {', '.join(missing)}; it holds "
+                              f"{', '.join(list(weights)[:5]) or 'nothing'}")
+    for name in names:
+        if _kind(weights[name]) or weights[name].dim() != 2 or 0 in weights[name].shape:
+            raise CheckpointError(f"weights: {path}: expected a dense floating-point matrix in {name}")
+    (_, input_size), (_, hidden_size) = (weights[name].shape for name in names)
+    if modalities_of(input_size) is None:
+        raise CheckpointError(f"weights: {path} is for {input_size} features, expected {POSE_SIZE} for hands and for "
+                              f"other modalities {MODALITY_SIZES}")
+    layers = sum(name.startswith("encoder.core.weight_ih_l") and not name.endswith("_reverse") for name in weights)
+    model = HandForecaster(input_size, hidden_size, layers, **options)
+    _fit(model, weights, path)
+    return model
+
+
+def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Loads weights of the model's own names, shapes and kind; `path` is named in the errors."""
     expected = model.state_dict()
     # Asked first: of some tensors not even the shape can be told.
     kinds = {name: _kind(weights[name]) for name in expected if name in weights}
@@ -271,14 +306,19 @@ def _modality_hint(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     return f"it is for {_modalities(theirs)}, the run feeds {_modalities(ours)}; "
 
 
+def modalities_of(input_size: int) -> dict[str, bool] | None:
+    """Which modalities beside hands make up an input size, all sums of which differ; None for no such size."""
+    for choice in itertools.product((False, True), repeat=len(MODALITY_SIZES)):
+        if POSE_SIZE + sum(itertools.compress(MODALITY_SIZES.values(), choice)) == input_size:
+            return dict(zip(MODALITY_SIZES, choice, strict=True))
+    return None
+
+
 def _modalities(input_size: int) -> str:
-    """The modalities that make up an input size, each known by its own number of features."""
-    sizes = {"gaze": 2, "objects": 120, "surrogate": 8}
-    for choice in range(8):
-        chosen = [name for bit, name in enumerate(sizes) if choice >> bit & 1]
-        if POSE_SIZE + sum(sizes[name] for name in chosen) == input_size:
-            return f"{input_size} features (hands{''.join(f', {name}' for name in chosen)})"
-    return f"{input_size} features"
+    chosen = modalities_of(input_size)
+    if chosen is None:
+        return f"{input_size} features"
+    return f"{input_size} features ({', '.join(['hands', *(name for name, on in chosen.items() if on)])})"
 
 
 def _without_nan(value: Any) -> Any:

@@ -59,7 +59,7 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
     # Drawn before the lock is taken: it takes a second, in which another run may report.
     pictures = {
         out / _curves_path(record): figures.png(figures.learning_curves(record)),
-        out / _forecasts_path(record): figures.png(figures.forecasts(record)),
+        out / _forecasts_path(record): figures.png(figures.forecasts(record.samples)),
     }
     out.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(document):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from bigru.report.record import RunRecord, Samples
 
 P = ParamSpec("P")
-F = TypeVar("F", bound=Figure | None)
+F = TypeVar("F", bound=Figure | bytes | None)
 
 WIDTH_IN = 7.2
 DPI = 180
@@ -34,10 +34,14 @@ HALF_IMAGE_PX = np.array([864.0, 486.0])
 # MediaPipe's hand as one pen stroke: five fingers from the wrist (0), then the knuckles; -1 lifts the pen.
 STROKE = np.array([*(j for tip in (4, 8, 12, 16, 20) for j in (0, *range(tip - 3, tip + 1), -1)), 5, 9, 13, 17])
 
+WRISTS = [0, len(STROKE) + 1]
+"""Where in `pose_stroke` of two hands the wrists are."""
+
 # True poses are drawn broad and pale under the predicted ones, so that both show where they agree.
 OBSERVED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 1.0}
 TRUE: dict[str, Any] = {"color": BLUE, "linewidth": 1.9, "alpha": 0.5}
 PREDICTED: dict[str, Any] = {"color": VERMILION, "linewidth": 0.8, "alpha": 1.0}
+LOOKS = {"observed": OBSERVED, "true": TRUE, "predicted": PREDICTED}
 
 STYLE = {
     "font.size": 8.0,
@@ -148,15 +152,15 @@ def scale_values(axes: Axes, values: np.ndarray) -> None:
 
 
 @styled
-def forecasts(record: RunRecord) -> Figure:
+def forecasts(samples: Samples) -> Figure:
     """Hand skeletons of the sample windows: last observed frame, then true and predicted at 25, 50, 75 and 100 %.
 
     A row is a window, in pixels of the 1728 x 972 image from the midpoint of the wrists, y pointing down as in the
-    image; limits are the same within a row. Missing hands are not drawn and not counted in the error.
+    image; limits are the same within a row. Missing hands are not drawn and not counted in the error. A target that
+    is NaN is not known: the forecast is drawn alone.
     """
-    samples = record.samples
     frames = _horizon_frames(samples.predicted.shape[1])
-    limits = [_row_limits(samples, row, frames) for row in range(len(samples.stem))]
+    limits = [row_limits(samples, row, [-1], frames) for row in range(len(samples.stem))]
     left, gap, right = 0.50, 0.10, 0.06
     width = (WIDTH_IN - left - right - gap * len(frames)) / (len(frames) + 1)
     heights = [width * (bottom - top) / (x1 - x0) for x0, x1, top, bottom in limits]
@@ -166,22 +170,20 @@ def forecasts(record: RunRecord) -> Figure:
     top = total - header
     for row, height in enumerate(heights):
         top -= above
-        title = _row_title(samples, row)
+        title = row_title(samples, row)
         figure.text(left / WIDTH_IN, (top + 0.24) / total, title, fontsize=8, va="bottom", fontweight="bold")
         for column in range(len(frames) + 1):
             x = left + column * (width + gap)
             box = (x / WIDTH_IN, (top - height) / total, width / WIDTH_IN, height / total)
             axes = figure.add_axes(box)
             _draw_panel(axes, samples, row, frames[column - 1] if column else None)
-            _frame_panel(axes, limits[row], first=column == 0)
+            frame_panel(axes, limits[row], first=column == 0)
         top -= height + below
     figure.text(0.5, 0.03 / total, "x, y in px of the 1728 x 972 image, from the midpoint of the wrists",
                 ha="center", va="bottom", fontsize=7.5, color=INK)  # fmt: skip
+    known = bool(np.isfinite(samples.target).any())
     figure.legend(
-        handles=[
-            Line2D([], [], label=label, **look)
-            for look, label in ((OBSERVED, "observed"), (TRUE, "true"), (PREDICTED, "predicted"))
-        ],
+        handles=[Line2D([], [], label=name, **look) for name, look in LOOKS.items() if known or name != "true"],
         loc="upper left", bbox_to_anchor=((left - 0.08) / WIDTH_IN, 1.0), ncols=3, borderaxespad=0.2,
     )  # fmt: skip
     return figure
@@ -198,26 +200,28 @@ def hand_px(frame: np.ndarray, hand: int) -> np.ndarray:
 
 
 def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarray) -> float:
-    """The mean distance in pixels over the joints of present hands of one frame; NaN if both are missing."""
+    """The mean distance in pixels over the known joints of present hands of one frame; NaN if there are none."""
     hands = [hand for hand in (0, 1) if present[hand]]
-    if not hands:
-        return math.nan
     distances = [np.linalg.norm(hand_px(predicted, hand) - hand_px(target, hand), axis=-1) for hand in hands]
-    return float(np.mean(distances))
+    known = [distance for distance in np.ravel(distances) if math.isfinite(distance)]
+    return float(np.mean(known)) if known else math.nan
 
 
-def _row_title(samples: Samples, row: int) -> str:
-    stem = str(samples.stem[row])
-    # Times in a clip's name go to 18 digits.
-    name = stem if len(stem) <= 48 else f"{stem[:47]}…"
-    return f"{name}   {samples.fps[row]:g} fps, mean error {samples.error_px[row]:.0f} px"
+def row_title(samples: Samples, row: int, longest: int = 48) -> str:
+    """A window's clip, frame rate and error, the clip's name cut short: times in it go to 18 digits."""
+    stem, error_px = str(samples.stem[row]), samples.error_px[row]
+    name = stem if len(stem) <= longest else f"{stem[: longest - 1]}…"
+    return f"{name}   {samples.fps[row]:g} fps" + ("" if math.isnan(error_px) else f", mean error {error_px:.0f} px")
 
 
-def _row_limits(samples: Samples, row: int, frames: list[int]) -> tuple[float, float, float, float]:
-    """x0, x1, top, bottom in pixels that hold everything drawn in the row, no flatter or taller than reads well."""
-    drawn = [(samples.observed[row, -1], samples.observed_present[row, -1])]
-    for poses in (samples.predicted, samples.target):
-        drawn += [(poses[row, frame], samples.target_present[row, frame]) for frame in frames]
+def row_limits(
+    samples: Samples, row: int, observed: Iterable[int], predicted: Iterable[int]
+) -> tuple[float, float, float, float]:
+    """x0, x1, top, bottom in pixels that hold all hands of these frames, no flatter or taller than reads well."""
+    drawn = [(samples.observed[row, frame], samples.observed_present[row, frame]) for frame in observed]
+    for frame in predicted:
+        drawn += [(poses[row, frame], samples.target_present[row, frame])
+                  for poses in (samples.predicted, samples.target)]  # fmt: skip
     points = [hand_px(pose, hand) for pose, present in drawn for hand in (0, 1) if present[hand]]
     cloud = np.concatenate(points) if points else np.zeros((0, 2))
     cloud = cloud[np.isfinite(cloud).all(axis=1)]
@@ -252,13 +256,25 @@ def _draw_panel(axes: Axes, samples: Samples, row: int, frame: int | None) -> No
             axes.text(x, 0.03, f"{name} missing", transform=axes.transAxes, ha=name, fontsize=6.5, color=FAINT)
 
 
+def stroke(joints: np.ndarray) -> np.ndarray:
+    """The line that draws a hand of (21, 2) joints: (N, 2), NaN where the pen is lifted."""
+    return np.where(STROKE[:, None] < 0, np.nan, joints[STROKE])
+
+
+def pose_stroke(pose: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The line that draws the present hands of an 84-vector in centred units: (N, 2) in pixels."""
+    lift = np.full((1, 2), np.nan)
+    return np.concatenate([np.empty((0, 2)), *(part for hand in (0, 1) if present[hand]
+                                               for part in (stroke(hand_px(pose, hand)), lift))])  # fmt: skip
+
+
 def _draw_hand(axes: Axes, joints: np.ndarray, color: str, linewidth: float, alpha: float) -> None:
-    line = np.where(STROKE[:, None] < 0, np.nan, joints[STROKE])
+    line = stroke(joints)
     axes.plot(line[:, 0], line[:, 1], color=color, linewidth=linewidth, alpha=alpha, solid_joinstyle="round")
     axes.plot(joints[:1, 0], joints[:1, 1], color=color, alpha=alpha, marker="o", markersize=2 + linewidth)
 
 
-def _frame_panel(axes: Axes, limits: tuple[float, float, float, float], first: bool) -> None:
+def frame_panel(axes: Axes, limits: tuple[float, float, float, float], first: bool) -> None:
     x0, x1, top, bottom = limits
     axes.set_xlim(x0, x1)
     # Image rows are counted from the top.

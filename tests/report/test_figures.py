@@ -116,7 +116,7 @@ def test_points_between_nan_are_marked(make_run: MakeRun) -> None:
 def test_forecast_panels_show_the_promised_frames(make_run: MakeRun) -> None:
     record = read_run(make_run())
     samples = record.samples
-    panels = np.array(figures.forecasts(record).axes).reshape(3, 5)
+    panels = np.array(figures.forecasts(record.samples).axes).reshape(3, 5)
     half_image = [864, 486]
     for row in range(2):
         fps = samples.fps[row]
@@ -135,7 +135,7 @@ def test_forecast_panels_show_the_promised_frames(make_run: MakeRun) -> None:
 
 
 def test_forecast_rows_share_limits_in_image_orientation(make_run: MakeRun) -> None:
-    panels = np.array(figures.forecasts(read_run(make_run())).axes).reshape(3, 5)
+    panels = np.array(figures.forecasts(read_run(make_run()).samples).axes).reshape(3, 5)
     for row in panels:
         assert len({(*axes.get_xlim(), *axes.get_ylim()) for axes in row}) == 1
         bottom, top = row[0].get_ylim()
@@ -158,7 +158,7 @@ def test_missing_hands_are_not_drawn_nor_counted(make_run: MakeRun) -> None:
     for name in ("predicted", "target"):
         arrays[name].reshape(3, 60, 2, 42)[lost] = 50.0 if name == "target" else -50.0
     np.savez(run / "samples.npz", **arrays)
-    panels = np.array(figures.forecasts(read_run(run)).axes).reshape(3, 5)
+    panels = np.array(figures.forecasts(read_run(run).samples).axes).reshape(3, 5)
     assert [len(hand_strokes(axes)) for axes in panels[2]] == [2, 4, 4, 2, 2]
     assert [text.get_text() for text in panels[2, 4].texts] == ["left missing"]
     assert float(panels[2, 4].get_title(loc="left").split()[2]) < 200
@@ -167,7 +167,7 @@ def test_missing_hands_are_not_drawn_nor_counted(make_run: MakeRun) -> None:
 
 def test_forecasts_with_no_hand_at_all(make_run: MakeRun) -> None:
     nothing = {"observed_present": np.zeros((3, 60, 2), bool), "target_present": np.zeros((3, 60, 2), bool)}
-    figure = figures.forecasts(read_run(make_run(samples=nothing)))
+    figure = figures.forecasts(read_run(make_run(samples=nothing)).samples)
     png_size(figures.png(figure))
     for axes in figure.axes:
         assert hand_strokes(axes) == []
@@ -185,7 +185,7 @@ def test_forecasts_with_nan_and_one_frame(make_run: MakeRun) -> None:
         "error_px": np.array([np.nan]),
         "stem": np.array(["x" * 300]),
     }
-    figure = figures.forecasts(read_run(make_run(samples=samples)))
+    figure = figures.forecasts(read_run(make_run(samples=samples)).samples)
     assert len(figure.axes) == 2
     png_size(figures.png(figure))
 

@@ -1,0 +1,70 @@
+"""A window as a moving picture: the observed frames, then the forecast beside the true ones."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
+
+from bigru.report import figures
+from bigru.report.record import Samples
+
+DPI = 100
+FASTEST_FPS = 25
+"""Pictures a second at most: browsers slow down a GIF whose pictures stay less than 20 ms."""
+
+
+@figures.styled
+def gif(samples: Samples, row: int) -> bytes:
+    """One sample window as a GIF, in real time, that repeats for ever; axes as in `figures.forecasts`.
+
+    Where a second has more frames than 25, only every second, third, ... of them is shown.
+    """
+    fps = float(samples.fps[row])
+    observed, predicted = samples.observed.shape[1], samples.predicted.shape[1]
+    step = max(1, math.ceil(fps / FASTEST_FPS))
+    x0, x1, top, bottom = figures.row_limits(samples, row, range(observed), range(predicted))
+    left, width, below, above = 0.55, 4.75, 0.45, 0.55
+    height = width * (bottom - top) / (x1 - x0)
+    total = below + height + above
+    figure = Figure(figsize=(left + width + 0.1, total), dpi=DPI)
+    across = left + width + 0.1
+    axes = figure.add_axes((left / across, below / total, width / across, height / total))
+    figures.frame_panel(axes, (x0, x1, top, bottom), first=True)
+    axes.set_xlabel("x, y in px of the 1728 x 972 image, from the midpoint of the wrists", fontsize=7.5)
+    figure.text(left / across, 1 - 0.08 / total, figures.row_title(samples, row, 36), fontsize=8, va="top",
+                fontweight="bold")  # fmt: skip
+    lines = {name: axes.plot([], [], label=name, marker="o", markersize=3, markevery=figures.WRISTS, **look)[0]
+             for name, look in figures.LOOKS.items()}  # fmt: skip
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1, fontsize=7.5)
+    writer = PillowWriter(fps=max(1, round(fps / step)))
+    # A folder of its own: the writer wants a path.
+    with tempfile.TemporaryDirectory() as folder, writer.saving(figure, Path(folder) / "forecast.gif", DPI):
+        # Ending with the last frame, whatever the step; held for a second, before all begins again.
+        numbers = list(range(observed + predicted - 1, -1, -step))[::-1]
+        for number in numbers + numbers[-1:] * round(fps / step):
+            poses, title = _moment(samples, row, number - observed)
+            for name, line in lines.items():
+                line.set_data(poses.get(name, np.empty((0, 2))).T)
+            axes.set_title(title, fontsize=7.5, pad=3, loc="left")
+            writer.grab_frame()
+        writer.finish()
+        return (Path(folder) / "forecast.gif").read_bytes()
+
+
+def _moment(samples: Samples, row: int, ahead: int) -> tuple[dict[str, np.ndarray], str]:
+    """The strokes by name, and the title, of a frame: `ahead` of the first predicted one, or before it (below 0)."""
+    seconds = f"{(ahead + 1) / samples.fps[row]:+.2f} s"
+    if ahead < 0:
+        pose, present = samples.observed[row, ahead], samples.observed_present[row, ahead]
+        return {"observed": figures.pose_stroke(pose, present)}, f"{seconds}   observed"
+    present = samples.target_present[row, ahead]
+    predicted, target = samples.predicted[row, ahead], samples.target[row, ahead]
+    error_px = figures.frame_error_px(predicted, target, present)
+    title = f"{seconds}   forecast" + ("" if math.isnan(error_px) else f", error {error_px:.0f} px")
+    poses = {"true": target, "predicted": predicted}
+    return {name: figures.pose_stroke(pose, present) for name, pose in poses.items()}, title
