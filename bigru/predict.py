@@ -107,6 +107,7 @@ class Forecast:
             fps=np.array([self.fps]),
             error_px=np.array([self.mean_error_px]),
             stem=np.array([self.stem]),
+            label=np.array([""]),
         )
 
 

@@ -18,7 +18,7 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bigru.config import ConfigError, TrainConfig, command_line, from_mapping, parse_arguments
+from bigru.data.clips import SUBTASKS
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import Dataset, NoWindowsError, Windows, load_dataset
 from bigru.distributed import LostProcessError, current_team, is_first, joined
@@ -49,19 +50,25 @@ from bigru.model.metrics import (
     BASELINES,
     JOINTS,
     by_frame_rate,
+    by_subtask,
     evaluate,
+    mean_errors,
     score,
+    score_joints,
     summarise,
     window_error_px,
 )
 from bigru.report.document import write_report
-from bigru.report.record import RunError
+from bigru.report.fields import RunError
+from bigru.report.record import NETWORK
 from bigru.signals import interrupt, on_signals
 
 log = logging.getLogger("bigru.train")
 
 SCORES = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px")
 SPLITS = ("train", "val", "test")
+SAMPLES = {"best": 0.0, "median": 0.5, "95th percentile": 0.95, "worst": 1.0}
+"""Test windows to draw: what they are called, and the share of windows with less error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,12 +269,15 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
            backend: str) -> None:
     """Scores the best weights and the baselines on the test split and writes samples.npz and summary.json."""
     model.load_state_dict(progress.best_weights)
+    model.eval()
     windows, size, mask = dataset.test, config.optim.batch_size, config.data.mask_missing
     rows = evaluate(model, windows.batches(size), mask)
     write_samples(folder / "samples.npz", model, windows, window_error_px(rows))
+    forecasters: dict[str, Callable[[Tensor], Tensor]] = {NETWORK: model, **BASELINES}
+    joints = {name: score_joints(predict, windows.batches(size), mask) for name, predict in forecasters.items()}
     epochs_s = [row["train_s"] + row["val_s"] for row in progress.history]
     summary = {
-        "format": 1,
+        "format": 2,
         "started": start_of(folder).strftime("%Y-%m-%d %H:%M:%S"),
         "total_params": count_parameters(model),
         "modules": [{"module": name, "params": own} for name, module in model.named_modules()
@@ -278,6 +288,9 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
         "baselines": {name: summarise(score(predict, windows.batches(size), mask)).scores()
                       for name, predict in BASELINES.items()},
         "by_frame_rate": by_frame_rate(rows, windows.fps),
+        "by_subtask": by_subtask(rows, windows.subtask, SUBTASKS),
+        "horizon": {name: mean_errors(sums.sum(1)) for name, sums in joints.items()},
+        "by_joint": mean_errors(joints[NETWORK].sum(0)),
         "modalities": {"hands": True, "gaze": config.data.gaze, "objects": config.data.objects,
                        "surrogate": config.data.surrogate},
         "data": {"source": describe_source(config),
@@ -302,12 +315,11 @@ def describe_source(config: TrainConfig) -> str:
 
 @torch.inference_mode()
 def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px: Tensor) -> None:
-    """Writes the windows with the least, the median and the 95th percentile's joint error, to be drawn."""
+    """Writes the windows that stand at `SAMPLES` in the order of their joint error, to be drawn."""
     # Windows in which no joint was present sort last, and are no sample of anything.
     order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
-    chosen = order[[round(share * (len(order) - 1)) for share in (0.0, 0.5, 0.95)]]
+    chosen = order[[round(share * (len(order) - 1)) for share in SAMPLES.values()]]
     batch = windows.batch(chosen)
-    model.eval()
     observed = windows.starts[chosen][:, None] + torch.arange(batch.x.shape[1], device=windows.starts.device)
     arrays = {
         "observed": batch.x[..., :POSE_SIZE],
@@ -319,14 +331,15 @@ def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px:
         "fps": batch.fps,
         "error_px": error_px[chosen],
     }
-    write_arrays(path, arrays, [windows.stems[clip] for clip in windows.clip[chosen].tolist()])
+    stems = [windows.stems[clip] for clip in windows.clip[chosen].tolist()]
+    write_arrays(path, arrays, stems, label=list(SAMPLES))
 
 
 def report(folder: Path) -> None:
     """Writes the document of a finished run and shows its test figures beside the baselines'."""
     document = write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    rows = {"this network": summary["test"], **summary["baselines"]}
+    rows = {NETWORK: summary["test"], **summary["baselines"]}
     log.info("%-20s %8s %8s %8s %12s %9s", f"test, {summary['test']['windows']} windows", "MPJPE", "ADE", "FDE",
              "joint error", "in px")
     for name, scores in rows.items():

@@ -23,7 +23,7 @@ from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError, Windows
 from bigru.loop import DivergedError, learning_rate
 from bigru.model.forecaster import HandForecaster
-from bigru.model.metrics import BASELINES, evaluate, score, summarise
+from bigru.model.metrics import BASELINES, evaluate, mean_errors, score, score_joints, summarise
 from bigru.report.record import read_run
 from bigru.train import main, resume, train
 
@@ -87,20 +87,29 @@ def test_the_summary_is_what_the_best_weights_do(config):
     assert summary["modalities"] == {"hands": True, "gaze": False, "objects": False, "surrogate": False}
     assert set(summary["environment"]) == {
         "device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform"}
-    assert (summary["format"], summary["stopped_early"]) == (1, False)
+    assert (summary["format"], summary["stopped_early"]) == (2, False)
+    assert list(summary["horizon"]) == ["this network", *BASELINES]
+    joints = score_joints(model, data.test.batches(5))
+    assert summary["by_joint"] == {name: pytest.approx(values, rel=1e-5)
+                                   for name, values in mean_errors(joints.sum(0)).items()}
+    for name, predict in {"this network": model, **BASELINES}.items():
+        expected = mean_errors(score_joints(predict, data.test.batches(5)).sum(1))
+        assert summary["horizon"][name] == {name: pytest.approx(values, rel=1e-5) for name, values in expected.items()}
+    assert [(entry["subtask"], entry["windows"]) for entry in summary["by_subtask"]] == [("other", 12)]
     assert summary["started"] == time.strftime("%Y-%m-%d %H:%M:%S", time.strptime(folder.name, "%Y%m%d_%H%M%S"))
     assert summary["command"].startswith("python -m bigru.train --data-root")
     assert summary["timing"]["total_s"] == pytest.approx(sum(row["train_s"] + row["val_s"] for row in history))
 
 
-def test_samples_are_best_median_and_bad(config):
+def test_samples_are_best_median_bad_and_worst(config):
     folder = train(config)
     samples = np.load(folder / "samples.npz", allow_pickle=False)
     model = HandForecaster(hidden_size=8)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     test = dataset().test
     errors = [summarise(evaluate(model, [test.batch(torch.tensor([number]))])).joint_error_px for number in range(12)]
-    order = np.argsort(errors)[[0, round(0.5 * 11), round(0.95 * 11)]]
+    order = np.argsort(errors)[[0, round(0.5 * 11), round(0.95 * 11), 11]]
+    assert list(samples["label"]) == ["best", "median", "95th percentile", "worst"]
     assert samples["error_px"] == pytest.approx(np.array(errors)[order], rel=1e-6)
     batch = test.batch(torch.from_numpy(order))
     np.testing.assert_array_equal(samples["observed"], batch.x)

@@ -121,10 +121,11 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
-def write_arrays(path: Path, tensors: Mapping[str, Tensor], stems: Sequence[str]) -> None:
-    """Writes tensors of some windows, and the names of the clips that they are from, as .npz, atomically."""
+def write_arrays(path: Path, tensors: Mapping[str, Tensor], stems: Sequence[str], **texts: Sequence[str]) -> None:
+    """Writes tensors of some windows, the names of the clips that they are from, and other texts, as .npz, atomically."""
     arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     buffer = io.BytesIO()
+    arrays |= {name: np.array(values) for name, values in texts.items()}
     np.savez(buffer, stem=np.array(stems), **arrays)
     write_atomically(path, buffer.getvalue())
 

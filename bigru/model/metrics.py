@@ -13,7 +13,7 @@ figures; the other two leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -161,6 +161,46 @@ def by_frame_rate(rows: Tensor, fps: Tensor) -> list[dict[str, Any]]:
     """
     rates = torch.where(fps < 1, fps, fps.round()).to(rows.device)
     return [{"fps": rate, **summarise(rows[rates == rate]).scores()} for rate in rates.unique().tolist()]
+
+
+def by_subtask(rows: Tensor, subtask: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The scores of each subtask's windows, in the order of `names`, those without a window left out.
+
+    Args:
+        rows: (N, 7) of `window_errors`.
+        subtask: (N,) int64, index into `names`; -1 is none of them, and comes first, as `other`.
+        names: what the subtasks are called.
+    """
+    numbers = subtask.to(rows.device)
+    return [{"subtask": "other" if number < 0 else names[number], **summarise(rows[numbers == number]).scores()}
+            for number in numbers.unique().tolist()]
+
+
+def joint_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
+    """The errors of each future frame and joint, summed over windows; arguments as of `window_errors`.
+
+    Returns:
+        (T, 42, 3) fp64: over the windows in which the joint was present the sums of its error, in centred units and in
+        pixels, and their number.
+    """
+    difference = (prediction.detach().double() - target.double()).unflatten(-1, (JOINTS, 2))
+    if present is None:
+        present = torch.ones(difference.shape[:-1], dtype=torch.bool, device=difference.device)
+    seen = torch.where(present[..., None], difference, 0.0)
+    pixels = seen * seen.new_tensor(PIXELS_PER_UNIT)
+    return torch.stack([seen.norm(dim=-1), pixels.norm(dim=-1), present.double()], dim=-1).sum(0)
+
+
+@torch.inference_mode()
+def score_joints(predict: Callable[[Tensor], Tensor], batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:
+    """As `score`, but `joint_errors` over all batches, (T, 42, 3)."""
+    sums = [joint_errors(predict(batch.x), batch.target, batch.present if mask_missing else None) for batch in batches]
+    return torch.stack(sums).sum(0)
+
+
+def mean_errors(sums: Tensor) -> dict[str, list[float]]:
+    """The mean errors of sums like those of `joint_errors`, (K, 3); NaN where no joint was present."""
+    return {"joint_error": (sums[:, 0] / sums[:, 2]).tolist(), "joint_error_px": (sums[:, 1] / sums[:, 2]).tolist()}
 
 
 @torch.inference_mode()

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigru.report.document import write_files
+from bigru.report.fields import RunError
 from bigru.report.performance import write_performance
-from bigru.report.record import RunError, read_run
+from bigru.report.record import read_run
 
 PERFORMANCE = "performance"
 

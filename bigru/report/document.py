@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bigru.report import figures
+from bigru.report import breakdown, breakdown_figures, figures
+from bigru.report.fields import RunError
 from bigru.report.markdown import blocks, code, listed, plain, replace, table
-from bigru.report.record import PUBLISHED_COLUMNS, RunError, RunRecord, Scores, read_run
+from bigru.report.record import PUBLISHED_COLUMNS, RunRecord, Scores, read_run
 
 try:
     import fcntl
@@ -22,6 +23,8 @@ except ImportError:
 
 DOCUMENT = "results_bigru.md"
 TITLE = "# BIGRU Performance"
+
+PUBLISHED_WINDOWS = {"observed": 60, "predicted": 60, "stride": 15}
 
 # (attribute of Scores, name in the document, decimals)
 MEASURES = (
@@ -57,10 +60,12 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
     out = record.folder.parent if out is None else out
     document = out / DOCUMENT
     # Drawn before the lock is taken: it takes a second, in which another run may report.
-    pictures = {
-        out / _curves_path(record): figures.png(figures.learning_curves(record)),
-        out / _forecasts_path(record): figures.png(figures.forecasts(record.samples)),
-    }
+    drawn = {"learning_curves": figures.learning_curves(record), "forecasts": figures.forecasts(record.samples)}
+    if record.horizon:
+        drawn["horizon"] = breakdown_figures.horizon(record)
+    if record.by_joint is not None:
+        drawn["joints"] = breakdown_figures.joints(record)
+    pictures = {out / _picture(record, name): figures.png(figure) for name, figure in drawn.items()}
     out.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(document):
         # Merged first: a damaged document stops the report before any file is replaced.
@@ -143,26 +148,51 @@ def section(record: RunRecord, out: Path, own_model: bool) -> str:
         "### Input Modalities Used",
         _modalities(record),
         "## Learning curves",
-        f"![Performance curves]({_curves_path(record)})",
+        f"![Performance curves]({_picture(record, 'learning_curves')})",
         "## Beyond the published report",
+        _protocol(record),
         "### True per-joint error",
         _comparison(record),
+        *_breakdown_sections(record),
         "### By frame rate",
         _by_frame_rate(record),
+        *(["### By subtask", _by_subtask(record)] if record.by_subtask else []),
         "### Forecasts",
-        f"![Forecasts]({_forecasts_path(record)})",
+        f"![Forecasts]({_picture(record, 'forecasts')})",
         "### Run details",
         _details(record, out),
         f"<!-- end of run {record.stamp} -->",
     )
 
 
-def _curves_path(record: RunRecord) -> str:
-    return f"plots/{record.stamp}_bigru_learning_curves.png"
+def _protocol(record: RunRecord) -> str:
+    """What was done with the data that the published protocol does not do, from the options of the run."""
+    data = record.config["data"]
+    frames, published = [data.get(name) for name in PUBLISHED_WINDOWS], [*PUBLISHED_WINDOWS.values()]
+    said = {
+        "missing hands left out of the loss and of the per-joint error": data["mask_missing"],
+        "each clip split in time order, not by participant": data.get("split") == "time",
+        f"windows of {frames[0]} observed and {frames[1]} predicted frames, {frames[2]} apart": frames != published,
+        f"clips resampled to {data.get('resample')} frames per second": data.get("resample") is not None,
+        "hands centred on the last observed frame, not on each frame's own wrists": data.get("centre") == "last",
+    }
+    on = [words for words, is_on in said.items() if is_on]
+    if not on:
+        return "**Protocol:** as published."
+    return "**Protocol:** as published, but for:\n\n" + "\n".join(f"- {words}" for words in on)
 
 
-def _forecasts_path(record: RunRecord) -> str:
-    return f"plots/{record.stamp}_bigru_forecasts.png"
+def _breakdown_sections(record: RunRecord) -> list[str]:
+    sections = []
+    if record.horizon:
+        sections += ["### Error against horizon", breakdown.horizon(record, _picture(record, "horizon"))]
+    if record.by_joint is not None:
+        sections += ["### Error per joint", breakdown.joints(record, _picture(record, "joints"))]
+    return sections
+
+
+def _picture(record: RunRecord, name: str) -> str:
+    return f"plots/{record.stamp}_bigru_{name}.png"
 
 
 def _total_params(record: RunRecord) -> str:
@@ -266,6 +296,11 @@ def _by_frame_rate(record: RunRecord) -> str:
     )
 
 
+def _by_subtask(record: RunRecord) -> str:
+    rows = [[plain(name), f"{scores.windows:,}", *_score_cells(scores)] for name, scores in record.by_subtask]
+    return table(["subtask", "windows", *(label for _, label, _ in MEASURES)], rows, left=1)
+
+
 def _details(record: RunRecord, out: Path) -> str:
     environment, timing, metrics = record.environment, record.timing, record.metrics
     best = record.best_epoch - 1
@@ -290,6 +325,10 @@ def _details(record: RunRecord, out: Path) -> str:
         "Report again with": f"{code(f'python -m bigru.report {_as_seen_from(record.folder, out)}')}, "
         "in this document's folder",
     }
+    if not record.horizon:
+        lines["Not recorded"] = (
+            "error against horizon, per joint and by subtask: the version that scored this run did not write them"
+        )
     if record.torn_line is not None:
         lines["Left out"] = f"line {record.torn_line} of metrics.jsonl, torn when the run was killed"
     return "\n".join(f"- **{name}:** {text}" for name, text in lines.items())

@@ -207,10 +207,12 @@ def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarra
     return float(np.mean(known)) if known else math.nan
 
 
-def row_title(samples: Samples, row: int, longest: int = 48) -> str:
-    """A window's clip, frame rate and error, the clip's name cut short: times in it go to 18 digits."""
-    stem, error_px = str(samples.stem[row]), samples.error_px[row]
+def row_title(samples: Samples, row: int, longest: int = 58) -> str:
+    """Which window it is, its clip, frame rate and error; the clip's name is cut short: its times go to 18 digits."""
+    stem, error_px, label = str(samples.stem[row]), samples.error_px[row], str(samples.label[row])
+    longest -= len(label)
     name = stem if len(stem) <= longest else f"{stem[: longest - 1]}…"
+    name = f"{label}: {name}" if label else name
     return f"{name}   {samples.fps[row]:g} fps" + ("" if math.isnan(error_px) else f", mean error {error_px:.0f} px")
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT = 1
-"""The only `format` of summary.json that is understood."""
+from bigru.report.fields import Fields, RunError, parse_object, read_object
+
+FORMATS = (1, 2)
+"""The values of `format` in summary.json that are understood; 1 lacks horizon, by_joint and by_subtask."""
 
 PUBLISHED_COLUMNS = ("tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde")
 """The metric columns of the published document, in its order."""
+
+NETWORK = "this network"
+"""The run's own forecaster, among the baselines."""
 
 EPOCH_COLUMNS = (*PUBLISHED_COLUMNS, "va_joint_error", "va_joint_error_px")
 """What every line of metrics.jsonl must hold beside its `epoch`; further entries are the trainer's own."""
@@ -26,10 +29,6 @@ MODALITIES = ("hands", "gaze", "objects", "surrogate")
 SPLITS = ("train", "val", "test")
 ENVIRONMENT = ("device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform")
 TIMING = ("epoch_s_median", "train_windows_per_s_median", "total_s")
-
-
-class RunError(ValueError):
-    """A folder that cannot be reported: not a run, not finished, or broken in the place that the message names."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Per-joint errors one after another: of each future frame, or of each joint; NaN where nothing was scored."""
+
+    joint_error: tuple[float, ...]
+    joint_error_px: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Samples:
     """A few test windows to draw; coordinates are x, y pairs of 21 left joints, then 21 right ones, centred."""
 
@@ -58,6 +65,7 @@ class Samples:
     fps: np.ndarray  # (S,)
     error_px: np.ndarray  # (S,) true per-joint error of the whole window
     stem: np.ndarray  # (S,) str
+    label: np.ndarray  # (S,) str: which of all test windows it is, "best", say; empty where that was not recorded
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,12 @@ class RunRecord:
     test: Scores
     baselines: dict[str, Scores]
     by_frame_rate: tuple[tuple[float, Scores], ...]
+    by_subtask: tuple[tuple[str, Scores], ...]
+    """Empty where the run did not record it, as the next two are."""
+    horizon: dict[str, Series]
+    """Forecaster -> its errors at each future frame: `NETWORK`, and the baselines by name."""
+    by_joint: Series | None
+    """The errors of the 21 left joints, then the 21 right ones."""
     modalities: dict[str, bool]
     source: str
     split: str
@@ -90,58 +104,6 @@ class RunRecord:
     timing: dict[str, float]
     command: str
     samples: Samples
-
-
-@dataclass(frozen=True)
-class Fields:
-    """A JSON object that knows where it was read, so that a missing or mistyped entry is named in full."""
-
-    where: str
-    values: Mapping[str, Any]
-
-    def _get(self, name: str, kinds: tuple[type, ...], expected: str) -> Any:
-        if name not in self.values:
-            raise RunError(f"{self.where}: {name} is missing")
-        value = self.values[name]
-        # bool is an int to Python, and neither a count nor an error to us.
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise RunError(f"{self.where}: {name} should be {expected}, got {value!r}")
-        return value
-
-    def number(self, name: str) -> float:
-        """A number; null is NaN, which strict JSON cannot say otherwise."""
-        value = self._get(name, (int, float, type(None)), "a number")
-        return math.nan if value is None else float(value)
-
-    def count(self, name: str) -> int:
-        value = self._get(name, (int,), "a whole number, 0 or more")
-        if value < 0:
-            raise RunError(f"{self.where}: {name} should be a whole number, 0 or more, got {value!r}")
-        return value
-
-    def text(self, name: str) -> str:
-        return self._get(name, (str,), "a string")
-
-    def text_or_none(self, name: str) -> str:
-        """A string; null reads `none`."""
-        return self._get(name, (str, type(None)), "a string or null") or "none"
-
-    def flag(self, name: str) -> bool:
-        return self._get(name, (bool,), "true or false")
-
-    def inside(self, name: str) -> Fields:
-        return Fields(f"{self.where}: {name}", self._get(name, (dict,), "an object"))
-
-    def objects(self, name: str) -> list[Fields]:
-        listed = self._get(name, (list,), "a list of objects")
-        if not all(isinstance(value, dict) for value in listed):
-            raise RunError(f"{self.where}: {name} should be a list of objects, got {listed!r}")
-        return [Fields(f"{self.where}: {name}[{i}]", value) for i, value in enumerate(listed)]
-
-    def counts(self, name: str) -> dict[str, int]:
-        """An object of counts, its keys free."""
-        inner = self.inside(name)
-        return {key: inner.count(key) for key in inner.values}
 
 
 def read_run(run: Path) -> RunRecord:
@@ -174,7 +136,7 @@ def read_run(run: Path) -> RunRecord:
             )
     config = _read_config(folder / "config.json")
     metrics, torn_line = _read_metrics(folder / "metrics.jsonl")
-    summary = Fields(str(folder / "summary.json"), _read_object(folder / "summary.json"))
+    summary = Fields(str(folder / "summary.json"), read_object(folder / "summary.json"))
     record = _from_summary(summary, folder, config, metrics, torn_line, read_samples(folder / "samples.npz"))
     if not 1 <= record.best_epoch <= len(metrics["epoch"]):
         raise RunError(
@@ -184,18 +146,8 @@ def read_run(run: Path) -> RunRecord:
     return record
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
-    fields = Fields(str(path), _read_object(path))
+    fields = Fields(str(path), read_object(path))
     for group in ("data", "model", "optim", "run"):
         fields.inside(group)
     fields.inside("optim").count("batch_size")
@@ -219,23 +171,13 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
         raise RunError(f"{path}: no complete epoch")
     columns: dict[str, list[float]] = {name: [] for name in ("epoch", *EPOCH_COLUMNS)}
     for number, line in enumerate(lines, start=1):
-        fields = _parse_line(f"{path}:{number}", line)
+        fields = Fields(f"{path}:{number}", parse_object(f"{path}:{number}", line))
         if (epoch := fields.count("epoch")) != number:
             raise RunError(f"{path}:{number}: expected epoch {number}, got epoch {epoch}")
         columns["epoch"].append(epoch)
         for name in EPOCH_COLUMNS:
             columns[name].append(fields.number(name))
     return columns, torn_line
-
-
-def _parse_line(where: str, line: str) -> Fields:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise RunError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{where}: expected a JSON object, got {line!r}")
-    return Fields(where, value)
 
 
 def _read_scores(fields: Fields) -> Scores:
@@ -255,6 +197,14 @@ def _read_frame_rate(fields: Fields) -> tuple[float, Scores]:
     return fps, _read_scores(fields)
 
 
+def _read_series(fields: Fields, length: int) -> Series:
+    series = Series(fields.numbers("joint_error"), fields.numbers("joint_error_px"))
+    for name, values in (("joint_error", series.joint_error), ("joint_error_px", series.joint_error_px)):
+        if len(values) != length:
+            raise RunError(f"{fields.where}: {name} should hold {length} numbers, got {len(values)}")
+    return series
+
+
 def _from_summary(
     summary: Fields,
     folder: Path,
@@ -263,10 +213,14 @@ def _from_summary(
     torn_line: int | None,
     samples: Samples,
 ) -> RunRecord:
-    if (version := summary.count("format")) != FORMAT:
-        raise RunError(f"{summary.where}: format {version} is not known; this version of the report reads {FORMAT}")
+    if (version := summary.count("format")) not in FORMATS:
+        raise RunError(
+            f"{summary.where}: format {version} is not known; this version of the report reads "
+            f"{' and '.join(map(str, FORMATS))}"
+        )
     baselines, data = summary.inside("baselines"), summary.inside("data")
     modalities, timing = summary.inside("modalities"), summary.inside("timing")
+    horizon = summary.inside("horizon") if version > 1 else Fields(summary.where, {})
     environment, clips, windows = summary.inside("environment"), data.inside("clips"), data.inside("windows")
     return RunRecord(
         folder=folder,
@@ -282,6 +236,12 @@ def _from_summary(
         test=_read_scores(summary.inside("test")),
         baselines={name: _read_scores(baselines.inside(name)) for name in baselines.values},
         by_frame_rate=tuple(_read_frame_rate(entry) for entry in summary.objects("by_frame_rate")),
+        by_subtask=tuple(
+            (entry.text("subtask"), _read_scores(entry))
+            for entry in (summary.objects("by_subtask") if version > 1 else ())
+        ),
+        horizon={name: _read_series(horizon.inside(name), config["data"]["predicted"]) for name in horizon.values},
+        by_joint=_read_series(summary.inside("by_joint"), 42) if version > 1 else None,
         modalities={name: modalities.flag(name) for name in MODALITIES},
         source=data.text("source"),
         split=data.text("split"),
@@ -303,6 +263,8 @@ def read_samples(path: Path) -> Samples:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{path}: not a readable NumPy archive: {error}") from error
+    # Runs of format 1 have none.
+    arrays.setdefault("label", np.full(len(arrays.get("stem", ())), ""))
     if missing := sorted(Samples.__dataclass_fields__.keys() - arrays.keys()):
         raise RunError(f"{path}: {', '.join(missing)} missing")
     for name in ("observed", "predicted"):
@@ -320,6 +282,7 @@ def read_samples(path: Path) -> Samples:
         "fps": ((count,), "fiu"),
         "error_px": ((count,), "fiu"),
         "stem": ((count,), "U"),
+        "label": ((count,), "U"),
     }
     for name, (shape, kinds) in expected.items():
         if arrays[name].shape != shape or arrays[name].dtype.kind not in kinds:

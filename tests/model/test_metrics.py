@@ -11,11 +11,15 @@ from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import (
     BASELINES,
     by_frame_rate,
+    by_subtask,
     constant_velocity,
     evaluate,
+    joint_errors,
     masked_mse,
+    mean_errors,
     repeat_last_frame,
     score,
+    score_joints,
     summarise,
     window_error_px,
     window_errors,
@@ -114,6 +118,39 @@ def test_the_batch_size_does_not_matter():
     figures = [summarise(score(predict, batches(x, target, present, size))) for size in (1, 2, 5, 13)]
     assert figures[0].mpjpe == pytest.approx(naive(prediction, target, present)["mpjpe"], rel=1e-9)
     assert all(other == figures[0] for other in figures[1:])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_errors_of_frames_and_joints(masked):
+    x, prediction, target, present = windows(7, 5)
+    seen = present if masked else torch.ones_like(present)
+    sums = score_joints(lambda batch: prediction[lookup(x, batch)], batches(x, target, present, 3), masked)
+    assert sums.shape == (5, 42, 3)
+    difference = (prediction - target).double().numpy().reshape(7, 5, 42, 2)
+    errors = {"joint_error": np.hypot(difference[..., 0], difference[..., 1]),
+              "joint_error_px": np.hypot(difference[..., 0] * 864, difference[..., 1] * 486)}
+    horizon, by_joint = mean_errors(sums.sum(1)), mean_errors(sums.sum(0))
+    for name, error in errors.items():
+        expected = np.where(seen, error, np.nan)
+        assert horizon[name] == pytest.approx(np.nanmean(expected, axis=(0, 2)), rel=1e-6)
+        assert by_joint[name] == pytest.approx(np.nanmean(expected, axis=(0, 1)), rel=1e-6)
+    nobody = mean_errors(joint_errors(prediction, target, torch.zeros_like(present)).sum(0))
+    assert all(math.isnan(error) for errors in nobody.values() for error in errors)
+
+
+def lookup(x, batch):
+    """Which windows a batch is of."""
+    return [next(i for i in range(len(x)) if torch.equal(x[i], window)) for window in batch]
+
+
+def test_subtasks_are_scored_apart():
+    _, prediction, target, present = windows(7)
+    rows = window_errors(prediction, target, present)
+    subtask = torch.tensor([2, 0, 2, -1, 0, 2, -1])
+    scored = by_subtask(rows, subtask, ("A", "B", "C"))
+    assert [(entry["subtask"], entry["windows"]) for entry in scored] == [("other", 2), ("A", 2), ("C", 3)]
+    for entry, chosen in zip(scored, ([3, 6], [1, 4], [0, 2, 5]), strict=True):
+        assert entry["joint_error_px"] == summarise(rows[chosen]).joint_error_px
 
 
 def test_nobody_there():

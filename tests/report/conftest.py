@@ -32,11 +32,16 @@ def scores(mpjpe: float, ade: float, fde: float, joint_error: float, windows: in
     }  # fmt: skip
 
 
-def fabricate_summary(stamp: str, epochs: int) -> dict[str, Any]:
+def series(joint_error: list[float]) -> dict[str, list[float]]:
+    return {"joint_error": joint_error, "joint_error_px": [700 * error for error in joint_error]}
+
+
+def fabricate_summary(stamp: str, epochs: int, predicted: int = 60) -> dict[str, Any]:
+    ahead = np.arange(1, predicted + 1) / predicted
     day, time = stamp.split("_")
     started = f"{day[:4]}-{day[4:6]}-{day[6:]} {time[:2]}:{time[2:4]}:{time[4:]}"
     return {
-        "format": 1,
+        "format": 2,
         "started": started,
         "total_params": 482900,
         "modules": [
@@ -55,6 +60,16 @@ def fabricate_summary(stamp: str, epochs: int) -> dict[str, Any]:
             {"fps": 23, **scores(1.1, 0.05, 0.06, 0.12, 61)},
             {"fps": 59, **scores(0.7, 0.02, 0.03, 0.08, 62)},
         ],
+        "by_subtask": [
+            {"subtask": "BHO", **scores(1.0, 0.04, 0.05, 0.11, 100)},
+            {"subtask": "THP", **scores(0.5, 0.01, 0.02, 0.06, 23)},
+        ],
+        "horizon": {
+            "this network": series((0.05 + 0.05 * ahead).tolist()),
+            "repeat last frame": series((0.01 + 0.2 * ahead).tolist()),
+            "constant velocity": series((0.4 * ahead).tolist()),
+        },
+        "by_joint": series((0.05 + np.arange(42) / 420).tolist()),
         "modalities": {"hands": True, "gaze": False, "objects": False, "surrogate": False},
         "data": {
             "source": "embedded synthetic dataset (480 clips, seed 7)",
@@ -129,6 +144,7 @@ def fabricate_samples(windows: int = 3, observed: int = 60, predicted: int = 60)
         "target_present": target_present,
         "fps": np.resize([23.0, 59.0], windows),
         "error_px": np.array([distances[window][target_present[window]].mean() for window in range(windows)]),
+        "label": np.resize(["best", "median", "worst"], windows),
         "stem": np.array([f"p6{w}-CAM_AV-BIAH_RB-HSA-{7 * w}.123456789_{7 * w + 6}.98765" for w in range(windows)]),
     }
 
@@ -151,7 +167,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         options = {group: values | (config or {}).get(group, {}) for group, values in CONFIG.items()}
         (run / "config.json").write_text(json.dumps(options))
-        (run / "summary.json").write_text(json.dumps(fabricate_summary(stamp, len(rows)) | (summary or {})))
+        fabricated = fabricate_summary(stamp, len(rows), options["data"]["predicted"])
+        (run / "summary.json").write_text(json.dumps(fabricated | (summary or {})))
         np.savez(run / "samples.npz", **(fabricate_samples() | (samples or {})))
         return run
 

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 
 import bigru.report
-from bigru.report import RunError, document, figures, write_report
+from bigru.report import RunError, breakdown, breakdown_figures, document, figures, write_report
 from bigru.report.__main__ import main
 from bigru.report.record import RunRecord
 
 STAMP, LATER = "20261123_224500", "20261124_101112"
-PLOTS = ("learning_curves", "forecasts")
+PLOTS = ("learning_curves", "forecasts", "horizon", "joints")
 
 # Typed from the published document, the parts of which must not drift.
 PUBLISHED_HEAD = """\
@@ -80,7 +80,10 @@ RUN_HEADINGS = [
     "## Learning curves",
     "## Beyond the published report",
     "### True per-joint error",
+    "### Error against horizon",
+    "### Error per joint",
     "### By frame rate",
+    "### By subtask",
     "### Forecasts",
     "### Run details",
 ]
@@ -92,7 +95,9 @@ MakeRun = Callable[..., Path]
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a report's time, and test_figures.py looks at what is drawn."""
     monkeypatch.setattr(figures, "learning_curves", lambda record: None)
-    monkeypatch.setattr(figures, "forecasts", lambda record: None)
+    monkeypatch.setattr(figures, "forecasts", lambda samples: None)
+    monkeypatch.setattr(breakdown_figures, "horizon", lambda record: None)
+    monkeypatch.setattr(breakdown_figures, "joints", lambda record: None)
     monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
@@ -199,6 +204,77 @@ def test_verdict_is_honest(make_run: MakeRun, changes: dict[str, float], expecte
     test = dict.fromkeys(measures, 0.25) | {"joint_error_px": 250.0, "windows": 9} | changes
     text = write_report(make_run(summary={"test": test, "baselines": {"still": still}})).read_text()
     assert f"\n\nThis run {expected}\n\n" in text
+
+
+def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
+    changes = {"mask_missing": False, "split": "time", "stride": 5, "resample": 23.0, "centre": "last"}
+    run = make_run(config={"data": changes}, epochs=2)
+    text = write_report(run).read_text()
+    assert """
+## Beyond the published report
+
+**Protocol:** as published, but for:
+
+- each clip split in time order, not by participant
+- windows of 60 observed and 60 predicted frames, 5 apart
+- clips resampled to 23.0 frames per second
+- hands centred on the last observed frame, not on each frame's own wrists
+
+### True per-joint error
+""" in text
+    later = make_run(LATER, epochs=2)
+    assert "but for:\n\n- missing hands left out of the loss and of the per-joint error\n\n###" in (
+        write_report(later).read_text()
+    )
+    (later / "config.json").write_text((run / "config.json").read_text())
+    plain = {"mask_missing": False, "resample": None, "centre": "frame"}
+    options = json.loads((later / "config.json").read_text())
+    options["data"] |= plain | {"split": "participant", "stride": 15}
+    (later / "config.json").write_text(json.dumps(options))
+    assert "\n\n**Protocol:** as published.\n\n" in write_report(later).read_text()
+
+
+def test_horizon_names_where_a_baseline_is_as_good(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text()
+    assert table_under(text, "### Error against horizon") == [
+        ["Forecast", "frame 1", "frame 15", "frame 30", "frame 45", "frame 60"],
+        ["this run", "35.6", "43.8", "52.5", "61.3", "70.0"],
+        ["repeat last frame", "9.3", "42.0", "77.0", "112.0", "147.0"],
+        ["constant velocity", "4.7", "70.0", "140.0", "210.0", "280.0"],
+    ]
+    assert "frame 60 is 2.61 s ahead at 23 fps, 1.02 s ahead at 59 fps." in text
+    # 0.05 + 0.05 x = 0.01 + 0.2 x at x = 4/15, frame 16; and 0.4 x at 1/7, between frames 8 and 9.
+    assert '"repeat last frame" is at least as good as this run at frames 1 to 1' in text
+    assert '"constant velocity" is at least as good as this run at frames 1 to 8.' in text
+
+
+def test_frames_in_a_row_are_named_as_ranges() -> None:
+    assert breakdown._ranges([3]) == "frame 3"
+    assert breakdown._ranges([1, 2, 3, 4, 7, 9, 10]) == "frames 1 to 4, 7 and 9 to 10"
+
+
+def test_subtasks_have_their_rows(make_run: MakeRun) -> None:
+    header, *rows = table_under(write_report(make_run()).read_text(), "### By subtask")
+    assert header[:3] == ["subtask", "windows", "MPJPE (published)"]
+    assert rows == [
+        ["BHO", "100", "1.000", "0.040", "0.050", "0.110", "77.0"],
+        ["THP", "23", "0.500", "0.010", "0.020", "0.060", "42.0"],
+    ]
+
+
+def test_a_run_of_format_1_is_still_reported(make_run: MakeRun) -> None:
+    run = make_run()
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("horizon", "by_joint", "by_subtask"):
+        del summary[name]
+    (run / "summary.json").write_text(json.dumps(summary | {"format": 1}))
+    with np.load(run / "samples.npz") as stored:
+        np.savez(run / "samples.npz", **{name: stored[name] for name in stored.files if name != "label"})
+    text = write_report(run).read_text()
+    kept = [name for name in RUN_HEADINGS if name.split()[-1] not in ("horizon", "joint", "subtask")]
+    assert headings(text) == [*HEAD_HEADINGS, "## Run at 2026-11-23 22:45:00", *kept]
+    assert "- **Not recorded:** error against horizon, per joint and by subtask" in text
+    assert text.count("![") == 2
 
 
 def test_details(make_run: MakeRun) -> None:
@@ -431,7 +507,12 @@ def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"format": 2}, r"summary\.json: format 2 is not known", id="format"),
+        pytest.param({"format": 3}, r"summary\.json: format 3 is not known; .* reads 1 and 2", id="format"),
+        pytest.param({"by_joint": {"joint_error": []}}, r"by_joint: joint_error_px is missing", id="by joint"),
+        pytest.param({"by_joint": {"joint_error": [1.0], "joint_error_px": [1.0]}},
+                     r"by_joint: joint_error should hold 42 numbers, got 1", id="joints"),
+        pytest.param({"horizon": {"x": {"joint_error": [1.0, "2"], "joint_error_px": []}}},
+                     r"horizon: x: joint_error: \[1\] should be a number, got '2'", id="horizon"),
         pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
         pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
         pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: test: ade is missing", id="score missing"),
@@ -472,7 +553,7 @@ def test_command_prints_the_paths(make_run: MakeRun, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines() == [
         str(run.parent / "results_bigru.md"),
         str(run.parent / "plots" / f"{STAMP}_bigru_learning_curves.png"),
-        str(run.parent / "plots" / f"{STAMP}_bigru_forecasts.png"),
+        *(str(run.parent / "plots" / f"{STAMP}_bigru_{name}.png") for name in PLOTS[1:]),
     ]
 
 

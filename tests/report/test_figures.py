@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from bigru.report import figures, write_report
-from bigru.report.record import read_run
+from bigru.report import breakdown_figures, figures, write_report
+from bigru.report.animation import gif
+from bigru.report.record import Samples, Series, read_run
 
 MakeRun = Callable[..., Path]
 
@@ -41,7 +45,7 @@ def hand_strokes(axes) -> list[np.ndarray]:
 def test_pictures_of_a_report(make_run: MakeRun) -> None:
     run = make_run()
     text = write_report(run).read_text()
-    for name, tallest in (("learning_curves", 700), ("forecasts", 1600)):
+    for name, tallest in (("learning_curves", 700), ("forecasts", 1600), ("horizon", 700), ("joints", 800)):
         picture = f"plots/{run.name}_bigru_{name}.png"
         assert f"]({picture})" in text
         width, height = png_size((run.parent / picture).read_bytes())
@@ -55,8 +59,8 @@ def test_reporting_again_changes_no_byte(make_run: MakeRun, monkeypatch: pytest.
     # The lock apart, which starts with a dot.
     files = sorted(path for path in run.parent.rglob("[!.]*") if path.is_file() and run not in path.parents)
     assert files == [
-        run.parent / "plots" / f"{run.name}_bigru_forecasts.png",
-        run.parent / "plots" / f"{run.name}_bigru_learning_curves.png",
+        *(run.parent / "plots" / f"{run.name}_bigru_{name}.png"
+          for name in ("forecasts", "horizon", "joints", "learning_curves")),
         document,
     ]
     first = [path.read_bytes() for path in files]
@@ -184,10 +188,85 @@ def test_forecasts_with_nan_and_one_frame(make_run: MakeRun) -> None:
         "fps": np.array([23]),
         "error_px": np.array([np.nan]),
         "stem": np.array(["x" * 300]),
+        "label": np.array([""]),
     }
     figure = figures.forecasts(read_run(make_run(samples=samples)).samples)
     assert len(figure.axes) == 2
     png_size(figures.png(figure))
+
+
+def test_horizon_draws_each_forecaster(make_run: MakeRun) -> None:
+    record = read_run(make_run())
+    (axes,) = breakdown_figures.horizon(record).axes
+    for line, series in zip(axes.lines, record.horizon.values(), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), series.joint_error_px)
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 61))
+    # The last values, lowest first.
+    names = [text.get_text() for text in axes.texts]
+    assert names == ["this network  70", "repeat last frame  147", "constant velocity  280"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("future frame", "per-joint error (px)")
+
+
+def test_names_at_the_lines_ends_do_not_overlap(make_run: MakeRun) -> None:
+    record = read_run(make_run())
+    level = Series((0.1,) * 60, (70.0,) * 60)
+    (axes,) = breakdown_figures.horizon(replace(record, horizon=dict.fromkeys(record.horizon, level))).axes
+    heights = sorted(text.get_position()[1] for text in axes.texts)
+    assert len(heights) == 3
+    assert min(np.diff(heights)) > 0.07
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_breakdown_of_nothing(make_run: MakeRun, value: float) -> None:
+    record = read_run(make_run(config={"data": {"observed": 1, "predicted": 1}}))
+    alone = {name: Series((value,), (value,)) for name in record.horizon}
+    png_size(figures.png(breakdown_figures.horizon(replace(record, horizon=alone))))
+    nothing = Series((value,) * 42, (value,) * 42)
+    figure = breakdown_figures.joints(replace(record, by_joint=nothing))
+    png_size(figures.png(figure))
+    assert ("never seen" in figure.axes[0].get_title()) == math.isnan(value)
+
+
+def test_joints_are_drawn_on_their_own_hand(make_run: MakeRun) -> None:
+    record = read_run(make_run())
+    left, right, _ = breakdown_figures.joints(record).axes
+    errors = np.array(record.by_joint.joint_error_px)
+    for axes, own, name in ((left, errors[:21], "left"), (right, errors[21:], "right")):
+        assert axes.get_title() == f"{name} hand, mean {own.mean():.0f} px"
+        assert [text.get_text() for text in axes.texts[:21]] == [f"{error:.0f}" for error in own]
+        # The thumb is on the inner side of a hand seen from its back.
+        thumb, little = axes.texts[4].get_position()[0], axes.texts[20].get_position()[0]
+        assert (thumb > little) == (name == "left")
+        tips = dict(zip(breakdown_figures.FINGERS, (4, 8, 12, 16, 20), strict=True))
+        for text in axes.texts[21:26]:
+            tip = np.array(axes.texts[tips[text.get_text()]].get_position())
+            assert np.linalg.norm(tip - text.get_position()) < 0.4
+
+
+def test_windows_say_which_they_are(make_run: MakeRun) -> None:
+    samples = read_run(make_run()).samples
+    titles = [figures.row_title(samples, row) for row in range(3)]
+    assert [title.split(":")[0] for title in titles] == ["best", "median", "worst"]
+    assert not figures.row_title(replace(samples, label=np.full(3, "")), 0).startswith(":")
+
+
+def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun) -> None:
+    whole = read_run(make_run()).samples
+    for fps, expected in ((23.0, 12), (59.0, 4)):
+        parts = {name: getattr(whole, name)[:1, :6] for name in
+                 ("observed", "predicted", "target", "observed_present", "target_present")}
+        samples = Samples(**parts, fps=np.array([fps]), error_px=np.array([9.0]), stem=np.array(["x" * 90]),
+                          label=np.array(["best"]))
+        with Image.open(io.BytesIO(gif(samples, 0))) as picture:
+            assert picture.n_frames == expected
+            assert picture.info["loop"] == 0
+            durations = []
+            for frame in range(picture.n_frames):
+                picture.seek(frame)
+                durations.append(picture.info["duration"])
+            # In real time, but for the centiseconds of a GIF; the last one is held a second longer.
+            assert durations[0] == pytest.approx(1000 / fps * (12 / expected), abs=10)
+            assert durations[-1] > 900
 
 
 def test_a_users_style_changes_nothing(make_run: MakeRun) -> None:

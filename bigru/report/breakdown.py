@@ -1,0 +1,60 @@
+"""Sections of the document that say where a run's error lies: how far ahead, at which joint, in which subtask."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bigru.report.markdown import blocks, plain, table
+from bigru.report.record import NETWORK, RunRecord
+
+COMPARED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def horizon(record: RunRecord, picture: str) -> str:
+    """The error against how far ahead a frame is: picture, a few of its figures, and where a baseline is as good."""
+    predicted = record.config["data"]["predicted"]
+    frames = sorted({max(1, math.ceil(share * predicted)) for share in COMPARED_SHARES})
+    rows = [
+        [
+            plain("this run" if name == NETWORK else name),
+            *(f"{series.joint_error_px[frame - 1]:,.1f}" for frame in frames),
+        ]
+        for name, series in record.horizon.items()
+    ]
+    reach = ", ".join(f"{predicted / fps:.2f} s ahead at {fps:g} fps" for fps, _ in record.by_frame_rate)
+    return blocks(
+        f"The per-joint error in pixels at each predicted frame; frame {predicted} is {reach}.",
+        f"![Error against horizon]({picture})",
+        table(["Forecast", *(f"frame {frame}" for frame in frames)], rows, left=1),
+        *_not_beaten(record),
+    )
+
+
+def _not_beaten(record: RunRecord) -> list[str]:
+    """A paragraph that names the frames in which a baseline is at least as good, if there are any."""
+    ours = np.array(record.horizon[NETWORK].joint_error_px)
+    sentences = []
+    for name, series in record.horizon.items():
+        frames = np.flatnonzero(ours >= np.array(series.joint_error_px)) + 1
+        if name != NETWORK and frames.size:
+            sentences.append(f'"{plain(name)}" is at least as good as this run at {_ranges(frames.tolist())}.')
+    return [" ".join(sentences)] if sentences else []
+
+
+def _ranges(frames: list[int]) -> str:
+    """`frame 3`, `frames 1 to 4, 7 and 9 to 12`."""
+    starts = [frame for frame in frames if frame - 1 not in frames]
+    ends = [frame for frame in frames if frame + 1 not in frames]
+    parts = [f"{start} to {end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True)]
+    several = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+    return f"frame{'s' if len(frames) > 1 else ''} {several}"
+
+
+def joints(record: RunRecord, picture: str) -> str:
+    """The error of each joint, on a picture of both hands."""
+    return blocks(
+        "The mean over all predicted frames, in pixels; hands as seen from their backs.",
+        f"![Error per joint]({picture})",
+    )
