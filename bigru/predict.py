@@ -3,7 +3,8 @@
 Of each clip it writes the forecast as {clip}.npz and {clip}.csv, and draws it in {clip}.png and {clip}.gif, the true
 future beside it where the clip holds one. What the network answers is centred: each frame's own midpoint of the two
 wrists is subtracted, as it was from the frames it learnt from. So a forecast says where each joint will be as seen from
-the midpoint of the wrists of that very frame, and not where that midpoint will be in the image.
+the midpoint of the wrists of that very frame, and not where that midpoint will be in the image. Only a run with
+`--centre last`, which has one origin for a whole window, says where in the image the hands will be.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import tyro
 
 from bigru.config import ConfigError, DataConfig, from_mapping
 from bigru.data.clips import ClipError, read_clip
-from bigru.data.windows import CENTRED_UNIT, HAND_FEATURES, JOINTS_PER_HAND, frame_features
+from bigru.data.windows import CENTRED_UNIT, HAND_FEATURES, JOINTS_PER_HAND, frame_features, hands_origin
 from bigru.environment import pick_device
 from bigru.model.checkpoint import CheckpointError, load_forecaster, modalities_of, write_atomically
 from bigru.model.forecaster import HandForecaster
@@ -34,7 +35,8 @@ from bigru.report.animation import gif
 from bigru.report.record import Samples
 
 IMAGE_PX = np.array([1728.0, 972.0])
-ORIGIN = "wrists_midpoint_of_this_frame"
+ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
+"""What positions count from, by the centring of the weights."""
 HANDS = ("left", "right")
 # MediaPipe's names.
 JOINT_NAMES = ("WRIST", *(f"{finger}_{joint}" for finger, joints in (
@@ -50,14 +52,15 @@ COLUMNS = ("frame", "time_s", "ahead_s", "hand", "joint", "joint_name", "origin"
 class Arguments:
     """Forecast the motion of both hands in clips, and write each forecast as numbers and pictures.
 
-    Positions are relative to the midpoint of the two wrists in the same frame (the network is trained so); _norm are
-    fractions of the image's width (x) and height (y), _px pixels of the 1728 x 972 image, y pointing down.
+    Positions are relative to the midpoint of the two wrists in the same frame, as the network is trained, or, of a run
+    with --centre last, to the image's corner. Those named _norm are fractions of the image's width (x) and height (y),
+    those named _px pixels of the 1728 x 972 image; y points down.
     """
 
     clips: tyro.conf.Positional[tuple[Path, ...]]
     """Clips, .h5 files named as in the index, of at least the observed length."""
     weights: Path
-    """Weights: a run's weights.safetensors, or a published state dict (.pt, .pth); its shapes tell what is fed."""
+    """Weights: a run's weights.safetensors, with its config.json beside it, or a published state dict (.pt, .pth)."""
     out: Path = Path("predictions")
     """Folder for CLIP.npz, CLIP.csv, CLIP.png and CLIP.gif."""
     start: int | None = None
@@ -78,17 +81,25 @@ class Forecast:
     fps: float
     """Frames per second."""
     start: int
-    """First observed frame in the clip."""
+    """First observed frame in the clip, as read."""
+    centre: Literal["frame", "last"]
+    """Origin of the hands: each frame's own midpoint of the wrists, or `last_origin` in every frame."""
+    last_origin: np.ndarray  # (2,) image-normalised x, y: where in the image the last observed frame's origin lies
     observed: np.ndarray  # (T, 84)
     observed_present: np.ndarray  # (T, 2) bool: left, right
     predicted: np.ndarray  # (T, 84)
     target: np.ndarray  # (T, 84), NaN where a hand is missing or the clip has ended
-    wrists_midpoint: np.ndarray  # (2,) image-normalised x, y of the last observed frame, a missing wrist counting as 0
+
+    def in_image(self, poses: np.ndarray) -> np.ndarray:
+        """84-vectors in centred units, (T, 84), as fractions of the image's width and height, (T, 2, 21, 2)."""
+        joints = CENTRED_UNIT * poses.reshape(len(poses), 2, JOINTS_PER_HAND, 2)
+        return joints + self.last_origin if self.centre == "last" else joints
 
     @property
     def error_px(self) -> np.ndarray:
         """(T, 42): distance of each joint from the true one in pixels, NaN where that is not known."""
-        return np.linalg.norm(_in_image(self.predicted - self.target) * IMAGE_PX, axis=-1).reshape(-1, 42)
+        difference = self.in_image(self.predicted) - self.in_image(self.target)
+        return np.linalg.norm(difference * IMAGE_PX, axis=-1).reshape(-1, 2 * JOINTS_PER_HAND)
 
     @property
     def mean_error_px(self) -> float:
@@ -168,7 +179,7 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
     """
     length = config.observed
     content = read_clip(clip, config, needed=length)
-    features, present = frame_features(content), content.present
+    features, present = frame_features(content, config.centre), content.present
     frames = len(features)
     if start is None:
         start = frames - 2 * length if frames >= 2 * length else frames - length
@@ -176,6 +187,14 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
         raise ConfigError(f"start: expected 0 to {frames - length} in a clip of {frames} frames of which {length} are "
                           f"observed, got {start}")
     now = start + length
+    if config.centre == "last":
+        last = torch.from_numpy(features[now - 1 : now, :HAND_FEATURES])
+        origin = hands_origin(last, torch.from_numpy(present[now - 1 : now]))[0].numpy()
+        features[:, :HAND_FEATURES] -= np.tile(origin, 2 * JOINTS_PER_HAND)
+        last_origin = CENTRED_UNIT * origin
+    else:
+        # As in training, a missing hand's wrist counts as 0.
+        last_origin = content.hands[now - 1, :, 0, :2].mean(axis=0)
     device = next(model.parameters()).device
     with torch.inference_mode():
         predicted = model(torch.from_numpy(features[None, start:now]).to(device))[0].cpu().numpy()
@@ -187,11 +206,12 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
         stem=clip.stem,
         fps=content.fps,
         start=start,
+        centre=config.centre,
+        last_origin=last_origin,
         observed=features[start:now, :HAND_FEATURES],
         observed_present=present[start:now],
         predicted=predicted,
         target=target,
-        wrists_midpoint=content.hands[now - 1, :, 0, :2].mean(axis=0),
     )
 
 
@@ -202,8 +222,8 @@ def write(result: Forecast, out: Path) -> list[Path]:
     contents = {
         "npz": as_npz(result),
         "csv": as_csv(result).encode(),
-        "png": figures.png(figures.forecasts(samples)),
-        "gif": gif(samples, 0),
+        "png": figures.png(figures.forecasts(samples, result.centre)),
+        "gif": gif(samples, 0, result.centre),
     }
     # Not with_suffix: the times in a clip's name have dots.
     paths = {kind: out / f"{result.stem}.{kind}" for kind in contents}
@@ -216,28 +236,28 @@ def as_npz(result: Forecast) -> bytes:
     """The forecast as a NumPy archive.
 
     predicted, true, observed (T, 2, 21, 2): hand (left, right), joint, x and y as fractions of the image's width and
-    height from the midpoint of the wrists of each frame; true is NaN where it is not known. observed_present (T, 2).
-    error_px (T, 2, 21). frame, time_s, ahead_s (T,) of the predicted frames. last_wrists_midpoint (2,): where in the
-    image the origin of the last observed frame lies. fps, start, image_px (2,), stem, origin.
+    height from `origin`, as in the table; true is NaN where it is not known. observed_present (T, 2). error_px
+    (T, 2, 21). frame, time_s, ahead_s (T,) of the predicted frames. last_origin (2,): where in the image the midpoint
+    of the wrists lies in the last observed frame. fps, start, image_px (2,), stem, origin.
     """
     frame, time_s, ahead_s = _times(result)
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        predicted=_in_image(result.predicted),
-        true=_in_image(result.target),
-        observed=_in_image(result.observed),
+        predicted=result.in_image(result.predicted),
+        true=result.in_image(result.target),
+        observed=result.in_image(result.observed),
         observed_present=result.observed_present,
         error_px=result.error_px.reshape(-1, 2, JOINTS_PER_HAND),
         frame=frame,
         time_s=time_s,
         ahead_s=ahead_s,
-        last_wrists_midpoint=result.wrists_midpoint,
+        last_origin=result.last_origin,
         fps=result.fps,
         start=result.start,
         image_px=IMAGE_PX,
         stem=result.stem,
-        origin=ORIGIN,
+        origin=ORIGINS[result.centre],
     )
     return buffer.getvalue()
 
@@ -245,11 +265,12 @@ def as_npz(result: Forecast) -> bytes:
 def as_csv(result: Forecast) -> str:
     """The forecast as a table, a row for each predicted frame, hand and joint; what is not known is empty.
 
-    Columns: frame of the clip, from 0; time_s from the clip's start; ahead_s after the last observed frame; hand,
-    joint (MediaPipe's number and name); origin, from which x and y count; _norm as fractions of the image's width and
-    height, _px in pixels; true_ of the clip itself; error_px the distance between both.
+    Columns: frame of the clip, from 0 (as resampled, of a run with --resample); time_s from the clip's start; ahead_s
+    after the last observed frame; hand, joint (MediaPipe's number and name); origin, from which x and y count; _norm as
+    fractions of the image's width and height, _px in pixels; true_ of the clip itself; error_px the distance of both.
     """
-    predicted, true, errors = _in_image(result.predicted), _in_image(result.target), result.error_px
+    origin = ORIGINS[result.centre]
+    predicted, true, errors = result.in_image(result.predicted), result.in_image(result.target), result.error_px
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -259,14 +280,9 @@ def as_csv(result: Forecast) -> str:
             ours, theirs = predicted[t, hand, joint], true[t, hand, joint]
             numbers = (*ours, *ours * IMAGE_PX, *theirs, *theirs * IMAGE_PX, errors[t, number])
             cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
-            writer.writerow([frame, f"{time_s:.4f}", f"{ahead_s:.4f}", HANDS[hand], joint, JOINT_NAMES[joint], ORIGIN,
+            writer.writerow([frame, f"{time_s:.4f}", f"{ahead_s:.4f}", HANDS[hand], joint, JOINT_NAMES[joint], origin,
                              *cells])
     return buffer.getvalue()
-
-
-def _in_image(poses: np.ndarray) -> np.ndarray:
-    """Centred 84-vectors (T, 84) as fractions of the image's width and height, (T, 2, 21, 2)."""
-    return CENTRED_UNIT * poses.reshape(len(poses), 2, JOINTS_PER_HAND, 2)
 
 
 def _times(result: Forecast) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

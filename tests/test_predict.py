@@ -26,7 +26,7 @@ IMAGE = np.array([1728, 972])
 @pytest.fixture(autouse=True)
 def blank_pictures(monkeypatch):
     """Drawing takes most of a forecast's time; the test of what is written undoes this."""
-    monkeypatch.setattr(predict, "gif", lambda samples, row: b"")
+    monkeypatch.setattr(predict, "gif", lambda samples, row, centre: b"")
     monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
@@ -91,8 +91,31 @@ def test_a_chosen_start_with_half_a_future(tmp_path):
     result = forecast(network(), clip, DataConfig(observed=T, predicted=T), start=3)
     np.testing.assert_allclose(result.target[:1], centred(arrays)[7:8], atol=1e-6)
     assert np.isnan(result.target[2:]).all()
-    np.testing.assert_allclose(result.wrists_midpoint, (arrays["left_landmarks"][6, 0, :2]
+    np.testing.assert_allclose(result.last_origin, (arrays["left_landmarks"][6, 0, :2]
                                                         + arrays["right_landmarks"][6, 0, :2]) / 2, rtol=1e-6)
+
+
+def test_centred_on_the_last_frame_the_hands_are_placed_in_the_image(tmp_path):
+    clip, arrays = write(tmp_path, 8)
+    model = network()
+    config = DataConfig(observed=T, predicted=T, centre="last")
+    result = forecast(model, clip, config)
+    hands = np.stack([arrays["left_landmarks"], arrays["right_landmarks"]], axis=1)[..., :2]
+    origin = hands[T - 1, :, 0].mean(axis=0)
+    np.testing.assert_allclose(result.last_origin, origin, rtol=1e-5)
+    x = ((hands[:T] - origin) / 0.5).reshape(1, T, 84)
+    answer = model(torch.from_numpy(x))[0].detach().numpy().reshape(T, 2, 21, 2)
+    np.testing.assert_allclose(result.in_image(result.predicted), answer / 2 + origin, atol=1e-5)
+    np.testing.assert_allclose(result.in_image(result.target)[:-1], hands[T:-1], atol=1e-5)
+    assert predict.as_csv(result).splitlines()[1].split(",")[6] == "image_corner"
+
+
+def test_a_clip_is_resampled_as_the_run_was(tmp_path):
+    clip, _ = write(tmp_path, 8)
+    result = forecast(network(), clip, DataConfig(observed=T, predicted=T, resample=46.0))
+    # Twice the 23 frames a second of the clip: 15 frames, of which the last 8 make a window and its future.
+    assert (result.fps, result.start) == (46.0, 7)
+    assert predict.as_csv(result).splitlines()[1].split(",")[:3] == ["11", f"{11 / 46:.4f}", f"{1 / 46:.4f}"]
 
 
 def test_what_is_written(tmp_path, capsys, monkeypatch):

@@ -89,7 +89,7 @@ def test_the_summary_is_what_the_best_weights_do(config):
         "device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform"}
     assert (summary["format"], summary["stopped_early"]) == (2, False)
     assert list(summary["horizon"]) == ["this network", *BASELINES]
-    joints = score_joints(model, data.test.batches(5))
+    joints = score_joints(model.eval(), data.test.batches(5))
     assert summary["by_joint"] == {name: pytest.approx(values, rel=1e-5)
                                    for name, values in mean_errors(joints.sum(0)).items()}
     for name, predict in {"this network": model, **BASELINES}.items():

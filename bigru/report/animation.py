@@ -19,7 +19,7 @@ FASTEST_FPS = 25
 
 
 @figures.styled
-def gif(samples: Samples, row: int) -> bytes:
+def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
     """One sample window as a GIF, in real time, that repeats for ever; axes as in `figures.forecasts`.
 
     Where a second has more frames than 25, only every second, third, ... of them is shown.
@@ -35,7 +35,7 @@ def gif(samples: Samples, row: int) -> bytes:
     across = left + width + 0.1
     axes = figure.add_axes((left / across, below / total, width / across, height / total))
     figures.frame_panel(axes, (x0, x1, top, bottom), first=True)
-    axes.set_xlabel("x, y in px of the 1728 x 972 image, from the midpoint of the wrists", fontsize=7.5)
+    axes.set_xlabel(figures.axes_text(centre), fontsize=7.5)
     figure.text(left / across, 1 - 0.08 / total, figures.row_title(samples, row, 36), fontsize=8, va="top",
                 fontweight="bold")  # fmt: skip
     lines = {name: axes.plot([], [], label=name, marker="o", markersize=3, markevery=figures.WRISTS, **look)[0]

@@ -60,7 +60,10 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
     out = record.folder.parent if out is None else out
     document = out / DOCUMENT
     # Drawn before the lock is taken: it takes a second, in which another run may report.
-    drawn = {"learning_curves": figures.learning_curves(record), "forecasts": figures.forecasts(record.samples)}
+    drawn = {
+        "learning_curves": figures.learning_curves(record),
+        "forecasts": figures.forecasts(record.samples, record.config["data"].get("centre", "frame")),
+    }
     if record.horizon:
         drawn["horizon"] = breakdown_figures.horizon(record)
     if record.by_joint is not None:

@@ -152,12 +152,13 @@ def scale_values(axes: Axes, values: np.ndarray) -> None:
 
 
 @styled
-def forecasts(samples: Samples) -> Figure:
+def forecasts(samples: Samples, centre: str = "frame") -> Figure:
     """Hand skeletons of the sample windows: last observed frame, then true and predicted at 25, 50, 75 and 100 %.
 
-    A row is a window, in pixels of the 1728 x 972 image from the midpoint of the wrists, y pointing down as in the
-    image; limits are the same within a row. Missing hands are not drawn and not counted in the error. A target that
-    is NaN is not known: the forecast is drawn alone.
+    A row is a window, in pixels of the 1728 x 972 image from the midpoint of the wrists (of `centre` "frame", each
+    frame's own, or "last", the last observed one's), y pointing down as in the image; limits are the same within a row.
+    Missing hands are not drawn and not counted in the error. A target that is NaN is not known: the forecast is drawn
+    alone.
     """
     frames = _horizon_frames(samples.predicted.shape[1])
     limits = [row_limits(samples, row, [-1], frames) for row in range(len(samples.stem))]
@@ -179,7 +180,7 @@ def forecasts(samples: Samples) -> Figure:
             _draw_panel(axes, samples, row, frames[column - 1] if column else None)
             frame_panel(axes, limits[row], first=column == 0)
         top -= height + below
-    figure.text(0.5, 0.03 / total, "x, y in px of the 1728 x 972 image, from the midpoint of the wrists",
+    figure.text(0.5, 0.03 / total, axes_text(centre),
                 ha="center", va="bottom", fontsize=7.5, color=INK)  # fmt: skip
     known = bool(np.isfinite(samples.target).any())
     figure.legend(
@@ -187,6 +188,12 @@ def forecasts(samples: Samples) -> Figure:
         loc="upper left", bbox_to_anchor=((left - 0.08) / WIDTH_IN, 1.0), ncols=3, borderaxespad=0.2,
     )  # fmt: skip
     return figure
+
+
+def axes_text(centre: str) -> str:
+    """What the axes of skeletons count, by the centring of the hands."""
+    when = ", as last observed" if centre == "last" else ""
+    return f"x, y in px of the 1728 x 972 image, from the midpoint of the wrists{when}"
 
 
 def _horizon_frames(predicted: int) -> list[int]:
