@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bigru.report import breakdown, breakdown_figures, figures
+from bigru.report import breakdown, breakdown_figures, comparison, comparison_figures, figures
 from bigru.report.fields import RunError
 from bigru.report.markdown import blocks, code, listed, plain, replace, table
-from bigru.report.record import PUBLISHED_COLUMNS, RunRecord, Scores, read_run
+from bigru.report.record import MEASURES, PUBLISHED_COLUMNS, RunRecord, Scores, read_run
 
 try:
     import fcntl
@@ -23,17 +23,10 @@ except ImportError:
 
 DOCUMENT = "results_bigru.md"
 TITLE = "# BIGRU Performance"
+ALL_RUNS = "all runs"
+"""Marks the comparison of the runs in the folder."""
 
 PUBLISHED_WINDOWS = {"observed": 60, "predicted": 60, "stride": 15}
-
-# (attribute of Scores, name in the document, decimals)
-MEASURES = (
-    ("mpjpe", "MPJPE (published)", 3),
-    ("ade", "ADE", 3),
-    ("fde", "FDE", 3),
-    ("joint_error", "per-joint error", 3),
-    ("joint_error_px", "per-joint error (px)", 1),
-)
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -77,9 +70,14 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
         except UnicodeDecodeError as error:
             raise RunError(f"{document}: not UTF-8 text, left as it is: {error}") from error
         text = merge(existing, record, out)
+        records, left_out = comparison.runs_in(record.folder.parent)
+        if len(records) > 1:
+            picture = "plots/all_runs_bigru_comparison.png"
+            pictures[out / picture] = figures.png(comparison_figures.comparison(records))
+            text = merge_comparison(text, comparison.comparison(records, picture, left_out), out)
         (out / "plots").mkdir(exist_ok=True)
-        for path, picture in pictures.items():
-            replace(path, picture)
+        for path, content in pictures.items():
+            replace(path, content)
         replace(document, text.encode("utf-8"))
     return [document, *pictures]
 
@@ -117,18 +115,38 @@ def merge(existing: str, record: RunRecord, out: Path) -> str:
     own_model = any(block not in described for block in (_total_params(record), _breakdown(record)))
     written = section(record, out, own_model)
 
-    opening, closing = f"<!-- run {record.stamp} -->", f"<!-- end of run {record.stamp} -->"
-    starts = [match.start() for match in re.finditer(rf"^{opening}$", existing, re.MULTILINE)]
-    ends = [match.end() for match in re.finditer(rf"^{closing}$", existing, re.MULTILINE)]
-    if not starts and not ends:
+    own = _marked(existing, f"run {record.stamp}", out)
+    if own is None:
         rule = "---\n\n" if re.search(r"^## Run at ", existing, re.MULTILINE) else ""
-        return f"{existing.rstrip()}\n\n{rule}{written}\n"
+        # Before the comparison of all runs, where there is one.
+        end, _ = _marked(existing, ALL_RUNS, out) or (len(existing), 0)
+        rest = f"\n{existing[end:]}" if existing[end:] else ""
+        return f"{existing[:end].rstrip()}\n\n{rule}{written}\n{rest}"
+    return existing[: own[0]] + written + existing[own[1] :]
+
+
+def merge_comparison(existing: str, compared: str, out: Path) -> str:
+    """The text of the document with the comparison of all runs at its end, or replaced where it stands."""
+    place = _marked(existing, ALL_RUNS, out)
+    block = blocks(f"<!-- {ALL_RUNS} -->", "## All runs in this folder", compared, f"<!-- end of {ALL_RUNS} -->")
+    if place is None:
+        return f"{existing.rstrip()}\n\n{block}\n"
+    return existing[: place[0]] + block + existing[place[1] :]
+
+
+def _marked(text: str, name: str, out: Path) -> tuple[int, int] | None:
+    """Where the part of that name begins and ends, its marks included; None where there is none."""
+    opening, closing = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    starts = [match.start() for match in re.finditer(rf"^{opening}$", text, re.MULTILINE)]
+    ends = [match.end() for match in re.finditer(rf"^{closing}$", text, re.MULTILINE)]
+    if not starts and not ends:
+        return None
     if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
         raise RunError(
             f"{out / DOCUMENT}: expected one '{opening}' and after it one '{closing}', found {len(starts)} and "
             f"{len(ends)}; mend or remove them and report again"
         )
-    return existing[: starts[0]] + written + existing[ends[0] :]
+    return starts[0], ends[0]
 
 
 def head(record: RunRecord) -> str:

@@ -112,7 +112,7 @@ def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
     epochs = record.metrics["epoch"]
     train, validation = record.metrics[f"tr_{metric}"], record.metrics[f"va_{metric}"]
     for values, color in ((train, BLUE), (validation, VERMILION)):
-        axes.plot(epochs, values, color=color, linewidth=1.3, marker="o", markersize=4, markevery=_lone_points(values))
+        axes.plot(epochs, values, color=color, linewidth=1.3, marker="o", markersize=4, markevery=lone_points(values))
     axes.axvline(record.best_epoch, color=INK, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1)
     # Above the frame, where no curve runs.
     axes.text(
@@ -126,7 +126,7 @@ def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
     scale_values(axes, np.array([*train, *validation], dtype=float))
 
 
-def _lone_points(values: list[float]) -> list[int]:
+def lone_points(values: list[float]) -> list[int]:
     """Indices of values with none beside them, in a run of one epoch or between NaN, which a line would not show."""
     seen = np.concatenate([[False], np.isfinite(values), [False]])
     return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()

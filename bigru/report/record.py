@@ -25,6 +25,15 @@ NETWORK = "this network"
 EPOCH_COLUMNS = (*PUBLISHED_COLUMNS, "va_joint_error", "va_joint_error_px")
 """What every line of metrics.jsonl must hold beside its `epoch`; further entries are the trainer's own."""
 
+# (attribute of Scores, name in the document, decimals)
+MEASURES = (
+    ("mpjpe", "MPJPE (published)", 3),
+    ("ade", "ADE", 3),
+    ("fde", "FDE", 3),
+    ("joint_error", "per-joint error", 3),
+    ("joint_error_px", "per-joint error (px)", 1),
+)
+
 MODALITIES = ("hands", "gaze", "objects", "surrogate")
 SPLITS = ("train", "val", "test")
 ENVIRONMENT = ("device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import bigru.report
-from bigru.report import RunError, breakdown, breakdown_figures, document, figures, write_report
+from bigru.report import RunError, breakdown, breakdown_figures, comparison_figures, document, figures, write_report
 from bigru.report.__main__ import main
 from bigru.report.record import RunRecord
 
@@ -95,9 +95,10 @@ MakeRun = Callable[..., Path]
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a report's time, and test_figures.py looks at what is drawn."""
     monkeypatch.setattr(figures, "learning_curves", lambda record: None)
-    monkeypatch.setattr(figures, "forecasts", lambda samples: None)
+    monkeypatch.setattr(figures, "forecasts", lambda samples, centre: None)
     monkeypatch.setattr(breakdown_figures, "horizon", lambda record: None)
     monkeypatch.setattr(breakdown_figures, "joints", lambda record: None)
+    monkeypatch.setattr(comparison_figures, "comparison", lambda records: None)
     monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
@@ -301,14 +302,20 @@ def test_details(make_run: MakeRun) -> None:
 
 
 def test_second_run_is_appended_and_first_replaced_in_place(make_run: MakeRun) -> None:
-    run, later = make_run(), make_run(LATER, epochs=2)
+    run = make_run()
     first = write_report(run).read_text()
+    assert "All runs" not in first
+    later = make_run(LATER, epochs=2)
     document = write_report(later)
     both = document.read_text()
     assert both.startswith(f"{first}\n---\n\n<!-- run {LATER} -->\n\n## Run at 2026-11-24 10:11:12\n")
     assert headings(both) == [
-        *HEAD_HEADINGS, "## Run at 2026-11-23 22:45:00", *RUN_HEADINGS, "## Run at 2026-11-24 10:11:12", *RUN_HEADINGS
+        *HEAD_HEADINGS, "## Run at 2026-11-23 22:45:00", *RUN_HEADINGS, "## Run at 2026-11-24 10:11:12", *RUN_HEADINGS,
+        "## All runs in this folder",
     ]  # fmt: skip
+    assert both.endswith("\n<!-- end of all runs -->\n")
+    assert "![Comparison of runs](plots/all_runs_bigru_comparison.png)" in both
+    assert (document.parent / "plots" / "all_runs_bigru_comparison.png").is_file()
 
     notes = "\nSome notes,\n\n- kept as they are.\n"
     document.write_text("Preface\n\n" + both.replace("\n---\n", f"{notes}\n---\n") + notes)
@@ -316,6 +323,25 @@ def test_second_run_is_appended_and_first_replaced_in_place(make_run: MakeRun) -
     replaced = write_report(run).read_text()
     changed = both.replace("--optim.epochs 120", "--changed", 1)
     assert replaced == "Preface\n\n" + changed.replace("\n---\n", f"{notes}\n---\n") + notes
+
+
+def test_a_third_run_comes_before_the_comparison_and_notes_stay_behind_it(make_run: MakeRun) -> None:
+    write_report(make_run(epochs=2))
+    document = write_report(make_run(LATER, epochs=2))
+    document.write_text(document.read_text() + "\nNotes.\n")
+    third = make_run("20261125_000000", epochs=2)
+    text = write_report(third).read_text()
+    marks = re.findall(r"^<!-- (.*) -->$", text, re.MULTILINE)
+    expected = [f"run {STAMP}", f"run {LATER}", "run 20261125_000000", "all runs"]
+    assert marks == [mark for name in expected for mark in (name, f"end of {name}")]
+    assert text.endswith("\n<!-- end of all runs -->\n\nNotes.\n")
+    assert "\n\n\n" not in text
+    rows = table_under(text, "## All runs in this folder")
+    assert [row[0] for row in rows[1:4]] == [f"`{STAMP}`", f"`{LATER}`", "`20261125_000000`"]
+    assert write_report(third).read_text() == text
+    document.write_text(text.replace("<!-- all runs -->", ""))
+    with pytest.raises(RunError, match="expected one '<!-- all runs -->'"):
+        write_report(third)
 
 
 def test_another_model_is_described_in_its_own_section(make_run: MakeRun) -> None:
@@ -419,7 +445,7 @@ def test_a_copy_of_a_run_has_its_own_section(make_run: MakeRun) -> None:
     text = write_report(copy).read_text()
     assert text.startswith(once)
     assert f"\n<!-- run {STAMP}_copy -->\n" in text
-    plots = {path.name for path in (run.parent / "plots").iterdir()}
+    plots = {path.name for path in (run.parent / "plots").iterdir()} - {"all_runs_bigru_comparison.png"}
     assert plots == {f"{name}_bigru_{plot}.png" for name in (STAMP, f"{STAMP}_copy") for plot in PLOTS}
     assert all(f"(plots/{name})" in text for name in plots)
 
