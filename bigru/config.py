@@ -188,6 +188,9 @@ class Arguments(TrainConfig):
     resume: Path | None = None
     """Run folder to go on with; takes its settings from there, so no other option goes with it."""
 
+    sweep: Literal["modalities"] | None = None
+    """Train once with hands alone, then with gaze, objects, surrogate and all; what is done is not done again."""
+
     @property
     def settings(self) -> TrainConfig:
         """The run's settings alone."""

@@ -62,6 +62,7 @@ from bigru.report.document import write_report
 from bigru.report.fields import RunError
 from bigru.report.record import NETWORK
 from bigru.signals import interrupt, on_signals
+from bigru.sweep import sweep_modalities
 
 log = logging.getLogger("bigru.train")
 
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with joined():
                 if arguments.resume is not None:
                     resume(arguments.resume)
+                elif arguments.sweep == "modalities":
+                    sweep_modalities(arguments.settings, train, resume)
                 else:
                     train(arguments.settings)
             return 0

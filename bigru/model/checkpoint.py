@@ -122,7 +122,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_arrays(path: Path, tensors: Mapping[str, Tensor], stems: Sequence[str], **texts: Sequence[str]) -> None:
-    """Writes tensors of some windows, the names of the clips that they are from, and other texts, as .npz, atomically."""
+    """Writes tensors of some windows, the names of their clips, and other texts of each, as .npz, atomically."""
     arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     buffer = io.BytesIO()
     arrays |= {name: np.array(values) for name, values in texts.items()}

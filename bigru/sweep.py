@@ -1,0 +1,93 @@
+"""Runs that differ in one thing: `python -m bigru.train --sweep modalities` trains five, one document for all.
+
+They are folders of `{out}/sweep_modalities`, whose results_bigru.md ends with their comparison. The command may be
+given again at any time: runs that are done are only reported again, one that was cut short goes on, others begin.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bigru.config import ConfigError, TrainConfig, from_mapping
+from bigru.data.windows import NoWindowsError
+from bigru.distributed import current_team
+from bigru.loop import DivergedError
+
+log = logging.getLogger("bigru.train")
+
+NOTHING: dict[str, Any] = {"gaze": False, "objects": False, "surrogate": False}
+MODALITIES: dict[str, dict[str, Any]] = {
+    "hands": NOTHING,
+    "hands + gaze": NOTHING | {"gaze": True},
+    "hands + objects": NOTHING | {"objects": True},
+    "hands + surrogate": NOTHING | {"surrogate": True},
+    "all": dict.fromkeys(NOTHING, True),
+}
+
+
+def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], resume: Callable[[Path], Path]) -> Path:
+    """Trains the settings once with each choice of modalities; returns the folder of the runs.
+
+    A run that diverges, or whose data lack what it needs, does not keep the others from being trained.
+
+    Args:
+        config: what the runs have in common; the folder of the runs is made in its `run.out`.
+        train: begins a run and returns its folder, as `bigru.train.train`.
+        resume: goes on with a run or reports a finished one, as `bigru.train.resume`.
+
+    Raises:
+        ConfigError: settings that only one of the runs could have.
+        DivergedError, NoWindowsError: after all others, the last run that failed; the message names all of them.
+    """
+    chosen = [name for name in NOTHING if getattr(config.data, name)]
+    if chosen:
+        raise ConfigError(f"sweep: expected no {', '.join(chosen)} beside it, as it chooses the modalities itself")
+    if config.run.weights is not None:
+        raise ConfigError(f"sweep: expected no weights, which fit one choice of modalities only, got "
+                          f"{config.run.weights}")
+    team = current_team()
+    out = config.run.out / "sweep_modalities"
+    failed: dict[str, DivergedError | NoWindowsError] = {}
+    for number, (name, fed) in enumerate(MODALITIES.items(), start=1):
+        wanted = replace(config, data=replace(config.data, **fed), run=replace(config.run, out=out))
+        # Of several processes the first looks for all.
+        found = team.tell(str(find_run(out, wanted) or "") if team.first else None)
+        log.info("run %d of %d: %s", number, len(MODALITIES), name)
+        try:
+            if found:
+                resume(Path(found))
+            else:
+                train(wanted)
+        except (DivergedError, NoWindowsError) as error:
+            log.warning("%s: %s", name, error)
+            failed[name] = error
+        except KeyboardInterrupt:
+            log.warning("the same command goes on with the sweep; what is done is not done again")
+            raise
+    if failed:
+        last = [*failed.values()][-1]
+        raise type(last)(f"sweep: {len(failed)} of {len(MODALITIES)} runs failed: "
+                         + "; ".join(f"{name}: {error}" for name, error in failed.items()))
+    return out
+
+
+def find_run(out: Path, wanted: TrainConfig) -> Path | None:
+    """The run of these settings in a folder, a finished one if there is one, else the last begun; None for none."""
+    matching = []
+    for settings in sorted(out.glob("*/config.json")):
+        try:
+            content = from_mapping(json.loads(settings.read_text(encoding="utf-8")), str(settings))
+        except ValueError as error:
+            # Another version's, say, or torn: no run to go on with.
+            log.warning("%s is left alone: %s", settings.parent, error)
+            continue
+        # The folder may have been moved.
+        if replace(content, run=replace(content.run, out=wanted.run.out)) == wanted:
+            matching.append(settings.parent)
+    finished = [folder for folder in matching if (folder / "summary.json").is_file()]
+    return next(iter((finished or matching)[-1:]), None)

@@ -1,0 +1,155 @@
+"""The sweep of modalities: five runs and one document, none of them trained twice."""
+
+import dataclasses
+import json
+
+import pytest
+
+import bigru.train as training
+from bigru.config import ConfigError, DataConfig, RunConfig, TrainConfig
+from bigru.data.synthetic import write_synthetic
+from bigru.data.windows import NoWindowsError
+from bigru.loop import DivergedError
+from bigru.model.checkpoint import write_json
+from bigru.report import figures
+from bigru.sweep import MODALITIES, find_run, sweep_modalities
+
+SIZES = [84, 86, 204, 92, 214]
+
+
+class Trainer:
+    """Stands for training and resuming: leaves what a run leaves, and fails as it is told."""
+
+    def __init__(self):
+        self.began, self.resumed, self.failures = [], [], {}
+
+    def train(self, config):
+        folder = config.run.out / f"20261123_22450{len(self.began)}"
+        folder.mkdir(parents=True)
+        self.began.append(config.data.input_size)
+        write_json(folder / "config.json", config.as_dict())
+        if error := self.failures.get(config.data.input_size):
+            raise error
+        write_json(folder / "summary.json", {})
+        return folder
+
+    def resume(self, folder):
+        self.resumed.append(folder.name)
+        write_json(folder / "summary.json", {})
+        return folder
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(DataConfig(data_root=tmp_path / "clips"), run=RunConfig(out=tmp_path / "runs"))
+
+
+def change(config, section, **values):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def sweep(config, trainer):
+    return sweep_modalities(config, trainer.train, trainer.resume)
+
+
+def test_five_runs_and_none_of_them_twice(config):
+    trainer = Trainer()
+    assert sweep(config, trainer) == config.run.out / "sweep_modalities"
+    assert trainer.began == SIZES
+    assert trainer.resumed == []
+    sweep(config, trainer)
+    assert trainer.began == SIZES
+    # Reported again only.
+    assert trainer.resumed == [f"20261123_22450{number}" for number in range(5)]
+
+
+def test_an_interrupted_sweep_goes_on(config):
+    trainer = Trainer()
+    trainer.failures[204] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, trainer)
+    assert trainer.began == SIZES[:3]
+    sweep(config, trainer)
+    assert trainer.began == SIZES
+    assert trainer.resumed[2] == "20261123_224502"
+
+
+@pytest.mark.parametrize("error", [DivergedError("the loss is nan"), NoWindowsError("no window")])
+def test_a_run_that_fails_does_not_keep_the_others(config, error):
+    trainer = Trainer()
+    trainer.failures[86] = error
+    with pytest.raises(type(error), match=f"sweep: 1 of 5 runs failed: hands \\+ gaze: {error}"):
+        sweep(config, trainer)
+    assert trainer.began == SIZES
+
+
+def test_other_settings_are_other_runs(config):
+    trainer = Trainer()
+    sweep(config, trainer)
+    sweep(change(config, "optim", epochs=3), trainer)
+    assert trainer.began == SIZES * 2
+    # Wherever the folder of the runs is.
+    moved = config.run.out.with_name("elsewhere")
+    config.run.out.rename(moved)
+    sweep(change(config, "run", out=moved), trainer)
+    assert trainer.began == SIZES * 2
+
+
+def test_the_finished_run_of_several_is_found(config):
+    out = config.run.out
+    for name in ("20261123_000001", "20261123_000002", "20261123_000003"):
+        (out / name).mkdir(parents=True)
+        write_json(out / name / "config.json", config.as_dict())
+    assert find_run(out, config) == out / "20261123_000003"
+    write_json(out / "20261123_000002" / "summary.json", {})
+    assert find_run(out, config) == out / "20261123_000002"
+    for name, content in (("20261123_000002", "{"), ("20261123_000003", '{"data": {"speed": 3}}')):
+        (out / name / "config.json").write_text(content)
+    assert find_run(out, config) == out / "20261123_000001"
+    assert find_run(out / "nowhere", config) is None
+
+
+@pytest.mark.parametrize(("section", "values", "message"), [
+    ("data", {"gaze": True, "surrogate": True}, "sweep: expected no gaze, surrogate beside it"),
+    ("run", {"weights": "w.pt"}, "sweep: expected no weights, which fit one choice of modalities only, got w.pt"),
+])
+def test_what_only_one_run_could_have_is_refused(config, section, values, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(change(config, section, **values), Trainer())
+    assert not config.run.out.exists()
+
+
+def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """The real thing but for the pictures: interrupted in the third run, given again, one document of five."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
+    root = tmp_path / "clips"
+    write_synthetic(root, 40, 1)
+    command = ["--sweep", "modalities", "--data-root", str(root), "--out", str(tmp_path / "runs"), "--observed", "8",
+               "--predicted", "8", "--hidden-size", "4", "--stride", "60", "--epochs", "1", "--device", "cpu"]
+    real, finished = training.finish, []
+
+    def finish(config, *rest):
+        finished.append(config.data.input_size)
+        if len(finished) == 3:
+            raise KeyboardInterrupt
+        real(config, *rest)
+
+    monkeypatch.setattr(training, "finish", finish)
+    assert training.main(command) == 130
+    error = capsys.readouterr().err
+    assert "run 3 of 5: hands + objects" in error
+    assert "the same command goes on with the sweep" in error
+    assert training.main(command) == 0
+    # Neither of the first two is trained again.
+    assert finished == [*SIZES[:3], *SIZES[2:]]
+    folder = tmp_path / "runs" / "sweep_modalities"
+    runs = sorted(path.parent for path in folder.glob("*/summary.json"))
+    assert len(runs) == len(MODALITIES)
+    document = (folder / "results_bigru.md").read_text()
+    assert document.count("## Run at ") == 5
+    table = document[document.index("## All runs in this folder") :]
+    inputs = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| `")]
+    assert inputs == ["hands", "hands + gaze", "hands + objects", "hands + surrogate",
+                      "hands + gaze + objects + surrogate"]
+    assert [json.loads((run / "config.json").read_text())["data"]["gaze"] for run in runs] == [
+        False, True, False, False, True]
