@@ -56,6 +56,7 @@ class Loop:
     Attributes:
         step: the training step, with model, optimiser and loss scaler.
         progress: how far the run has come; a checkpoint puts its own here.
+        watch: called in the first process with each epoch's row and whether it is the best so far.
 
     Raises:
         ConfigError: for a CUDA graph without a GPU or with several processes, or a batch too small to share.
@@ -88,6 +89,7 @@ class Loop:
         self.indices = torch.zeros(self.batch, dtype=torch.int64, device=device)
         self.errors = torch.empty(0)
         self.replay: Callable[[], None] | None = None
+        self.watch: Callable[[dict[str, Any], bool], None] = lambda row, best: None
 
     def fit(self, folder: Path) -> None:
         """Trains until the last epoch or until validation stalls, leaving a checkpoint after each epoch.
@@ -140,6 +142,9 @@ class Loop:
         progress, optim = self.progress, self.config.optim
         tr = self.train_epoch(folder)
         train_s = progress.epoch_s
+        assert progress.norms is not None
+        # Looked at before the next epoch's take their place.
+        grad_norm = float(progress.norms.mean())
         start = time.perf_counter()
         va = summarise(self.validate())
         val_s = time.perf_counter() - start
@@ -153,8 +158,8 @@ class Loop:
         for name in ("mpjpe", "ade", "fde", "loss", "joint_error"):
             row |= {f"tr_{name}": getattr(tr, name), f"va_{name}": getattr(va, name)}
         rate = learning_rate(progress.epoch * self.steps - 1, self.steps, optim)
-        row |= {"va_joint_error_px": va.joint_error_px, "lr": rate, "train_s": train_s, "val_s": val_s,
-                "train_windows_per_s": tr.windows / train_s}
+        row |= {"va_joint_error_px": va.joint_error_px, "lr": rate, "grad_norm": grad_norm, "train_s": train_s,
+                "val_s": val_s, "train_windows_per_s": tr.windows / train_s}
         progress.history.append(row)
         progress.elapsed_s += train_s + val_s
         if self.team.first:
@@ -163,6 +168,8 @@ class Loop:
             append_line(folder / "metrics.jsonl", as_json(row))
         self._save(folder)
         log.info("%s", epoch_line(row, optim.epochs, best))
+        if self.team.first:
+            self.watch(row, best)
 
     def train_epoch(self, folder: Path) -> Metrics:
         """The rest of the epoch's pass over the training windows, and the metrics of all of it.

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bigru import board
 from bigru.config import ConfigError, TrainConfig, command_line, from_mapping, parse_arguments
 from bigru.data.clips import SUBTASKS
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
@@ -41,14 +42,12 @@ from bigru.model.checkpoint import (
     load_checkpoint,
     load_weights,
     save_weights,
-    write_arrays,
     write_json,
     write_lines,
 )
-from bigru.model.forecaster import POSE_SIZE, HandForecaster
+from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import (
     BASELINES,
-    JOINTS,
     by_frame_rate,
     by_subtask,
     evaluate,
@@ -61,6 +60,7 @@ from bigru.model.metrics import (
 from bigru.report.document import write_report
 from bigru.report.fields import RunError
 from bigru.report.record import NETWORK
+from bigru.samples import write_samples
 from bigru.signals import interrupt, on_signals
 from bigru.sweep import sweep_modalities
 
@@ -68,8 +68,6 @@ log = logging.getLogger("bigru.train")
 
 SCORES = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px")
 SPLITS = ("train", "val", "test")
-SAMPLES = {"best": 0.0, "median": 0.5, "95th percentile": 0.95, "worst": 1.0}
-"""Test windows to draw: what they are called, and the share of windows with less error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,6 +149,9 @@ def carry_out(config: TrainConfig, folder: Path | None) -> Path:
     Of several processes the first alone writes; the others leave after the last epoch.
     """
     team = current_team()
+    if config.run.tensorboard:
+        # Asked now, not after the data are read.
+        board.require()
     device = pick_device(team.device(config.run.device))
     with ExitStack() as kept:
         if team.first and folder is not None:
@@ -188,8 +189,9 @@ def carry_out(config: TrainConfig, folder: Path | None) -> Path:
                 log.info("%s, backend %s, %s; %s parameters", device_name(device), backend,
                          describe_training(config, team.size), f"{count_parameters(model):,}")
                 log.info("below: train/val; train is taken in passing, dropout on and weights moving")
-                loop.fit(folder)
-                finish(config, folder, model, dataset, loop.progress, backend)
+                with board.watched(config, folder, loop, dataset):
+                    loop.fit(folder)
+                    finish(config, folder, model, dataset, loop.progress, backend)
                 report(folder)
         except DivergedError:
             # It would again.
@@ -316,28 +318,6 @@ def describe_source(config: TrainConfig) -> str:
     return str(config.data.data_root)
 
 
-@torch.inference_mode()
-def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px: Tensor) -> None:
-    """Writes the windows that stand at `SAMPLES` in the order of their joint error, to be drawn."""
-    # Windows in which no joint was present sort last, and are no sample of anything.
-    order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
-    chosen = order[[round(share * (len(order) - 1)) for share in SAMPLES.values()]]
-    batch = windows.batch(chosen)
-    observed = windows.starts[chosen][:, None] + torch.arange(batch.x.shape[1], device=windows.starts.device)
-    arrays = {
-        "observed": batch.x[..., :POSE_SIZE],
-        "predicted": model(batch.x),
-        "target": batch.target,
-        "observed_present": windows.present[observed],
-        # A hand is present or missing whole: its wrist stands for it.
-        "target_present": batch.present[..., [0, JOINTS // 2]],
-        "fps": batch.fps,
-        "error_px": error_px[chosen],
-    }
-    stems = [windows.stems[clip] for clip in windows.clip[chosen].tolist()]
-    write_arrays(path, arrays, stems, label=list(SAMPLES))
-
-
 def report(folder: Path) -> None:
     """Writes the document of a finished run and shows its test figures beside the baselines'."""
     document = write_report(folder)
@@ -346,8 +326,8 @@ def report(folder: Path) -> None:
     log.info("%-20s %8s %8s %8s %12s %9s", f"test, {summary['test']['windows']} windows", "MPJPE", "ADE", "FDE",
              "joint error", "in px")
     for name, scores in rows.items():
-        figures = [math.nan if scores[key] is None else scores[key] for key in SCORES]
-        log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *figures)
+        numbers = [math.nan if scores[key] is None else scores[key] for key in SCORES]
+        log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *numbers)
     log.info("%s", document)
 
 

@@ -15,7 +15,7 @@ from bigru.data.windows import Dataset, Windows
 FRAMES = 4
 TIMES = ("train_s", "val_s", "train_windows_per_s")
 COLUMNS = {"epoch", "tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde", "tr_loss", "va_loss",
-           "tr_joint_error", "va_joint_error", "va_joint_error_px", "lr", *TIMES}
+           "tr_joint_error", "va_joint_error", "va_joint_error_px", "lr", "grad_norm", *TIMES}
 
 
 def windows(clips, seed):

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from bigru.report.record import RunRecord, Samples
 
 P = ParamSpec("P")
-F = TypeVar("F", bound=Figure | bytes | None)
+F = TypeVar("F", bound=Figure | bytes | np.ndarray | None)
 
 WIDTH_IN = 7.2
 DPI = 180
@@ -87,6 +87,14 @@ def png(figure: Figure) -> bytes:
     with _house_style():
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
+
+
+@styled
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as (height, width, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 @styled

@@ -1,0 +1,52 @@
+"""Windows to draw, and the network's forecasts of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigru.data.windows import Windows
+from bigru.model.checkpoint import write_arrays
+from bigru.model.forecaster import POSE_SIZE, HandForecaster
+from bigru.model.metrics import JOINTS
+
+SAMPLES = {"best": 0.0, "median": 0.5, "95th percentile": 0.95, "worst": 1.0}
+"""Test windows to draw: what they are called, and the share of windows with less error."""
+
+
+def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px: Tensor) -> None:
+    """Writes the windows that stand at `SAMPLES` in the order of their joint error, (N,) in pixels, to be drawn."""
+    # Windows in which no joint was present sort last, and are no sample of anything.
+    order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
+    chosen = order[[round(share * (len(order) - 1)) for share in SAMPLES.values()]]
+    arrays = sample_arrays(model, windows, chosen, error_px[chosen])
+    write_arrays(path, arrays, sample_stems(windows, chosen), label=list(SAMPLES))
+
+
+@torch.inference_mode()
+def sample_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, error_px: Tensor) -> dict[str, Tensor]:
+    """What `bigru.report.record.Samples` holds, but for its texts, of the windows numbered `chosen`, (S,)."""
+    was_training = model.training
+    batch = windows.batch(chosen)
+    # Not only for the picture's sake: dropout would draw random numbers that training is to draw.
+    predicted = model.eval()(batch.x)
+    model.train(was_training)
+    chosen = chosen.to(windows.starts.device)
+    observed = windows.starts[chosen][:, None] + torch.arange(batch.x.shape[1], device=windows.starts.device)
+    return {
+        "observed": batch.x[..., :POSE_SIZE],
+        "predicted": predicted,
+        "target": batch.target,
+        "observed_present": windows.present[observed],
+        # A hand is present or missing whole: its wrist stands for it.
+        "target_present": batch.present[..., [0, JOINTS // 2]],
+        "fps": batch.fps,
+        "error_px": error_px,
+    }
+
+
+def sample_stems(windows: Windows, chosen: Tensor) -> list[str]:
+    """The names of the clips that windows are from."""
+    return [windows.stems[clip] for clip in windows.clip[chosen.to(windows.clip.device)].tolist()]

@@ -1,0 +1,98 @@
+"""TensorBoard's files: what a run writes into them, that it changes nothing else, and what is said without it."""
+
+import builtins
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import change, make_up, options, rows, same_weights, timeless
+
+import bigru.train as training
+from bigru import board
+from bigru.config import ConfigError
+from bigru.train import main, resume, train
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    return change(make_up(tmp_path, monkeypatch), "optim", epochs=3)
+
+
+def events(folder):
+    """All that TensorBoard reads in a folder."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    found.Reload()
+    return found
+
+
+def test_a_watched_run_is_the_same_to_the_bit_and_shows_all(config):
+    pytest.importorskip("tensorboard")
+    plain = train(config)
+    watched = train(change(config, "run", tensorboard=True))
+    assert not (plain / "tensorboard").exists()
+    assert timeless(watched) == timeless(plain)
+    assert same_weights(watched, plain)
+    found, history = events(watched), rows(watched)
+    assert sorted(found.Tags()["scalars"]) == sorted(board.CURVES.values())
+    for column, curve in board.CURVES.items():
+        scalars = found.Scalars(curve)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx([row[column] for row in history], rel=1e-6)
+    assert all(row["grad_norm"] > 0 for row in history)
+    assert found.Tags()["images"] == ["forecasts/validation", "forecasts/test"]
+    gains = [row["epoch"] for row in history if row["va_mpjpe"] == min(r["va_mpjpe"] for r in history[: row["epoch"]])]
+    assert [image.step for image in found.Images("forecasts/validation")] == gains
+    (picture,) = found.Images("forecasts/test")
+    assert picture.width == 1296
+
+
+def test_a_resumed_run_goes_on_on_the_board(config, monkeypatch):
+    pytest.importorskip("tensorboard")
+    config = change(config, "run", tensorboard=True)
+    real = training.Loop._save
+
+    def killed(self, folder):
+        # The board has not yet seen the second epoch's row; the checkpoint is of the first.
+        if self.progress.epoch == 2:
+            raise KeyboardInterrupt
+        real(self, folder)
+
+    monkeypatch.setattr(training.Loop, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(training.Loop, "_save", real)
+    (folder,) = config.run.out.iterdir()
+    resume(folder)
+    assert [scalar.step for scalar in events(folder).Scalars("mpjpe/validation")] == [1, 2, 3]
+
+
+def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.split(".")[0] == "tensorboard":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"pip install 'bigru\[tensorboard\]'"):
+        board.require()
+    assert main([*options(config), "--tensorboard"]) == 2
+    assert "tensorboard: expected the package tensorboard, which is not installed" in capsys.readouterr().err
+    assert not config.run.out.exists()
+
+
+def test_it_is_not_imported_before_it_is_asked_for():
+    look = "import sys, bigru.board; sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look]).returncode == 0
+
+
+def test_pictures_are_light_and_of_the_figures_size():
+    from matplotlib.figure import Figure
+
+    pixels = board.figures.pixels(Figure(figsize=(2, 1), dpi=50))
+    assert pixels.shape == (50, 100, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.min() == 255
