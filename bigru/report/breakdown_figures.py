@@ -127,8 +127,10 @@ def _draw_hand(axes: Axes, errors: np.ndarray, norm: Normalize, mirror: int) -> 
             x, y, text, ha="center", va="center_baseline", fontsize=7, color="white" if dark else "black", zorder=3
         )
     for finger, name in enumerate(FINGERS):
-        x, y = hand[4 + 4 * finger] * (1 + 0.28 / np.hypot(*hand[4 + 4 * finger]))
-        axes.text(x, y + 0.02 if finger else y - 0.10, name, ha="center", va="center", fontsize=7, color=INK)
+        tip = hand[4 + 4 * finger]
+        # On along the finger; above the thumb's tip, which points aside.
+        x, y = tip * (1 + 0.28 / np.hypot(*tip)) if finger else (tip[0], tip[1] + 0.26)
+        axes.text(x, y, name, ha="center", va="center", fontsize=7, color=INK)
     axes.text(0, -0.30, "wrist", ha="center", va="center", fontsize=7, color=INK)
     axes.set_xlim(-1.75, 1.75)
     axes.set_ylim(-0.45, 3.15)

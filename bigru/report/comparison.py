@@ -65,8 +65,8 @@ def comparison(records: Sequence[RunRecord], picture: str, left_out: dict[str, s
         else []
     )
     return blocks(
-        f"{len(records)} runs; the lowest figure of each error in bold. Lengths in centred units, or in pixels (px) of "
-        "the 1728 x 972 image.",
+        f"{len(records)} runs; their lowest figure of each error in bold. Lengths in centred units, or in pixels (px) "
+        "of the 1728 x 972 image.",
         *([] if fair else [unfair]),
         _table(records, with_baselines=fair),
         f"![Comparison of runs]({picture})",

@@ -32,12 +32,12 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     looks: list[dict[str, Any]] = [{"color": color, "linestyle": style} for style in STYLES for color in COLORS]
     order = np.argsort([record.test.joint_error_px for record in records], kind="stable")[:MOST]
     drawn = [records[i] for i in sorted(order)]
-    fair = same_test_windows(records) and drawn[0].horizon
-    baselines = {name: series for name, series in drawn[0].horizon.items() if name != NETWORK} if fair else {}
+    series = next((record.horizon for record in drawn if record.horizon), {}) if same_test_windows(records) else {}
+    baselines = {name: errors for name, errors in series.items() if name != NETWORK}
     below = 0.45 + LEGEND_ROW_IN * (len(drawn) + len(baselines))
     total = 2.45 + below
     figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI)
-    epochs, frames = (figure.add_axes((left, below / total, 0.41, 2.15 / total)) for left in (0.075, 0.575))
+    epochs, frames = (figure.add_axes((left, below / total, 0.41, 2.15 / total)) for left in (0.075, 0.58))
     handles = []
     for name, settings, record, look in zip(names(drawn), differing_settings(drawn), drawn, looks, strict=False):
         _draw(epochs, record.metrics["epoch"], record.metrics["va_joint_error_px"], **look)
@@ -46,18 +46,18 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
             _draw(frames, range(1, len(values) + 1), values, **look)
         words = f"{name}   {inputs(record)}   {settings.strip('` ')}"
         handles.append(Line2D([], [], linewidth=1.5, label=_shortened(words), **look))
-    for (name, series), style in zip(baselines.items(), ((0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 3))), strict=False):
+    for (name, errors), style in zip(baselines.items(), ((0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 3))), strict=False):
         look = {"color": INK, "linestyle": style}
-        _draw(frames, range(1, len(series.joint_error_px) + 1), series.joint_error_px, **look)
+        _draw(frames, range(1, len(errors.joint_error_px) + 1), errors.joint_error_px, **look)
         handles.append(Line2D([], [], linewidth=1.5, label=name, **look))
     for axes, x, title in ((epochs, "epoch", "validation"), (frames, "future frame", "test")):
         axes.set_title(title, loc="left")
         axes.set_xlabel(x)
+        axes.set_ylabel("per-joint error (px)")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         scale_values(
             axes, np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.empty(0)])
         )
-    epochs.set_ylabel("per-joint error (px)")
     if not frames.lines:
         frames.set_xticks([])
         frames.texts[0].set_text("not recorded by these runs")

@@ -40,7 +40,7 @@ def records(runs: list[Path]) -> list[RunRecord]:
 
 def test_the_table(runs: list[Path]) -> None:
     text = comparison.comparison(records(runs), "picture.png")
-    assert "2 runs; the lowest figure of each error in bold." in text
+    assert "2 runs; their lowest figure of each error in bold." in text
     assert "![Comparison of runs](picture.png)" in text
     assert "same test windows" not in text
     assert rows(text) == [
