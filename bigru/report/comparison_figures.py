@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bigru.report.comparison import differing_settings, inputs, names, same_test_windows
 from bigru.report.figures import DPI, INK, WIDTH_IN, lone_points, scale_values, styled
-from bigru.report.record import NETWORK, RunRecord
+from bigru.report.record import NETWORK, RunRecord, Series
 
 # Okabe and Ito's palette without its yellow, which is lost on white; then the same colours, broken.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -32,7 +32,9 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     looks: list[dict[str, Any]] = [{"color": color, "linestyle": style} for style in STYLES for color in COLORS]
     order = np.argsort([record.test.joint_error_px for record in records], kind="stable")[:MOST]
     drawn = [records[i] for i in sorted(order)]
-    series = next((record.horizon for record in drawn if record.horizon), {}) if same_test_windows(records) else {}
+    series: dict[str, Series] = (
+        next((record.horizon for record in drawn if record.horizon), {}) if same_test_windows(records) else {}
+    )
     baselines = {name: errors for name, errors in series.items() if name != NETWORK}
     below = 0.45 + LEGEND_ROW_IN * (len(drawn) + len(baselines))
     total = 2.45 + below
