@@ -16,7 +16,7 @@ from bigru.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_clip
 from bigru.model.forecaster import HandForecaster
 from bigru.predict import COLUMNS, JOINT_NAMES, forecast, main
-from bigru.report import figures
+from bigru.report import animation, figures
 
 T = 4
 FPS = 23.0
@@ -120,6 +120,7 @@ def test_a_clip_is_resampled_as_the_run_was(tmp_path):
 
 def test_what_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(animation, "DPI", 30)
     clip, _ = write(tmp_path, 9)
     assert run(weights(tmp_path, network()), clip, out=tmp_path / "out", extra=["--start", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -158,10 +159,10 @@ def test_what_is_written(tmp_path, capsys, monkeypatch):
             theirs = archive["true"][t, hand, joint]
             assert float(row["true_x_px"]) == pytest.approx(theirs[0] * 1728, rel=1e-5)
             assert float(row["error_px"]) == pytest.approx(np.hypot(*((ours - theirs) * IMAGE)), rel=1e-4)
-    with Image.open(files["gif"]) as animation:
-        assert animation.format == "GIF"
-        assert animation.n_frames == 2 * T
-        assert animation.info["loop"] == 0
+    with Image.open(files["gif"]) as moving:
+        assert moving.format == "GIF"
+        assert moving.n_frames == 2 * T
+        assert moving.info["loop"] == 0
 
 
 def test_no_two_joints_share_a_name():

@@ -44,9 +44,9 @@ def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
     writer = PillowWriter(fps=max(1, round(fps / step)))
     # A folder of its own: the writer wants a path.
     with tempfile.TemporaryDirectory() as folder, writer.saving(figure, Path(folder) / "forecast.gif", DPI):
-        # Ending with the last frame, whatever the step; held for a second, before all begins again.
+        # Ending with the last frame, whatever the step; held for half a second, before all begins again.
         numbers = list(range(observed + predicted - 1, -1, -step))[::-1]
-        for number in numbers + numbers[-1:] * round(fps / step):
+        for number in numbers + numbers[-1:] * round(fps / step / 2):
             poses, title = _moment(samples, row, number - observed)
             for name, line in lines.items():
                 line.set_data(poses.get(name, np.empty((0, 2))).T)

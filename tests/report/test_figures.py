@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigru.report import breakdown_figures, figures, write_report
+from bigru.report import animation, breakdown_figures, figures, write_report
 from bigru.report.animation import gif
 from bigru.report.record import Samples, Series, read_run
 
@@ -250,10 +250,11 @@ def test_windows_say_which_they_are(make_run: MakeRun) -> None:
     assert not figures.row_title(replace(samples, label=np.full(3, "")), 0).startswith(":")
 
 
-def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun) -> None:
+def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(animation, "DPI", 30)
     whole = read_run(make_run()).samples
-    for fps, expected in ((23.0, 12), (59.0, 4)):
-        parts = {name: getattr(whole, name)[:1, :6] for name in
+    for fps, expected in ((23.0, 6), (59.0, 2)):
+        parts = {name: getattr(whole, name)[:1, :3] for name in
                  ("observed", "predicted", "target", "observed_present", "target_present")}
         samples = Samples(**parts, fps=np.array([fps]), error_px=np.array([9.0]), stem=np.array(["x" * 90]),
                           label=np.array(["best"]))
@@ -264,9 +265,9 @@ def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun) -> None:
             for frame in range(picture.n_frames):
                 picture.seek(frame)
                 durations.append(picture.info["duration"])
-            # In real time, but for the centiseconds of a GIF; the last one is held a second longer.
-            assert durations[0] == pytest.approx(1000 / fps * (12 / expected), abs=10)
-            assert durations[-1] > 900
+            # In real time, but for the centiseconds of a GIF; the last one is held half a second longer.
+            assert durations[0] == pytest.approx(1000 / fps * (6 / expected), abs=10)
+            assert 500 < durations[-1] < 700
 
 
 def test_a_users_style_changes_nothing(make_run: MakeRun) -> None:

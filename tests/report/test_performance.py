@@ -551,7 +551,9 @@ def test_command_and_a_run_of_that_name(
     assert capsys.readouterr().out == "PERFORMANCE.md\n"
     make_run().rename("performance")
     monkeypatch.setattr("bigru.report.document.figures.learning_curves", lambda record: None)
-    monkeypatch.setattr("bigru.report.document.figures.forecasts", lambda record: None)
+    monkeypatch.setattr("bigru.report.document.figures.forecasts", lambda samples, centre: None)
+    for name in ("horizon", "joints"):
+        monkeypatch.setattr(f"bigru.report.document.breakdown_figures.{name}", lambda record: None)
     assert main(["./performance"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("results_bigru.md")
 
