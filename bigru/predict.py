@@ -3,8 +3,9 @@
 Of each clip it writes the forecast as {clip}.npz and {clip}.csv, and draws it in {clip}.png and {clip}.gif, the true
 future beside it where the clip holds one. What the network answers is centred: each frame's own midpoint of the two
 wrists is subtracted, as it was from the frames it learnt from. So a forecast says where each joint will be as seen from
-the midpoint of the wrists of that very frame, and not where that midpoint will be in the image. Only a run with
-`--centre last`, which has one origin for a whole window, says where in the image the hands will be.
+the midpoint of the wrists of that very frame, and not where that midpoint will be in the image. In a frame with a hand
+missing its wrist counts as (0, 0), as it did in training. Only a run with `--centre last`, which has one origin for a
+whole window, says where in the image the hands will be.
 """
 
 from __future__ import annotations

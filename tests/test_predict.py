@@ -254,6 +254,8 @@ def test_clips_without_names_of_their_own(tmp_path, capsys):
      "expected a dense floating-point matrix in encoder.core.weight_ih_l0"),
     ({"encoder.core.weight_ih_l0": torch.zeros(18, 90), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
      "is for 90 features, expected 84 for hands"),
+    ({"encoder.core.weight_ih_l0": torch.zeros(1, 84), "encoder.core.weight_hh_l0": torch.zeros(1, 1_000_000)},
+     "expected 3000000 rows in encoder.core.weight_ih_l0 and encoder.core.weight_hh_l0"),
     ({"encoder.core.weight_ih_l0": torch.zeros(18, 84), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
      "does not fit the network: missing encoder.core.bias_hh_l0"),
 ])

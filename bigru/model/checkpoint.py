@@ -230,7 +230,11 @@ def load_forecaster(path: Path, **options: Any) -> HandForecaster:
     for name in names:
         if _kind(weights[name]) or weights[name].dim() != 2 or 0 in weights[name].shape:
             raise CheckpointError(f"weights: {path}: expected a dense floating-point matrix in {name}")
-    (_, input_size), (_, hidden_size) = (weights[name].shape for name in names)
+    (rows, input_size), (gates, hidden_size) = (weights[name].shape for name in names)
+    # Before a network of such a size is made.
+    if not rows == gates == 3 * hidden_size:
+        raise CheckpointError(f"weights: {path}: expected {3 * hidden_size} rows in {' and '.join(names)}, "
+                              f"three gates of {hidden_size} units, got {rows} and {gates}")
     if modalities_of(input_size) is None:
         raise CheckpointError(f"weights: {path} is for {input_size} features, expected {POSE_SIZE} for hands and for "
                               f"other modalities {MODALITY_SIZES}")
