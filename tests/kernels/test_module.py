@@ -213,6 +213,16 @@ class TestWeightsAreReadWhenCalled:
                 optimizer.step()
         assert same(gru(x), theirs(x), 1e-5)
 
+    def test_a_replica_of_data_parallel(self, gru, x):
+        # As torch.nn.parallel.replicate makes it on every GPU: tensors that are no parameters.
+        replica = gru._replicate_for_data_parallel()
+        for name, parameter in gru.named_parameters():
+            setattr(replica, name, parameter * 1)
+        assert list(replica.parameters()) == []
+        assert same(gradients(gru, x, replica), gradients(gru, x))
+        with pytest.raises(ValueError, match=r"input: expected torch.float32"):
+            replica(x.double())
+
     def test_shared_weights(self, gru, x):
         gru.weight_hh_l0_reverse = gru.weight_hh_l0
         theirs = nn.GRU(3, 4, bidirectional=True, device=x.device)
