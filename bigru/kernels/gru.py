@@ -221,7 +221,7 @@ class BiGRU(nn.RNNBase):
 
     def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int) -> Tensor:
         # Not read by name: every reading of a parametrized weight computes it, and may change it (spectral_norm).
-        weight = next(self.parameters(), None)
+        weight: Tensor | None = next(self.parameters(), None)
         if weight is None:  # in nn.DataParallel's replicas
             weight = self._weights()[0]
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
