@@ -90,7 +90,8 @@ def test_each_sequence_as_if_alone(lengths, backend, kernel_device):
     check(gru, ragged(lengths, layers=2), 1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[3, 1, 2], [1, *[2] * 15, 3]], ids=["one block", "two blocks"])
+# The second block has one step less: its state ends in the right buffer only if it starts in the other one.
+@pytest.mark.parametrize("lengths", [[3, 1, 2], [1, *[2] * 16]], ids=["one block", "two blocks"])
 def test_weights_read_in_blocks(lengths, kernel_device):
     pytest.importorskip("triton")
     torch.manual_seed(1)
