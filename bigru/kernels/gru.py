@@ -49,8 +49,9 @@ class BiGRU(nn.RNNBase):
             fastest of the fused kernels that can serve the call and is proven there, else "torch"; but "reference"
             inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
-            weight is some 10^5 times as large as the others) or "tf32" (below 2e-3). Input products follow
-            torch.backends.cuda.matmul.allow_tf32, and the "torch" backend follows torch.backends.cudnn.allow_tf32.
+            weight is some 10^5 times as large as the others) or "tf32" (below 2e-3). Products over all steps at once
+            (of the inputs, and for the gradients of inputs and weights) are ATen's and follow
+            torch.backends.cuda.matmul.allow_tf32; the "torch" backend follows torch.backends.cudnn.allow_tf32.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -197,13 +198,16 @@ class BiGRU(nn.RNNBase):
         if self.backend == "auto" and data.device.type != "cuda":
             return "torch"
         wanted = "triton" if self.backend == "auto" else self.backend
-        call = data.device, data.dtype, self.hidden_size, self.precision
+        dtype = data.dtype
+        if dtype != torch.float64 and _autocast(data.device.type):  # as `_forward_layers` converts
+            dtype = torch.get_autocast_dtype(data.device.type)
+        call = data.device, dtype, self.hidden_size, self.precision
         refusal = _refusal(KERNELS[wanted], packed, *call)
         if refusal is None:
             return wanted if self.backend != "auto" or packed else _preferred(*call)
         if self.backend != "auto":
             raise RuntimeError(f"backend {wanted!r} cannot serve this call: {refusal}")
-        if data.dtype == torch.float32 and self.precision == "fp32" and torch.backends.cudnn.allow_tf32:
+        if dtype == torch.float32 and self.precision == "fp32" and _cudnn_takes_tf32(data.device):
             warnings.warn(
                 f"the fused kernel cannot serve this call ({refusal}); ATen's GRU does, and its products may be TF32 "
                 "because torch.backends.cudnn.allow_tf32 is on",
@@ -224,7 +228,7 @@ class BiGRU(nn.RNNBase):
         weight: Tensor | None = next(self.parameters(), None)
         if weight is None:  # in nn.DataParallel's replicas
             weight = self._weights()[0]
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not _autocast(x.device.type):
             raise ValueError(f"input: expected {weight.dtype} like the weights, got {x.dtype}")
         if x.device != weight.device:
             raise RuntimeError(f"input: expected a tensor on {weight.device} like the weights, got one on {x.device}")
@@ -237,7 +241,7 @@ class BiGRU(nn.RNNBase):
             raise RuntimeError(f"hx: expected shape {shape} (2 * num_layers, batch, hidden), got {tuple(hx.shape)}")
         if hx.device != x.device:
             raise RuntimeError(f"hx: expected a tensor on {x.device} like input, got one on {hx.device}")
-        if hx.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if hx.dtype != x.dtype and not _autocast(x.device.type):
             raise RuntimeError(f"hx: expected {x.dtype} like input, got {hx.dtype}")
         return hx
 
@@ -248,10 +252,10 @@ class BiGRU(nn.RNNBase):
         per_layer = len(weights) // self.num_layers
         device, dtype = x.device.type, x.dtype
         inside: AbstractContextManager = nullcontext()
-        if torch.is_autocast_enabled(device):
+        if _autocast(device):
             # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's
-            # GRU on a CPU heeds no autocast, so neither does what stands for it.
-            if backend != "torch" or device != "cpu":
+            # GRU on a CPU heeds no autocast, so neither does what stands for it; and autocast leaves doubles alone.
+            if dtype != torch.float64 and (backend != "torch" or device != "cpu"):
                 dtype = torch.get_autocast_dtype(device)
             inside = torch.autocast(device, enabled=False)
         sizes = None if packing is None else packing.batch_sizes.tolist()
@@ -307,6 +311,11 @@ class BiGRU(nn.RNNBase):
         return unpack(y, index, input.shape[:2]), h_n
 
 
+def _autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device; there is none for "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_options(backend: str, precision: str) -> None:
     """Raises ValueError for an unknown backend or precision."""
     if backend not in BACKENDS:
@@ -337,6 +346,11 @@ def _twin(module: nn.RNNBase, of: type[Module], **attributes: str) -> Module:
     return twin  # type: ignore[return-value]
 
 
+def _cudnn_takes_tf32(device: torch.device) -> bool:
+    """Whether cuDNN's products of fp32 numbers may be TF32, which GPUs have from compute capability 8.0 on."""
+    return torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -350,6 +364,8 @@ def _refusal(
     """Why a family of kernels cannot serve an input, or None if it can."""
     if not _triton_installed():
         return "triton is not installed"
+    if torch.version.hip is not None and device.type == "cuda":
+        return "the GPU is not one of NVIDIA's"
     from bigru.kernels import launch
 
     if device.type != "cuda" and kernel != "portable":

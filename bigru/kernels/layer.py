@@ -2,7 +2,8 @@
 
 In eager mode a layer is one autograd node that works below autograd, since at the sizes people train the GPU waits for
 Python: recorded one by one, the stacking, slicing and adding of eight small tensors costs more than the recurrence.
-Under torch.compile and torch.export the same layer is spelled out in operators that they can see through.
+Under torch.compile, torch.export and whatever else records operators the same layer is spelled out in operators that
+they can see through.
 """
 
 from __future__ import annotations
@@ -44,10 +45,13 @@ def fused_gru_layer(
         y (T, B, D * H), or (P, D * H), and h_n (D, B, H).
 
     Raises:
-        RuntimeError: inside a transform of torch.func, in forward mode, or for a second derivative.
+        RuntimeError: inside a transform of torch.func, in forward mode, for a second derivative, for a traced packing,
+            or for weights of other shapes.
     """
     refuse_transforms(x, h0, *weights)
-    if torch.compiler.is_compiling():
+    if packing is not None and torch.jit.is_tracing():  # make_fx refuses by itself
+        raise RuntimeError("a PackedSequence cannot be traced in the fused kernels: which rows there are is data")
+    if packing is None and (torch.compiler.is_compiling() or _watched()):
         recurrence = functools.partial(fused_gru_recurrence, precision=precision, kernel=kernel)
         return gru_layer(x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights], recurrence)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
@@ -73,6 +77,11 @@ def _forward(
 
     hidden = h0.shape[2]
     half = len(weights) // 2
+    # Gathered below whatever their shapes; what a functional_call or an assignment brings need not fit.
+    shapes = ((3 * hidden, x.shape[-1]), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))[:half] * 2
+    for weight, shape in zip(weights, shapes, strict=True):
+        if weight.shape != shape:
+            raise RuntimeError(f"weight: expected shape {shape}, got {tuple(weight.shape)}")
     w_ih, w_hh, *biases = zip(weights[:half], weights[half:], strict=True)
     # One copy gathers all weights, w_hh first, which the kernels read fastest where memory is aligned; b_hn comes a
     # second time, in one piece.
@@ -101,15 +110,23 @@ def _forward(
         gi, w_hh, b_hn, h0, precision, save, kernel, out=padded[1:-1]  # type: ignore[arg-type]
     )  # fmt: skip
     if save:
-        steps, batch = gi.shape[:2]
-        padded.as_strided((2, batch, hidden), ((steps + 1) * batch * 2 * hidden + hidden, 2 * hidden, 1)).copy_(h0)
+        # Both halves of both rows, though one of each is read: hooks of saved tensors see all of it.
+        padded[:: len(gi) + 1] = h0.transpose(0, 1)
     return y, h_n, gates, padded, x, h0, w_ih, w_hh
 
 
 def _before(padded: Tensor) -> Tensor:
     """(D, T * B, H) state before each step: direction 0 has it a row earlier, direction 1 a row later."""
     rows, batch, _, hidden = padded.shape
+    # A hook of saved tensors may have given it back in another layout.
+    padded = padded.contiguous()
     return padded.as_strided((2, (rows - 2) * batch, hidden), (2 * batch * 2 * hidden + hidden, 2 * hidden, 1))
+
+
+def _watched() -> bool:
+    """Whether a tracer or a mode (make_fx, FakeTensorMode, selective checkpointing) records operators: it cannot see a
+    launch."""
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Layer(torch.autograd.Function):

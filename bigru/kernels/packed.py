@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def packing_of(packed: PackedSequence) -> Packing:
 
 def conjugate(sizes: Tensor, count: int) -> Tensor:
     """How many of `sizes`, which never rise, exceed each of 0 ... count - 1: lengths to batch sizes, and back."""
-    return torch.searchsorted(-sizes, -torch.arange(count))
+    return torch.searchsorted(-sizes, -torch.arange(count, device=sizes.device))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -79,9 +80,12 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
             raise RuntimeError(f"lengths: expected a tensor on the CPU, got one on {lengths.device}")
         lengths = lengths.to(torch.int64)
     else:
-        if not isinstance(lengths, Sequence) or any(type(length) is not int for length in lengths):
-            raise TypeError(f"lengths: expected an int64 tensor or a list of int, got {lengths!r}")
-        lengths = torch.tensor(lengths, dtype=torch.int64)
+        try:
+            if any(isinstance(length, bool) for length in lengths):
+                raise TypeError
+            lengths = torch.tensor([operator.index(length) for length in lengths], dtype=torch.int64, device="cpu")
+        except TypeError:
+            raise TypeError(f"lengths: expected an int64 tensor or a list of int, got {lengths!r}") from None
     if lengths.shape != (batch,):
         raise RuntimeError(f"lengths: expected shape ({batch},), one for each sequence, got {tuple(lengths.shape)}")
     if batch and (int(lengths.min()) < 1 or int(lengths.max()) > steps):
@@ -104,8 +108,8 @@ def pack(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[PackedSequ
     """
     lengths, order = lengths.sort(descending=True, stable=True)
     batch_sizes = conjugate(lengths, int(lengths[0]))
-    t = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes)
-    b = order[torch.arange(len(t)) - (batch_sizes.cumsum(0) - batch_sizes)[t]]
+    t = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(batch_sizes)
+    b = order[torch.arange(len(t), device="cpu") - (batch_sizes.cumsum(0) - batch_sizes)[t]]
     index = b * padded.shape[1] + t if batch_first else t * padded.shape[1] + b
     index, order, inverse = (to_device(x, padded.device) for x in (index, order, order.argsort()))
     data = padded.flatten(0, 1).index_select(0, index)

@@ -1,10 +1,14 @@
 """What nn.GRU cannot: one graph under torch.compile and torch.export, with batch and time free, training too."""
 
+import functools
 import shutil
 
 import pytest
 import torch
 from support import error
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from bigru import BiGRU
 
@@ -127,3 +131,39 @@ class TestCudaGraphs:
         gru.load_state_dict(start)
         step()
         assert same(replayed, gru.parameters())
+
+
+@pytest.fixture
+def hidden_launches(monkeypatch):
+    """A launch on a GPU is invisible to what records operators; the interpreter's copies would not be."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launch = interpreter.GridExecutor.__call__
+
+    def hidden(self, *args, **kwargs):
+        with _disable_current_modes():
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", hidden)
+
+
+@pytest.mark.parametrize("gru", ["triton"], indirect=True)
+@pytest.mark.usefixtures("hidden_launches")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tracer", [lambda f, x: make_fx(f)(x), torch.jit.trace], ids=["make_fx", "jit.trace"])
+def test_tracers_record_the_operators(tracer, gru, kernel_device):
+    x, other = (torch.randn(2, 3, 6, device=kernel_device) for _ in range(2))
+    with torch.no_grad():
+        traced = tracer(gru, x)
+        assert same(traced(other), gru(other))
+
+
+@pytest.mark.parametrize("gru", ["triton"], indirect=True)
+@pytest.mark.usefixtures("hidden_launches")
+def test_selective_checkpointing(gru, kernel_device):
+    x = torch.randn(2, 3, 6, device=kernel_device)
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    def saved(x, hx):
+        return checkpoint(gru, x, hx, use_reentrant=False, context_fn=contexts)
+
+    assert same(trained(saved, gru, x), trained(gru, gru, x))

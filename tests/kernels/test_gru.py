@@ -198,7 +198,7 @@ class TestBackends:
         monkeypatch.setattr(launch, "describe", lambda device: launch.A100)
         assert BiGRU(3, 128).resolve_backend(input) == "triton"
 
-    @pytest.mark.parametrize("change", [{}, {"precision": "tf32"}, {"dtype": torch.bfloat16}])
+    @pytest.mark.parametrize("change", [{}, {"precision": "tf32"}, {"dtype": torch.bfloat16}, {"capability": (7, 5)}])
     def test_falling_back_warns_where_cudnn_may_be_less_exact(self, change, monkeypatch, recwarn):
         from types import SimpleNamespace
 
@@ -206,9 +206,26 @@ class TestBackends:
 
         monkeypatch.setattr(gru, "_refusal", lambda *_: "of a test")
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        options = dict(change)
+        capability = options.pop("capability", (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         input = SimpleNamespace(device=torch.device("cuda:0"), dtype=change.get("dtype", torch.float32))
-        assert BiGRU(3, 4, **change).resolve_backend(input) == "torch"
+        assert BiGRU(3, 4, **options).resolve_backend(input) == "torch"
         assert ["its products may be TF32" in str(warning.message) for warning in recwarn] == ([] if change else [True])
+
+    def test_under_autocast_its_dtype_decides(self, monkeypatch):
+        from types import SimpleNamespace
+
+        from bigru.kernels import gru
+
+        asked = []
+        monkeypatch.setattr(gru, "_refusal", lambda *call: None)
+        monkeypatch.setattr(gru, "_preferred", lambda device, dtype, *_: asked.append(dtype) or "triton")
+        monkeypatch.setattr(gru, "_autocast", lambda device: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+        for dtype in (torch.float32, torch.float64):
+            BiGRU(3, 4).resolve_backend(SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype))
+        assert asked == [torch.bfloat16, torch.float64]
 
     def test_triton_missing(self, monkeypatch):
         from bigru.kernels import gru

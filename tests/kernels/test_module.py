@@ -306,3 +306,50 @@ class TestAutograd:
     def test_gradients_are_bit_identical_from_run_to_run(self, gru, x):
         first, second = gradients(gru, x), gradients(gru, x)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class TestWhatIsGiven:
+    def test_weights_of_other_shapes_are_refused(self, gru, x):
+        other = {name: weight.T if weight.dim() == 2 and "hh" in name else weight for name, weight in
+                 gru.named_parameters()}  # fmt: skip
+        with pytest.raises(RuntimeError):
+            torch.func.functional_call(gru, other, (x,))
+
+    def test_hooks_of_saved_tensors_may_change_their_layout(self, gru, x):
+        def packed(tensor):
+            assert tensor.isfinite().all()
+            return tensor.transpose(0, -1).contiguous() if tensor.dim() > 1 else tensor
+
+        def unpacked(tensor):
+            return tensor.transpose(0, -1) if tensor.dim() > 1 else tensor
+
+        def hooked(x):
+            with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
+                return gru(x)
+
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert same(gradients(gru, x, hooked), gradients(gru, x))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_y_is_not_to_be_changed_in_place_while_training(self, x, kernel_device):
+        pytest.importorskip("triton")
+        gru = BiGRU(3, 4, backend="triton", device=kernel_device)
+        with pytest.raises(RuntimeError, match="inplace"):
+            gru(x)[0].mul_(2)
+        with torch.no_grad():
+            assert error(gru(x)[0].mul_(2), 2 * gru(x)[0]) == 0
+
+
+def test_meta_device():
+    x = torch.empty(5, 2, 3, device="meta")
+    assert BiGRU(3, 4, backend="reference", device="meta")(x)[0].shape == (5, 2, 8)
+    assert BiGRU(3, 4, device="meta")(x)[1].shape == (2, 2, 4)
+
+
+def test_autocast_leaves_doubles_alone():
+    gru = BiGRU(3, 4, backend="reference", dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gru(x)[0].dtype == torch.float64

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import TOLERANCE, error
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
 
 from bigru import BiGRU
@@ -351,3 +352,26 @@ def test_table_of_the_kernels(lengths):
     assert table[: len(lengths)] == falling
     # A step's first row is the longest sequence's.
     assert steps.data[table[len(lengths) :], 0].tolist() == list(range(falling[0]))
+
+
+def test_default_device_is_not_taken(kernel_device):
+    """What the host computes stays on the host, as in nn.GRU."""
+    pytest.importorskip("triton")
+    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+    x = torch.randn(5, 2, 3, device=kernel_device)
+    packed = pack_padded_sequence(x, [5, 3])
+    wanted = gru(packed)[1], gru(x, lengths=[5, 3])[1]
+    with torch.device("meta"):
+        assert torch.equal(gru(packed)[1], wanted[0])
+        assert torch.equal(gru(x, lengths=[5, 3])[1], wanted[1])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+def test_tracing_is_refused(kernel_device):
+    pytest.importorskip("triton")
+    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+    packed = pack_padded_sequence(torch.randn(5, 2, 3, device=kernel_device), [5, 3])
+    with pytest.raises(RuntimeError, match="a PackedSequence cannot be traced"):
+        torch.jit.trace(lambda data: gru(packed._replace(data=data))[1], packed.data)
+    with pytest.raises(RuntimeError, match="trying to get value out of a tracing tensor"):
+        make_fx(lambda data: gru(packed._replace(data=data))[1])(packed.data)
