@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 
 import torch
 from support import NAMES, TOLERANCE, error, expected, make_inputs, outputs_and_gradients
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.cases import MODES, Mode
+from benchmarks.cases import MODES, Mode, products
 from benchmarks.machine import Machine
 from benchmarks.record import Row, mode_of
+from bigru import BiGRU
 from bigru.kernels.recurrence import fused_gru_recurrence
 
 SANITIZER_S = 80
@@ -109,6 +112,35 @@ def graph_capture(machine: Machine, rows: list[Row]) -> list[Row]:
             same = torch.equal(actual, wanted) or (name in ("dw_hh", "db_hn") and error(actual, wanted) <= tolerance)
             problems += [] if same else [f"{work}: {name} differs by {error(actual, wanted):.1e}"]
     return [of_check(row) | {"status": "failed" if problems else "passed", "message": "; ".join(problems) or None}]
+
+
+def ragged_batch(machine: Machine, rows: list[Row]) -> list[Row]:
+    """A PackedSequence of lengths from 1 to T: outputs and every gradient against ATen's GRU in fp64."""
+    row, mode = rows[0], MODES[mode_of(rows[0])]
+    if (why := machine.refusal(row["kernel"], row["hidden"], mode.dtype, mode.precision)) is not None:
+        return [not_available(row, why)]
+    torch.manual_seed(0)
+    gru = BiGRU(8, row["hidden"], backend="triton", precision=mode.precision, device=machine.device, dtype=mode.dtype)
+    steps, batch, hidden = row["steps"], row["batch"], row["hidden"]
+    lengths = [1 + i % steps for i in range(batch)]
+    sizes = (steps, batch, 8), (max(lengths), batch, 2 * hidden), (2, batch, hidden)
+    x, *upstream = (torch.randn(size).to(machine.device, mode.dtype) for size in sizes)
+
+    def outcome(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        packed, h_n = module(pack_padded_sequence(leaf, lengths, enforce_sorted=False))
+        y, _ = pad_packed_sequence(packed)
+        torch.autograd.backward([y, h_n], [gradient.to(dtype) for gradient in upstream])
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        return {"y": y.detach(), "h_n": h_n.detach(), "dx": leaf.grad} | gradients
+
+    with products(mode):
+        wanted = outcome(copy.deepcopy(gru.to_gru()).double(), torch.float64)
+        with poisoned():
+            actual = outcome(gru, mode.dtype)
+    found = verdict({name: error(actual[name], tensor) for name, tensor in wanted.items()},
+                    TOLERANCE[mode.dtype, mode.precision])  # fmt: skip
+    return [of_check(row) | {"status": "passed" if found is None else "failed", "message": found}]
 
 
 def sanitizer(machine: Machine, rows: list[Row], hidden: Sequence[int]) -> list[Row]:

@@ -109,10 +109,15 @@ class Plan:
         }  # fmt: skip
 
     def checks(self) -> Iterator[Job]:
-        """A planted defect, graph capture and the sanitizer's tools, for every kernel."""
+        """A planted defect, graph capture and the sanitizer's tools, for every kernel; ragged batches for those that
+        take them."""
         for kernel, widths in self.checked_hidden.items():
+            named: list[tuple[str, tuple[str, ...]]] = [
+                ("planted defect", ("fp32",)), ("graph capture", ("fp32", "bf16")),
+            ]  # fmt: skip
+            named += [("ragged batch", self.modes)] if kernel == "portable" else []
             for hidden in widths:
-                for name, modes in (("planted defect", ("fp32",)), ("graph capture", ("fp32", "bf16"))):
+                for name, modes in named:
                     rows = [self._grid_row(kernel, mode, hidden, *self.odd, True) for mode in modes]
                     parts = {mode: [{"name": name} | row] for mode, row in zip(modes, rows, strict=True)}
                     yield Job(name, "checks", parts)

@@ -21,6 +21,7 @@ BY_PART: dict[str, Callable[..., list[Row]]] = {
     "correctness": correctness.check,
     "planted defect": correctness.planted_defect,
     "graph capture": correctness.graph_capture,
+    "ragged batch": correctness.ragged_batch,
     "sanitizer": correctness.sanitizer,
     "facts": floors.fact,
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ from benchmarks.plan import FULL, SMOKE, Job, Plan, Shape, layer_job, timing_row
 from benchmarks.record import Budget, Record, floor_ms, summary, write_whole
 from benchmarks.supervisor import Post, Process, WorkerLost, carry_out_all
 from benchmarks.timing import Contestant, figures_of, race
+from bigru import BiGRU
 
 MACHINE = {"card": "Some GPU", "capability": [9, 0], "processors": 132, "memory_gib": 80.0, "driver": "1",
            "cpu": "some", "cpu_cores": 2}  # fmt: skip
@@ -350,6 +352,23 @@ class TestCorrectness:
                                                             ("forward", "backward"))}, seconds=0.0).rows()  # fmt: skip
         assert [row["status"] for row in rows] == ["refused", "refused"]
         assert all(row["gpu_ms"] is None for row in rows)
+
+    @pytest.mark.parametrize("mode", plan.PRECISIONS)
+    def test_a_ragged_batch_is_right_in_every_mode(self, mode):
+        (row,) = serve("ragged batch", {"a": [{"name": "ragged batch"} | grid_row(mode=mode)]}).rows()
+        assert row["status"] == "passed", row["message"]
+
+    def test_a_ragged_batch_that_is_not_reversed_from_each_end_fails(self, monkeypatch):
+        forward = BiGRU.forward
+
+        def whole(self, packed):
+            x, lengths = pad_packed_sequence(packed)
+            y, h_n = forward(self, x)
+            return pack_padded_sequence(y, lengths, enforce_sorted=False), h_n
+
+        monkeypatch.setattr(correctness.BiGRU, "forward", whole)
+        (row,) = serve("ragged batch", {"a": [{"name": "ragged batch"} | grid_row()]}).rows()
+        assert (row["status"], row["message"][:11]) == ("failed", "error above")
 
     def test_graph_capture_compares_new_numbers(self, monkeypatch):
         (row,) = serve("graph capture", {"a": [{"name": "graph capture"} | grid_row()]}).rows()
