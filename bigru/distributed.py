@@ -47,9 +47,10 @@ class Team:
         if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         gpus = torch.cuda.device_count()
-        if self.local_rank >= gpus:
-            raise ConfigError(f"device: expected a GPU for each process on this machine, got {gpus} for process "
-                              f"{self.local_rank + 1}")
+        # Those of all processes here are asked for in each of them, since only the first says what is wrong.
+        wanted = max(self.local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if wanted > gpus:
+            raise ConfigError(f"device: expected a GPU for each process on this machine, got {gpus} for {wanted}")
         return f"cuda:{self.local_rank}"
 
     def share(self, count: int) -> slice:
@@ -102,12 +103,23 @@ class Team:
         return values[0]
 
     def in_turn(self, work: Callable[[], Value]) -> Value:
-        """Does work in the first process, and after it in the others, which find what it left on the disk."""
+        """Does work in the first process, and after it in the others, which find what it left on the disk.
+
+        Where the first fails the others do too, and none is left waiting: the processes stay in step, whatever is done
+        about the error.
+        """
         if not self.first:
-            self.most(0)
-        result = work()
-        if self.first:
-            self.most(0)
+            failed = self.most(0)
+            result = work()
+            if failed:
+                raise LostProcessError("the first process of this run failed where this one did not")
+            return result
+        try:
+            result = work()
+        except Exception:
+            self.most(1)
+            raise
+        self.most(0)
         return result
 
 

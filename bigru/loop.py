@@ -38,6 +38,8 @@ from bigru.step import Step, capture_training, get_random_state, make_optimizer,
 log = logging.getLogger("bigru.train")
 
 ADVICE = "a lower --lr or --grad-clip may help"
+LEAST_SCALE = 2.0**-14
+"""Of the loss under fp16, which begins at 2**16: below it no gradient was a number for thirty steps or more."""
 
 
 class DivergedError(RuntimeError):
@@ -143,8 +145,8 @@ class Loop:
         tr = self.train_epoch(folder)
         train_s = progress.epoch_s
         assert progress.norms is not None
-        # Looked at before the next epoch's take their place.
-        grad_norm = float(progress.norms.mean())
+        # Looked at before the next epoch's take their place; of steps taken, which fp16's overflown ones are not.
+        grad_norm = float(progress.norms[progress.norms.isfinite()].mean())
         start = time.perf_counter()
         va = summarise(self.validate())
         val_s = time.perf_counter() - start
@@ -237,8 +239,8 @@ class Loop:
         assert progress.losses is not None
         assert progress.norms is not None
         wrong = ~progress.losses[: progress.step].isfinite()
-        # With fp16 an overflown gradient is expected: its step is left out, and the loss scaled less.
-        if not self.step.scaler.is_enabled():
+        # With fp16 an overflown gradient is expected: its step is left out, and the loss scaled less. But not for ever.
+        if not self.step.scaler.is_enabled() or self.step.scaler.get_scale() < LEAST_SCALE:
             wrong |= ~progress.norms[: progress.step].isfinite()
         if not wrong.any():
             return

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import h5py
 import pytest
 import torch
 from runs import rows, same_weights, timeless
@@ -190,6 +192,19 @@ def test_an_error_of_all_processes_is_said_once(run, options):
     assert "none.pt is not a file" in said[0]
 
 
+def test_a_sweep_goes_on_past_what_the_clips_lack(run, options, clips, tmp_path):
+    """Older clips hold neither objects nor surrogate; the other process must not be left waiting for the first."""
+    older = tmp_path / "older"
+    shutil.copytree(clips, older, ignore=shutil.ignore_patterns("*.cache"))
+    for path in older.rglob("*.h5"):
+        with h5py.File(path, "a") as file:
+            del file["rec_bboxes"], file["surrogate_hands"]
+    codes, said = run(2, *options("sweep", 1, 0.0, "--data-root", older, "--sweep", "modalities"))
+    assert codes == [2, 2]
+    assert "sweep: 3 of 5 runs failed: hands + objects: no window" in said[0]
+    assert len([*(tmp_path / "sweep" / "sweep_modalities").glob("*/summary.json")]) == 2
+
+
 def test_torchrun_starts_it(options, tmp_path):
     """The real thing, as the documentation gives it."""
     result = subprocess.run(
@@ -216,7 +231,11 @@ def test_a_team_has_a_gpu_for_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert Team(3, 4, 1).device("auto") == Team(3, 4, 1).device("cuda") == "cuda:1"
     assert Team().device("auto") == "auto"
-    with pytest.raises(ConfigError, match=r"device: expected a GPU for each process .*, got 2 for process 3"):
+    with pytest.raises(ConfigError, match=r"device: expected a GPU for each process .*, got 2 for 3"):
         Team(2, 3, 2).device("auto")
+    # The first, which alone speaks, has one, but the others have none.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"device: expected a GPU for each process .*, got 2 for 3"):
+        Team(0, 3, 0).device("auto")
     with pytest.raises(ConfigError, match="device: expected auto, cuda or cpu for 2 processes, which take a GPU each"):
         Team(0, 2, 0).device("cuda:1")

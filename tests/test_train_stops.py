@@ -403,6 +403,20 @@ def test_a_gradient_that_is_no_number_names_its_own_batch(config, monkeypatch):
         train(config)
 
 
+def test_fp16_gradients_that_are_never_numbers_stop_the_run(config, monkeypatch):
+    unscale = torch.amp.GradScaler.unscale_
+
+    def overflown(self, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.fill_(float("inf"))
+        unscale(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflown)
+    with pytest.raises(DivergedError, match="the gradient's norm is"):
+        train(change(change(config, "run", amp="fp16"), "optim", epochs=20, patience=20))
+
+
 def test_a_run_stopped_in_an_epoch_of_other_batches(stopped, capsys):
     settings = json.loads((stopped / "config.json").read_text())
     settings["optim"]["batch_size"] = 5

@@ -152,7 +152,9 @@ def read_index(path: Path) -> ClipIndex:
             if clip.stem in first_line:
                 raise ClipError("duplicate", f"line {line} repeats line {first_line[clip.stem]}")
         except ClipError as error:
-            skipped.append(Skipped(row["filename"][:100].removesuffix(".mp4"), error.reason, error.detail))
+            name = row["filename"][:100].removesuffix(".mp4")
+            # From the file, and shown: no control characters onto a terminal.
+            skipped.append(Skipped(name if name.isprintable() else ascii(name), error.reason, error.detail))
             continue
         first_line[clip.stem] = line
         clips.append(clip)

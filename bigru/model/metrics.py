@@ -157,10 +157,18 @@ def by_frame_rate(rows: Tensor, fps: Tensor) -> list[dict[str, Any]]:
 
     Args:
         rows: (N, 7) of `window_errors`.
-        fps: (N,) frames per second, rounded to whole ones here, but never to 0: 22.998 and 23 are one rate.
+        fps: (N,) frames per second, put together by whole ones, but never by 0: 22.998 and 23 are one rate, called 23.
+            A rate that all windows of one have, as after resampling, is called what it is: 1.4 is not 1.
     """
-    rates = torch.where(fps < 1, fps, fps.round()).to(rows.device)
-    return [{"fps": rate, **summarise(rows[rates == rate]).scores()} for rate in rates.unique().tolist()]
+    fps = fps.to(rows.device)
+    rates = torch.where(fps < 1, fps, fps.round())
+    scores = []
+    for rate in rates.unique().tolist():
+        chosen = rates == rate
+        own = fps[chosen].unique().tolist()
+        # float32 holds 29.97 as 29.9699993.
+        scores.append({"fps": round(own[0], 4) if len(own) == 1 else rate, **summarise(rows[chosen]).scores()})
+    return scores
 
 
 def by_subtask(rows: Tensor, subtask: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -279,10 +279,13 @@ def stroke(joints: np.ndarray) -> np.ndarray:
 
 
 def pose_stroke(pose: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The line that draws the present hands of an 84-vector in centred units: (N, 2) in pixels."""
+    """The line that draws the present hands of an 84-vector in centred units: (N, 2) in pixels.
+
+    A missing hand is NaN, which draws nothing and keeps the wrists at `WRISTS`.
+    """
     lift = np.full((1, 2), np.nan)
-    return np.concatenate([np.empty((0, 2)), *(part for hand in (0, 1) if present[hand]
-                                               for part in (stroke(hand_px(pose, hand)), lift))])  # fmt: skip
+    strokes = (np.where(present[hand], stroke(hand_px(pose, hand)), np.nan) for hand in (0, 1))
+    return np.concatenate([part for line in strokes for part in (line, lift)])
 
 
 def _draw_hand(axes: Axes, joints: np.ndarray, color: str, linewidth: float, alpha: float) -> None:

@@ -58,7 +58,11 @@ def replace(path: Path, content: bytes) -> None:
     """Writes a file so that a reader finds the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # On the disk before it has its name: a power cut must not leave the document of all runs empty.
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -218,6 +218,13 @@ def test_no_frame_rate_is_rounded_to_none():
     assert [(rate["fps"], rate["windows"]) for rate in rates] == [(0.25, 2), (1, 2)]
 
 
+def test_a_resampled_rate_is_called_what_it_is():
+    _, prediction, target, present = windows(4)
+    rows = window_errors(prediction, target, present)
+    assert [rate["fps"] for rate in by_frame_rate(rows, torch.full((4,), 29.97))] == [29.97]
+    assert [rate["fps"] for rate in by_frame_rate(rows, torch.full((4,), 1.4))] == [1.4]
+
+
 def test_evaluation_leaves_the_mode_as_it_was():
     x, _, target, present = windows()
     model = HandForecaster(hidden_size=8)

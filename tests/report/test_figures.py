@@ -270,6 +270,23 @@ def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: 
             assert 500 < durations[-1] < 700
 
 
+@pytest.mark.parametrize("seen", [(True, False), (False, True), (False, False)])
+def test_a_gif_of_a_window_with_a_hand_missing(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, seen: tuple[bool, bool]
+) -> None:
+    monkeypatch.setattr(animation, "DPI", 30)
+    whole = read_run(make_run()).samples
+    present = np.tile(seen, (1, 3, 1))
+    samples = Samples(**{name: getattr(whole, name)[:1, :3] for name in ("observed", "predicted", "target")},
+                      observed_present=present, target_present=present, fps=np.array([23.0]),
+                      error_px=np.array([9.0]), stem=np.array(["x"]), label=np.array([""]))
+    with Image.open(io.BytesIO(gif(samples, 0))) as picture:
+        assert picture.format == "GIF"
+    both, one = (figures.pose_stroke(whole.observed[0, 0], there) for there in (np.array([True, True]), present[0, 0]))
+    for hand, wrist in enumerate(figures.WRISTS):
+        np.testing.assert_array_equal(one[wrist], both[wrist] if seen[hand] else [np.nan, np.nan])
+
+
 def test_a_users_style_changes_nothing(make_run: MakeRun) -> None:
     import matplotlib
 
