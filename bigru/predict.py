@@ -124,7 +124,8 @@ class Forecast:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0, 1 some clips cannot be used, 2 nothing was forecast."""
+    """Runs the command line; returns its exit code: 0, 1 some clips cannot be used, 2 none can or no file can be
+    written, 130 interrupted."""
     arguments = tyro.cli(Arguments, prog="python -m bigru.predict", args=argv)
     try:
         model, config = load_model(arguments)
@@ -132,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"bigru.predict: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bigru.predict: interrupted", file=sys.stderr)
+        return 130
     return 0 if not any(failed) else 2 if all(failed) else 1
 
 
@@ -150,7 +154,12 @@ def load_model(arguments: Arguments) -> tuple[HandForecaster, DataConfig]:
                           f"{', '.join(twice)}")
     device = pick_device(arguments.device)
     settings = arguments.weights.with_name("config.json")
-    config = _read_settings(settings) if settings.is_file() else DataConfig()
+    if settings.is_file():
+        config = _read_settings(settings)
+    else:
+        config = DataConfig()
+        print("bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred on "
+              "its own wrists and at its own rate", file=sys.stderr)  # fmt: skip
     length = config.observed if arguments.observed is None else arguments.observed
     model = load_forecaster(arguments.weights, backend=arguments.backend).to(device).eval()
     fed = modalities_of(model.encoder.core.input_size)

@@ -215,7 +215,8 @@ def test_clips_that_cannot_be_used_are_named_and_the_others_done(tmp_path, capsy
     older, _ = write(tmp_path, 8, number=2, rec_bboxes=None, bboxes=np.zeros((8, 36, 4), np.float32))
     path = weights(tmp_path, network(84 + 120))
     assert run(path, good, short, older, tmp_path / "nowhere.h5", out=tmp_path / "out") == 1
-    errors = capsys.readouterr().err.splitlines()
+    told, *errors = capsys.readouterr().err.splitlines()
+    assert told.startswith("bigru.predict: no config.json beside the weights: the clips are read as published")
     assert errors[0] == f"bigru.predict: {short}: short: 3 frames, 4 needed"
     assert errors[1].startswith(f"bigru.predict: {older}: missing dataset: rec_bboxes (the older layout")
     assert errors[2].startswith(f"bigru.predict: {tmp_path / 'nowhere.h5'}: ")

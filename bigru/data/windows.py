@@ -175,7 +175,7 @@ def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset
     """Read every clip of the index once, or map what an earlier run read of them, and cut the splits into windows.
 
     The first read leaves a file of the frames in the data root, or in `config.cache`; one that does not fit the index,
-    the clips' sizes and times and the settings, or is damaged, is made again. Where it cannot be written, `cache` of
+    the clips' sizes and times and the settings, or is cut off, is made again. Where it cannot be written, `cache` of
     the result says so.
 
     Args:

@@ -508,7 +508,9 @@ def _read_compiled(fields: Fields) -> Compiled:
     }
     return Compiled(
         arch=fields.text("arch"),
-        kernel=fields.text("kernel") + (", inference" if fields.values.get("save") is False else ""),
+        kernel=fields.text("kernel")
+        + (", packed" if fields.values.get("packed") is True else "")
+        + (", inference" if fields.values.get("save") is False else ""),
         hidden=fields.count("hidden"),
         mode=_read_mode(fields, "storage"),
         rows=_count(config, "block_batch") or _count(config, "rows"),

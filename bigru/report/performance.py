@@ -193,7 +193,8 @@ def _on_a_cpu(records: Sequence[CpuRecord], folder: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return blocks(
         f"On a CPU `BiGRU` is ATen's own GRU: these rows show what the module adds on top of {PEER}, and nothing about "
-        "the kernels. Wall times, T=60, I=84, 2 layers; the ratio is the median of the ratios of each round.",
+        "the kernels. Wall times, I=84, 2 layers, T=60 where nothing else is said; the ratio is the "
+        "median of the ratios of each round.",
         table(["work", "BiGRU, ms", f"{PEER}, ms", "ratio", "quartiles of the ratio"], cells, left=1),
         under(
             f"{record.cpu}, {record.threads} of {record.cores} cores used, {record.date:%Y-%m-%d}; {versions}; "

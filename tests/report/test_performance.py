@@ -415,17 +415,19 @@ def test_compiled_sizes(results: Path, fake: SimpleNamespace) -> None:
         fake.compiled(hidden=256, registers=77),
         fake.compiled(hidden=256, registers=88, precision="tf32"),
         fake.compiled(storage="bf16", save=False, config={"block_batch": 4, "padded": 128}),
+        fake.compiled(storage="bf16", packed=True, registers=66),
         fake.compiled(arch="sm_80", registers=200),
         fake.compiled(arch="sm_80", error="PTXASError", registers=0, problem="does not compile: PTXASError"),
     ]
     store(results, "resources-triton-8.8.8.json", fake.resources_record(rows))
     text = written(results)
     by_arch, main_rows, others = tables(below(text, "## What the kernels compile to"))
-    assert by_arch[1:] == [["sm_90", "5", "123", "1", "1"], ["sm_80", "2", "200", "0", "1"]]
+    assert by_arch[1:] == [["sm_90", "6", "123", "1", "1"], ["sm_80", "2", "200", "0", "1"]]
     assert main_rows[1:] == [
         ["forward", "fp32", "128", "8", "4", "123", "0", "45,678", "99,999", "321", "9", "none"],
         ["backward", "fp32", "128", "16", "8", "123", "24", "45,678", "99,999", "321", "9", "spills 24 bytes"],
         ["forward, inference", "bf16", "128", "4", "-", "123", "0", "45,678", "99,999", "321", "9", "none"],
+        ["forward, packed", "bf16", "128", "8", "4", "66", "0", "45,678", "99,999", "321", "9", "none"],
     ]
     assert [row[2:6] for row in others[1:]] == [["256", "8", "4", "77"]]
     assert "triton 8.8.8, ptxas 77.7; precision as in the table" in text
