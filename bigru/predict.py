@@ -158,8 +158,8 @@ def load_model(arguments: Arguments) -> tuple[HandForecaster, DataConfig]:
         config = _read_settings(settings)
     else:
         config = DataConfig()
-        print("bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred on "
-              "its own wrists and at its own rate", file=sys.stderr)  # fmt: skip
+        print("bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
+              "on its own wrists, each clip at its own rate", file=sys.stderr)  # fmt: skip
     length = config.observed if arguments.observed is None else arguments.observed
     model = load_forecaster(arguments.weights, backend=arguments.backend).to(device).eval()
     fed = modalities_of(model.encoder.core.input_size)
