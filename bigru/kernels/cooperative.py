@@ -51,6 +51,10 @@ SMALLEST = 129
 """First hidden size served: up to 128, W_hh fits one multiprocessor."""
 ABANDONED = tl.constexpr(1 << 48)
 """Added to a group's count of arrivals by a program that gives up; more than all arrivals."""
+NEWER_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
+"""Whether triton is newer than 3.6, under which every size compiles without a spill."""
+MOST_WIDE = 640 * 16
+"""Most weights of one gate in a program for fp32 storage under a newer triton: with more, triton 3.9's code spills."""
 SIZES = ("T", "B", "first_b", "first_d")
 """Arguments that a kernel is not compiled anew for, as in `portable`."""
 COUNTER = tl.constexpr(16)
@@ -467,14 +471,15 @@ def refusal(hidden: int, dtype: torch.dtype, precision: str, device: Device) -> 
     if not any(True for _ in _fitting(hidden, dtype, precision, device)):
         return (
             f"hidden_size is {hidden}, and W_hh of one direction does not fit the {device.processors} processors at "
-            f"once, {device.shared_memory // 1024} KiB each"
+            f"once, {device.shared_memory // 1024} KiB each" + (f", under triton {triton.__version__}" * NEWER_TRITON)
         )
     return None
 
 
 def _fitting(hidden: int, dtype: torch.dtype, precision: str, device: Device) -> Iterator[CooperativeConfig]:
     """The configurations whose programs all find room on the GPU at once, one on each processor."""
-    split = dtype == torch.float32 and precision == "fp32"
+    wide = dtype == torch.float32
+    split = wide and precision == "fp32"
     # Chunks of 128 where they pad H less. With chunks of 512, or with more units or rows, some kernels spill.
     chunk = 256 if 2 * triton.cdiv(hidden, 256) == triton.cdiv(hidden, 128) else 128
     for units in (32, 16):
@@ -483,15 +488,18 @@ def _fitting(hidden: int, dtype: torch.dtype, precision: str, device: Device) ->
         for rows in (16, 32):
             blocks, directions = max(1, groups // 2), min(2, groups)
             config = CooperativeConfig(units, rows, chunk, programs, blocks, directions, split)
-            if groups >= 1 and _shared_memory(config) <= device.shared_memory:
+            spills = NEWER_TRITON and wide and units * config.padded > MOST_WIDE
+            if groups >= 1 and not spills and _shared_memory(config) <= device.shared_memory:
                 yield config
 
 
 def _shared_memory(config: CooperativeConfig) -> int:
     """Bytes that one program needs, as the kernels compile for sm_80, sm_90 and sm_100, or a little more."""
     weights = 3 * config.units * config.padded * (4 if config.split else 2)
-    # The forward kernel's sums over warps, or the tile of the state or of the shares that passes through.
-    return weights + max(config.num_warps * config.rows * config.units * 4, 64 * config.chunk)
+    # The forward kernel's sums over warps, or the tile of the state or of the shares that passes through; from triton
+    # 3.9 on, all tiles of the state at once.
+    state = config.rows * config.padded * (4 if config.split else 2) if NEWER_TRITON else 0
+    return weights + max(config.num_warps * config.rows * config.units * 4, 64 * config.chunk, state)
 
 
 def forward(

@@ -29,6 +29,13 @@ NARROW = ("tf32", "bf16", "fp16")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the programs wait for one another")
 
 
+@pytest.fixture(autouse=True)
+def of_triton_3_6(request, monkeypatch):
+    """What the choices below are for, unless a kernel is to run or to be compiled here."""
+    if request.node.get_closest_marker("here") is None:
+        monkeypatch.setattr(cooperative, "NEWER_TRITON", False)
+
+
 class TestRefusal:
     def test_sizes_that_one_multiprocessor_holds(self):
         reason = refusal(128, torch.float32, "fp32", H100)
@@ -51,6 +58,14 @@ class TestRefusal:
     ])  # fmt: skip
     def test_what_fits(self, hidden, mode, served):
         assert {name for name, device in DEVICES.items() if refusal(hidden, *MODES[mode], device) is None} == served
+
+    @pytest.mark.parametrize(("hidden", "mode", "served"), [
+        (640, "fp32", True), (641, "fp32", False), (640, "tf32", True), (641, "tf32", False), (1024, "bf16", True),
+    ])  # fmt: skip
+    def test_what_compiles_without_a_spill_under_a_newer_triton(self, hidden, mode, served, monkeypatch):
+        monkeypatch.setattr(cooperative, "NEWER_TRITON", True)
+        reason = refusal(hidden, *MODES[mode], H100)
+        assert reason is None if served else "under triton" in reason
 
     def test_a_slice_of_a_gpu(self):
         assert refusal(512, torch.float32, "fp32", replace(H100, processors=16)) is None
@@ -151,6 +166,7 @@ print(compiled.asm["ptx"])
 """
 
 
+@pytest.mark.here
 @pytest.mark.parametrize("kernel", ["gru_forward_cooperative_kernel", "gru_backward_cooperative_kernel"])
 def test_exchange_is_ordered_in_the_compiled_kernel(kernel, tmp_path):
     """Between a store and the arrival lies a barrier, and another between the acquire and what was waited for."""
@@ -242,6 +258,7 @@ def test_a_wait_in_vain_ends_in_nan(kernel_device):
 
 
 @needs_gpu
+@pytest.mark.here
 @pytest.mark.usefixtures("poisoned")
 class TestOnGpu:
     @pytest.fixture
