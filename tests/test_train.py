@@ -103,7 +103,8 @@ def test_the_summary_is_what_the_best_weights_do(config):
 
 def test_samples_are_best_median_bad_and_worst(config):
     folder = train(config)
-    samples = np.load(folder / "samples.npz", allow_pickle=False)
+    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        samples = dict(stored)
     model = HandForecaster(hidden_size=8)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     test = dataset().test

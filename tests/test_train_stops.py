@@ -376,7 +376,8 @@ def test_the_batch_of_a_loss_that_is_no_number_is_kept(config, monkeypatch, valu
     assert message.startswith(f"epoch 2, batch 2 of 5: the loss is {value}; ")
     assert f"the batch is in {folder / 'diverged.npz'}" in message
     assert f"the best weights so far, of epoch 1, are in {folder / 'weights.safetensors'}" in message
-    batch = np.load(folder / "diverged.npz", allow_pickle=False)
+    with np.load(folder / "diverged.npz", allow_pickle=False) as stored:
+        batch = dict(stored)
     np.testing.assert_array_equal(batch["target"], seen[0])
     again = dataset().train.batch(torch.from_numpy(batch["window"]))
     np.testing.assert_array_equal(batch["x"], again.x)
