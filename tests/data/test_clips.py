@@ -3,6 +3,7 @@
 import h5py
 import numpy as np
 import pytest
+from data.dataset import clip_arrays as clip_datasets
 
 from bigru.config import DataConfig
 from bigru.data.clips import (
@@ -27,15 +28,7 @@ ALL = DataConfig(observed=2, predicted=2, gaze=True, objects=True, surrogate=Tru
 
 
 def clip_arrays(frames=FRAMES, fps=23.0):
-    rng = np.random.default_rng(0)
-    shapes = {
-        "left_landmarks": (21, 3),
-        "right_landmarks": (21, 3),
-        "norm_gaze": (2,),
-        "rec_bboxes": (30, 4),
-        "surrogate_hands": (2, 4),
-    }
-    arrays = {name: rng.uniform(0.1, 0.9, (frames, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    arrays = clip_datasets(frames)
     return arrays | {"timestamps": (np.arange(frames) / fps).astype(np.float32)}
 
 
