@@ -40,6 +40,7 @@ def lint(session: nox.Session) -> None:
     """ruff and mypy."""
     install(session, "ruff", "mypy", "nox", "types-PyYAML")
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
     session.run("mypy")
 
 

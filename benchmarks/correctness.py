@@ -138,8 +138,9 @@ def ragged_batch(machine: Machine, rows: list[Row]) -> list[Row]:
         wanted = outcome(copy.deepcopy(gru.to_gru()).double(), torch.float64)
         with poisoned():
             actual = outcome(gru, mode.dtype)
-    found = verdict({name: error(actual[name], tensor) for name, tensor in wanted.items()},
-                    TOLERANCE[mode.dtype, mode.precision])  # fmt: skip
+    found = verdict(
+        {name: error(actual[name], tensor) for name, tensor in wanted.items()}, TOLERANCE[mode.dtype, mode.precision]
+    )
     return [of_check(row) | {"status": "passed" if found is None else "failed", "message": found}]
 
 
@@ -151,15 +152,25 @@ def sanitizer(machine: Machine, rows: list[Row], hidden: Sequence[int]) -> list[
         return [row | {"status": "not available", "message": "compute-sanitizer is not on the PATH, or no GPU is here"}]
     small = [sys.executable, "-m", "benchmarks.gpu", "--small", row["kernel"], *map(str, hidden)]
     try:
-        run = subprocess.run([command, "--tool", row["name"], "--error-exitcode", str(FINDINGS), *small],
-                             capture_output=True, text=True, timeout=SANITIZER_S, check=False)  # fmt: skip
+        run = subprocess.run(
+            [command, "--tool", row["name"], "--error-exitcode", str(FINDINGS), *small],
+            capture_output=True,
+            text=True,
+            timeout=SANITIZER_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         # Slow is not wrong.
         return [row | {"status": "not available", "message": f"{type(error).__name__}: {error}"[:500]}]
     said = (run.stdout + run.stderr).strip().splitlines()
     summaries = [line.strip() for line in said if "SUMMARY" in line] or said[-3:]
-    return [row | {"status": "failed" if run.returncode else "passed",
-                   "message": f"exit code {run.returncode}: {' | '.join(summaries)}"[:500]}]  # fmt: skip
+    return [
+        row
+        | {
+            "status": "failed" if run.returncode else "passed",
+            "message": f"exit code {run.returncode}: {' | '.join(summaries)}"[:500],
+        }
+    ]
 
 
 def small_calls(machine: Machine, name: str, hidden: Sequence[int]) -> int:

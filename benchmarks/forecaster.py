@@ -161,12 +161,19 @@ def make_windows(count: int, row: Row, device: torch.device) -> tuple[Any, str]:
         from bigru.data.windows import Windows
     except ModuleNotFoundError as error:
         # Reading clips and settings needs libraries that gathering does not.
-        return Gathering(features.to(device), present.to(device), starts.to(device), steps), f"{note} the benchmark " \
-            f"itself ({error})"  # fmt: skip
+        return Gathering(
+            features.to(device), present.to(device), starts.to(device), steps
+        ), f"{note} the benchmark itself ({error})"
     windows = Windows(
-        frames=features, present=present, starts=starts, fps=torch.full((count,), 59.0),
-        clip=torch.zeros(count, dtype=torch.int64), stems=("generated",), observed=steps, predicted=steps,
-    )  # fmt: skip
+        frames=features,
+        present=present,
+        starts=starts,
+        fps=torch.full((count,), 59.0),
+        clip=torch.zeros(count, dtype=torch.int64),
+        stems=("generated",),
+        observed=steps,
+        predicted=steps,
+    )
     return windows.to(device), f"{note} bigru.data.windows.Windows"
 
 

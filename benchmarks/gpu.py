@@ -119,10 +119,15 @@ def new_record(folder: Path, found: Row, budget: Budget, command: str, *, smoke:
     now = datetime.now(UTC)
     name = "cpu-smoke" if smoke else found["machine"]["card"].replace(" ", "-")
     header = {
-        "schema": 1, "kind": "cpu-smoke" if smoke else "gpu", "date": now.isoformat(timespec="seconds"),
-        "command": command, "complete": False, "seconds": 0.0, "machine": found["machine"],
+        "schema": 1,
+        "kind": "cpu-smoke" if smoke else "gpu",
+        "date": now.isoformat(timespec="seconds"),
+        "command": command,
+        "complete": False,
+        "seconds": 0.0,
+        "machine": found["machine"],
         "versions": found["versions"],
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     record = Record(folder / f"{name}-{now.date().isoformat()}.json", header, budget.spent)
     record.save()

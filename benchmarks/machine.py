@@ -75,9 +75,12 @@ class Gpu(Machine):
     def describe(self) -> Row:
         found = self._properties
         machine = {
-            "card": found.name, "capability": [found.major, found.minor], "processors": found.multi_processor_count,
-            "memory_gib": found.total_memory / 2**30, "driver": _driver(),
-        }  # fmt: skip
+            "card": found.name,
+            "capability": [found.major, found.minor],
+            "processors": found.multi_processor_count,
+            "memory_gib": found.total_memory / 2**30,
+            "driver": _driver(),
+        }
         return {"machine": machine | _cpu(), "versions": _versions()}
 
     def refusal(self, kernel: str, hidden: int, dtype: torch.dtype, precision: str) -> str | None:

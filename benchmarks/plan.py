@@ -103,18 +103,28 @@ class Plan:
     def _grid_row(kernel: str, mode: str, hidden: int, steps: int, batch: int, bias: bool) -> Row:
         dtype, precision = PRECISIONS[mode]
         return {
-            "kernel": kernel, "steps": steps, "batch": batch, "hidden": hidden, "dtype": dtype,
-            "precision": precision, "bias": bias, "errors": {}, "tolerance": None, "deterministic": None,
-            "status": None, "message": None,
-        }  # fmt: skip
+            "kernel": kernel,
+            "steps": steps,
+            "batch": batch,
+            "hidden": hidden,
+            "dtype": dtype,
+            "precision": precision,
+            "bias": bias,
+            "errors": {},
+            "tolerance": None,
+            "deterministic": None,
+            "status": None,
+            "message": None,
+        }
 
     def checks(self) -> Iterator[Job]:
         """A planted defect, graph capture and the sanitizer's tools, for every kernel; ragged batches for those that
         take them."""
         for kernel, widths in self.checked_hidden.items():
             named: list[tuple[str, tuple[str, ...]]] = [
-                ("planted defect", ("fp32",)), ("graph capture", ("fp32", "bf16")),
-            ]  # fmt: skip
+                ("planted defect", ("fp32",)),
+                ("graph capture", ("fp32", "bf16")),
+            ]
             named += [("ragged batch", self.modes)] if kernel == "portable" else []
             for hidden in widths:
                 for name, modes in named:
@@ -170,8 +180,13 @@ class Plan:
 def timing_rows(group: str, path: str, shape: Shape, mode: str, works: tuple[str, ...]) -> list[Row]:
     """A path's rows of one case, without figures."""
     dtype, precision = PRECISIONS[mode]
-    sizes = {"steps": shape.steps, "batch": shape.batch, "input": shape.input, "hidden": shape.hidden,
-             "layers": shape.layers}  # fmt: skip
+    sizes = {
+        "steps": shape.steps,
+        "batch": shape.batch,
+        "input": shape.input,
+        "hidden": shape.hidden,
+        "layers": shape.layers,
+    }
     if group == "recurrence":
         sizes["input"] = None
     found = dict.fromkeys(FIGURES) | {"quartiles": {}, "rounds": 0, "peak_mib": None, "floor_ms": None}
@@ -189,8 +204,24 @@ def layer_job(shape: Shape, mode: str, paths: tuple[str, ...], seconds: float) -
 FULL = Plan()
 _TINY = Shape(steps=2, batch=3, hidden=16, layers=1)
 SMOKE = Plan(
-    main=_TINY, modes=("fp32", "bf16"), sweep_modes=("fp32",), late_sweep_modes=(), trained_modes=("fp32",),
-    hidden=(16, 129), edges=(16,), odd=(2, 3), whole=(2, 4), extremes=((1, 1),), main_only=((3, 4),),
-    checked_hidden=dict.fromkeys(KERNELS, (16,)), batches=(1,), lengths=(1,), widths=(20,),
-    main_s=0.3, sweep_s=0.2, windows=8, slow=Shape(steps=1, batch=2, hidden=8, layers=1), slow_s=40.0,
-)  # fmt: skip
+    main=_TINY,
+    modes=("fp32", "bf16"),
+    sweep_modes=("fp32",),
+    late_sweep_modes=(),
+    trained_modes=("fp32",),
+    hidden=(16, 129),
+    edges=(16,),
+    odd=(2, 3),
+    whole=(2, 4),
+    extremes=((1, 1),),
+    main_only=((3, 4),),
+    checked_hidden=dict.fromkeys(KERNELS, (16,)),
+    batches=(1,),
+    lengths=(1,),
+    widths=(20,),
+    main_s=0.3,
+    sweep_s=0.2,
+    windows=8,
+    slow=Shape(steps=1, batch=2, hidden=8, layers=1),
+    slow_s=40.0,
+)

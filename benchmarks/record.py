@@ -45,8 +45,11 @@ class Record:
         self.path = path
         self._spent, self._lock = spent, threading.Lock()
         self.facts: Row = {
-            "copy_gb_s": None, "launch_us": None, "graph_launch_us": None, "step_floor_us": {"mufu": {}, "mma": {}}
-        }  # fmt: skip
+            "copy_gb_s": None,
+            "launch_us": None,
+            "graph_launch_us": None,
+            "step_floor_us": {"mufu": {}, "mma": {}},
+        }
         self.missing_facts: dict[str, str] = {}
         """Why, by name."""
         self.rows: dict[str, list[Row]] = {section: [] for section in SECTIONS}
@@ -221,11 +224,13 @@ def summary(record: Record) -> str:
         by_kernel.setdefault(f"{entry['kernel']} {mode_of(entry)}", []).append(str(entry["hidden"]))
     lines += [f"  {name}: H {', '.join(hidden)}" for name, hidden in by_kernel.items()]
     counts = {section: _counts(record.rows[section]) for section in SECTIONS}
-    lines += [f"{section}: {', '.join(f'{n} {status}' for status, n in count.items())}"
-              for section, count in counts.items()]  # fmt: skip
+    lines += [
+        f"{section}: {', '.join(f'{n} {status}' for status, n in count.items())}" for section, count in counts.items()
+    ]
     lines += [f"FAILED {describe(row)}: {row['message']}" for row in record.failures()]
-    lines += [f"not timed: {describe(row)}: {row['message']}" for row in record.rows["timings"]
-              if row["status"] == "failed"]  # fmt: skip
+    lines += [
+        f"not timed: {describe(row)}: {row['message']}" for row in record.rows["timings"] if row["status"] == "failed"
+    ]
     return "\n".join(lines)
 
 
@@ -239,6 +244,7 @@ def describe(row: Row) -> str:
     words = [str(row[name]) for name in ("group", "name", "work", "path", "kernel") if row.get(name)]
     if row.get("dtype"):
         words.append(mode_of(row))
-    words += [f"{letter}={row[name]}" for letter, name in (("T", "steps"), ("B", "batch"), ("H", "hidden"))
-              if row.get(name)]  # fmt: skip
+    words += [
+        f"{letter}={row[name]}" for letter, name in (("T", "steps"), ("B", "batch"), ("H", "hidden")) if row.get(name)
+    ]
     return " ".join(words)

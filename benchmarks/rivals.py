@@ -27,8 +27,15 @@ BACKENDS = {"portable": "triton", "resident": "resident", "cooperative": "cooper
 def make_nn_gru(row: Row, device: torch.device) -> nn.GRU:
     """nn.GRU of a row's shape, the weights that everyone gets."""
     torch.manual_seed(0)
-    return nn.GRU(row["input"], row["hidden"], row["layers"], batch_first=True, bidirectional=True, device=device,
-                  dtype=MODES[mode_of(row)].dtype)  # fmt: skip
+    return nn.GRU(
+        row["input"],
+        row["hidden"],
+        row["layers"],
+        batch_first=True,
+        bidirectional=True,
+        device=device,
+        dtype=MODES[mode_of(row)].dtype,
+    )
 
 
 def make_path(path: str, nn_gru: nn.GRU, mode: Mode) -> nn.Module:
@@ -39,8 +46,14 @@ def make_path(path: str, nn_gru: nn.GRU, mode: Mode) -> nn.Module:
         return FlashRNN(nn_gru)
     sizes = nn_gru.input_size, nn_gru.hidden_size, nn_gru.num_layers
     weight = nn_gru.weight_hh_l0
-    gru = BiGRU(*sizes, batch_first=True, backend=BACKENDS[path], precision=mode.precision, device=weight.device,
-                dtype=weight.dtype)  # fmt: skip
+    gru = BiGRU(
+        *sizes,
+        batch_first=True,
+        backend=BACKENDS[path],
+        precision=mode.precision,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
     gru.load_state_dict(nn_gru.state_dict())
     return torch.compile(gru) if path == "torch.compile" else gru
 
@@ -235,8 +248,9 @@ def compete(
         return
     if beside is not None and beside not in parts:
         extra = enter(beside)
-        ready[beside] = {work: entry.contestant(machine, beside, {"message": None}) for work, entry in
-                         extra.works.items()}  # fmt: skip
+        ready[beside] = {
+            work: entry.contestant(machine, beside, {"message": None}) for work, entry in extra.works.items()
+        }
     report.together()
     found: dict[str, list[Row]] = {path: [] for path in ready}
     for work in next(iter(ready.values())):

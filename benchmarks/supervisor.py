@@ -53,10 +53,15 @@ class Process:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *(["--cpu"] if cpu else [])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT, env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+            env=environment,
             # A group of its own, so that what it starts (compilers, a sanitizer) ends with it.
             start_new_session=True,
-        )  # fmt: skip
+        )
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._obituary = ""
         self._listener = threading.Thread(target=self._listen, daemon=True)

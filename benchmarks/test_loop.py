@@ -76,10 +76,14 @@ def test_epoch(benchmark, device, windows, tmp_path):
         work()
         times.append(time.perf_counter() - start)
 
-    benchmark.pedantic(lambda: timed(epoch, epoch_s), setup=lambda: timed(network, own_s), rounds=ROUNDS,
-                       warmup_rounds=1)
-    low, added, high = statistics.quantiles([100 * (whole / own - 1) for whole, own in
-                                             zip(epoch_s[1:], own_s[1:], strict=True)], n=4)
+    benchmark.pedantic(
+        lambda: timed(epoch, epoch_s), setup=lambda: timed(network, own_s), rounds=ROUNDS, warmup_rounds=1
+    )
+    low, added, high = statistics.quantiles(
+        [100 * (whole / own - 1) for whole, own in zip(epoch_s[1:], own_s[1:], strict=True)], n=4
+    )
     benchmark.extra_info.update(added_percent=added, own_s=own_s, epoch_s=epoch_s)
-    NOTES.append(f"epoch of {TRAIN} + {VAL} windows: {statistics.median(epoch_s):.2f} s, {added:+.1f} % "
-                 f"({low:+.1f} to {high:+.1f}) beside the network's own share")
+    NOTES.append(
+        f"epoch of {TRAIN} + {VAL} windows: {statistics.median(epoch_s):.2f} s, {added:+.1f} % "
+        f"({low:+.1f} to {high:+.1f}) beside the network's own share"
+    )

@@ -21,8 +21,11 @@ from bigru.samples import sample_arrays, sample_stems
 
 # Curve in TensorBoard, by the column of metrics.jsonl.
 CURVES = {
-    **{f"{split}_{name}": f"{name}/{long}" for name in ("loss", "mpjpe", "ade", "fde", "joint_error")
-       for split, long in (("tr", "train"), ("va", "validation"))},
+    **{
+        f"{split}_{name}": f"{name}/{long}"
+        for name in ("loss", "mpjpe", "ade", "fde", "joint_error")
+        for split, long in (("tr", "train"), ("va", "validation"))
+    },
     "va_joint_error_px": "joint_error_px/validation",
     "lr": "training/learning_rate",
     "grad_norm": "training/gradient_norm",
@@ -81,8 +84,11 @@ def watched(config: TrainConfig, folder: Path, loop: Loop, dataset: Dataset) -> 
             rows = evaluate(loop.model, windows.batches(len(chosen), chosen), config.data.mask_missing)
             arrays = sample_arrays(loop.model, windows, chosen, window_error_px(rows))
             stems = sample_stems(windows, chosen)
-            samples = Samples(**{name: tensor.cpu().numpy() for name, tensor in arrays.items()}, stem=np.array(stems),
-                              label=np.full(len(stems), ""))
+            samples = Samples(
+                **{name: tensor.cpu().numpy() for name, tensor in arrays.items()},
+                stem=np.array(stems),
+                label=np.full(len(stems), ""),
+            )
             board.picture("forecasts/validation", figures.forecasts(samples, centre), row["epoch"])
 
     loop.watch = watch
@@ -97,5 +103,7 @@ def require() -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:
-        raise ConfigError("tensorboard: expected the package tensorboard, which is not installed here; it comes with "
-                          "pip install 'bigru[tensorboard]'") from error
+        raise ConfigError(
+            "tensorboard: expected the package tensorboard, which is not installed here; it comes with "
+            "pip install 'bigru[tensorboard]'"
+        ) from error

@@ -62,8 +62,10 @@ class DataConfig:
         for name in ("observed", "predicted", "stride"):
             _at_least(1, **{name: getattr(self, name)})
         if self.observed != self.predicted:
-            raise ConfigError(f"predicted: expected {self.observed} as in observed (output frame t is read off encoder "
-                              f"step t), got {self.predicted}; set both")
+            raise ConfigError(
+                f"predicted: expected {self.observed} as in observed (output frame t is read off encoder "
+                f"step t), got {self.predicted}; set both"
+            )
         if self.resample is not None and not 1 <= self.resample <= 1000:
             raise ConfigError(f"resample: expected 1 to 1000 frames per second, got {self.resample}")
         if self.centre not in ("frame", "last"):
@@ -125,8 +127,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, epochs=self.epochs, patience=self.patience)
-        _at_least(0, weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs, min_lr=self.min_lr,
-                  min_delta=self.min_delta)
+        _at_least(
+            0,
+            weight_decay=self.weight_decay,
+            warmup_epochs=self.warmup_epochs,
+            min_lr=self.min_lr,
+            min_delta=self.min_delta,
+        )
         for name in ("lr", "grad_clip"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -177,8 +184,10 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The settings as JSON can hold them, {section: {name: value}}, paths as text."""
-        return {section: {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-                for section, settings in asdict(self).items()}
+        return {
+            section: {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+            for section, settings in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -205,15 +214,29 @@ HINTS: dict[str, Any] = {name: hint for kind in SECTIONS.values() for name, hint
 
 # The reference trainer's configuration: its name, and ours.
 REFERENCE_NAMES = {
-    "wd": "weight_decay", "scheduler.warmup_epochs": "warmup_epochs", "scheduler.min_lr": "min_lr",
-    "early_stopping.patience": "patience", "early_stopping.min_delta": "min_delta", "early_stopping.delta": "min_delta",
-    "data.csv_path": "index", "data.h5_dir": "data_root", "data.obs_len": "observed", "data.pred_len": "predicted",
-    "data.include_gaze": "gaze", "data.include_obj_bbox": "objects", "data.include_surrogate_bbox": "surrogate",
+    "wd": "weight_decay",
+    "scheduler.warmup_epochs": "warmup_epochs",
+    "scheduler.min_lr": "min_lr",
+    "early_stopping.patience": "patience",
+    "early_stopping.min_delta": "min_delta",
+    "early_stopping.delta": "min_delta",
+    "data.csv_path": "index",
+    "data.h5_dir": "data_root",
+    "data.obs_len": "observed",
+    "data.pred_len": "predicted",
+    "data.include_gaze": "gaze",
+    "data.include_obj_bbox": "objects",
+    "data.include_surrogate_bbox": "surrogate",
 }
 # Its settings that leave no choice here: what they must be.
 REFERENCE_FIXED: dict[str, Any] = {
-    "arch": "bigru", "optim": "adamw", "scheduler.name": "cosine", "loss.pose": 1.0, "class_weights": False,
-    "data.obj_box_dim": 120, "data.sur_box_dim": 8,
+    "arch": "bigru",
+    "optim": "adamw",
+    "scheduler.name": "cosine",
+    "loss.pose": 1.0,
+    "class_weights": False,
+    "data.obj_box_dim": 120,
+    "data.sur_box_dim": 8,
 }
 NESTS = {*SECTIONS, "loss", "scheduler", "early_stopping"}
 
@@ -236,15 +259,17 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     asks_help = "-h" in others or "--help" in others
     if known.resume is not None and not asks_help:
         if others or known.config is not None:
-            raise ConfigError("--resume: a run goes on with the settings it began with, so nothing may stand beside "
-                              f"it, got {shlex.join(others) or '--config'}")
+            raise ConfigError(
+                "--resume: a run goes on with the settings it began with, so nothing may stand beside "
+                f"it, got {shlex.join(others) or '--config'}"
+            )
         return Arguments(resume=known.resume)
     base = read_yaml(known.config) if known.config is not None else TrainConfig()
     return tyro.cli(
         Arguments,
         prog="python -m bigru.train",
         description="Train the hand-motion forecaster, score it on the test split and write results_bigru.md. "
-                    "The defaults are the published protocol.",
+        "The defaults are the published protocol.",
         default=Arguments(base.data, base.model, base.optim, base.run, config=known.config),
         args=others,
         config=(tyro.conf.OmitArgPrefixes,),
@@ -275,11 +300,16 @@ def read_yaml(path: Path) -> TrainConfig:
     if "bigru" not in content:
         return from_mapping(content, str(path))
     # What is not read must not look like a setting.
-    stray = [str(key) for key, value in content.items()
-             if key != "bigru" and (key in NESTS or not isinstance(value, Mapping))]
+    stray = [
+        str(key)
+        for key, value in content.items()
+        if key != "bigru" and (key in NESTS or not isinstance(value, Mapping))
+    ]
     if stray:
-        raise ConfigError(f"config: {path}: {', '.join(stray)} beside bigru: settings belong in it; only other models' "
-                          "may stand beside it")
+        raise ConfigError(
+            f"config: {path}: {', '.join(stray)} beside bigru: settings belong in it; only other models' "
+            "may stand beside it"
+        )
     return from_mapping(content["bigru"], str(path))
 
 

@@ -42,8 +42,9 @@ class Team:
     def device(self, name: str) -> str:
         """The name of this process's device: `auto` and `cuda` mean a GPU of its own."""
         if self.size > 1 and name.startswith("cuda:"):
-            raise ConfigError(f"device: expected auto, cuda or cpu for {self.size} processes, which take a GPU each, "
-                              f"got {name}")
+            raise ConfigError(
+                f"device: expected auto, cuda or cpu for {self.size} processes, which take a GPU each, got {name}"
+            )
         if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         gpus = torch.cuda.device_count()
@@ -151,8 +152,10 @@ def joined() -> Iterator[None]:
         # Gloo raises plain RuntimeErrors, which name its source files.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise LostProcessError(f"another process of this run has ended, or has not answered in "
-                               f"{TIMEOUT.seconds // 60} minutes: {str(error).splitlines()[0]}") from error
+        raise LostProcessError(
+            f"another process of this run has ended, or has not answered in "
+            f"{TIMEOUT.seconds // 60} minutes: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

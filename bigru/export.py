@@ -74,8 +74,10 @@ def export_onnx(model: BiGRU | HandForecaster, path: str | Path, *, state: bool 
     opset = [onnx.helper.make_opsetid("", OPSET)]
     proto = onnx.helper.make_model(
         onnx.helper.make_graph(graph.nodes, type(model).__name__, inputs, outputs, graph.initializers),
-        opset_imports=opset, ir_version=IR_VERSION, producer_name="bigru",
-    )  # fmt: skip
+        opset_imports=opset,
+        ir_version=IR_VERSION,
+        producer_name="bigru",
+    )
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 

@@ -55,8 +55,10 @@ def start_of(folder: Path) -> datetime:
     try:
         return datetime.strptime(match[1] if match else "", STAMP)
     except ValueError as error:
-        raise ConfigError("resume: a run's folder is named after its start, as 20250522_023917 or "
-                          f"20250522_023917_copy, got {folder.name}") from error
+        raise ConfigError(
+            "resume: a run's folder is named after its start, as 20250522_023917 or "
+            f"20250522_023917_copy, got {folder.name}"
+        ) from error
 
 
 @contextmanager
@@ -75,8 +77,10 @@ def only_user(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 lock.seek(0)
-                raise ConfigError(f"{folder} is in use by another run, process {lock.read().strip() or 'unknown'}; "
-                                  "wait for it, or stop it first") from error
+                raise ConfigError(
+                    f"{folder} is in use by another run, process {lock.read().strip() or 'unknown'}; "
+                    "wait for it, or stop it first"
+                ) from error
             except OSError:
                 # Some network file systems have no locks: a run without one is better than none.
                 log.warning("%s cannot be locked here; do not start a second run in it", folder)

@@ -22,14 +22,7 @@ from tqdm import tqdm
 from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
 from bigru.distributed import Team
-from bigru.model.checkpoint import (
-    Progress,
-    append_line,
-    as_json,
-    save_checkpoint,
-    save_weights,
-    write_arrays,
-)
+from bigru.model.checkpoint import Progress, append_line, as_json, save_checkpoint, save_weights, write_arrays
 from bigru.model.forecaster import POSE_SIZE, HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, summarise, window_errors
 from bigru.signals import Interrupted, StopRequest, on_signals
@@ -67,8 +60,9 @@ class Loop:
     def __init__(self, config: TrainConfig, model: HandForecaster, dataset: Dataset, team: Team) -> None:
         self.config, self.model, self.team = config, model, team
         self.train, self.val = dataset.train, dataset.val
-        self.progress = Progress(windows={"train": len(dataset.train), "val": len(dataset.val),
-                                          "test": len(dataset.test)})
+        self.progress = Progress(
+            windows={"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)}
+        )
         self.stop = StopRequest()
         optim, run = config.optim, config.run
         # Fewer windows than a batch holds would leave nothing to train on.
@@ -80,11 +74,13 @@ class Loop:
         if run.graph and team.size > 1:
             raise ConfigError(f"graph: expected one process, got {team.size}")
         if self.batch < team.size:
-            raise ConfigError(f"batch_size: expected at least a window for each of {team.size} processes, got "
-                              f"{self.batch}")
+            raise ConfigError(
+                f"batch_size: expected at least a window for each of {team.size} processes, got {self.batch}"
+            )
         optimizer = make_optimizer(model, optim.lr, optim.weight_decay, capturable=run.graph)
-        self.step = Step(model, optimizer, optim.grad_clip, amp=run.amp,
-                         reduce=team.sum_gradients if team.size > 1 else None)
+        self.step = Step(
+            model, optimizer, optim.grad_clip, amp=run.amp, reduce=team.sum_gradients if team.size > 1 else None
+        )
         self.share = team.share(self.batch)
         self.coordinates = self._count_coordinates() if team.size > 1 else None
         # Where a captured step finds its windows and leaves their errors.
@@ -151,8 +147,9 @@ class Loop:
         va = summarise(self.validate())
         val_s = time.perf_counter() - start
         if not math.isfinite(va.mpjpe):
-            raise DivergedError(f"epoch {progress.epoch + 1}: the validation MPJPE is {va.mpjpe}; {ADVICE}; "
-                                f"{self._last_good(folder)}")
+            raise DivergedError(
+                f"epoch {progress.epoch + 1}: the validation MPJPE is {va.mpjpe}; {ADVICE}; {self._last_good(folder)}"
+            )
         best = progress.update(va.mpjpe, optim.min_delta)
         if best:
             progress.best_weights = {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}
@@ -160,8 +157,14 @@ class Loop:
         for name in ("mpjpe", "ade", "fde", "loss", "joint_error"):
             row |= {f"tr_{name}": getattr(tr, name), f"va_{name}": getattr(va, name)}
         rate = learning_rate(progress.epoch * self.steps - 1, self.steps, optim)
-        row |= {"va_joint_error_px": va.joint_error_px, "lr": rate, "grad_norm": grad_norm, "train_s": train_s,
-                "val_s": val_s, "train_windows_per_s": tr.windows / train_s}
+        row |= {
+            "va_joint_error_px": va.joint_error_px,
+            "lr": rate,
+            "grad_norm": grad_norm,
+            "train_s": train_s,
+            "val_s": val_s,
+            "train_windows_per_s": tr.windows / train_s,
+        }
         progress.history.append(row)
         progress.elapsed_s += train_s + val_s
         if self.team.first:
@@ -190,8 +193,15 @@ class Loop:
         self.model.train()
         started = time.perf_counter() - progress.epoch_s
         done = progress.epoch * self.steps
-        bar = tqdm(range(progress.step, self.steps), f"epoch {progress.epoch + 1}", initial=progress.step,
-                   total=self.steps, leave=False, unit="batch", disable=None if self.team.first else True)
+        bar = tqdm(
+            range(progress.step, self.steps),
+            f"epoch {progress.epoch + 1}",
+            initial=progress.step,
+            total=self.steps,
+            leave=False,
+            unit="batch",
+            disable=None if self.team.first else True,
+        )
         for number in bar:
             set_rate(self.step.optimizer, learning_rate(done + number, self.steps, self.config.optim))
             first = number * self.batch
@@ -210,8 +220,13 @@ class Loop:
             if stopped:
                 bar.close()
                 self._save(folder)
-                log.warning("%s: stopped after batch %d of %d of epoch %d, which the checkpoint holds",
-                            signal.Signals(stopped).name, progress.step, self.steps, progress.epoch + 1)
+                log.warning(
+                    "%s: stopped after batch %d of %d of epoch %d, which the checkpoint holds",
+                    signal.Signals(stopped).name,
+                    progress.step,
+                    self.steps,
+                    progress.epoch + 1,
+                )
                 raise Interrupted(stopped)
         assert progress.rows is not None
         return summarise(progress.rows)
@@ -289,7 +304,9 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
 
 def epoch_line(row: dict[str, Any], epochs: int, best: bool) -> str:
     """One line of the log: an epoch's figures, train/val where there are two, and a star on the best so far."""
-    return (f"epoch {row['epoch']:3d}/{epochs}  loss {row['tr_loss']:.5f}/{row['va_loss']:.5f}  "
-            f"mpjpe {row['tr_mpjpe']:.3f}/{row['va_mpjpe']:.3f}  val joint error {row['va_joint_error_px']:.1f} px  "
-            f"lr {row['lr']:.1e}  {row['train_s']:.2f}+{row['val_s']:.2f} s  "
-            f"{row['train_windows_per_s']:.0f} windows/s{'  * best' if best else ''}")
+    return (
+        f"epoch {row['epoch']:3d}/{epochs}  loss {row['tr_loss']:.5f}/{row['va_loss']:.5f}  "
+        f"mpjpe {row['tr_mpjpe']:.3f}/{row['va_mpjpe']:.3f}  val joint error {row['va_joint_error_px']:.1f} px  "
+        f"lr {row['lr']:.1e}  {row['train_s']:.2f}+{row['val_s']:.2f} s  "
+        f"{row['train_windows_per_s']:.0f} windows/s{'  * best' if best else ''}"
+    )

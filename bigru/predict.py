@@ -40,13 +40,36 @@ ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
 """What positions count from, by the centring of the weights."""
 HANDS = ("left", "right")
 # MediaPipe's names.
-JOINT_NAMES = ("WRIST", *(f"{finger}_{joint}" for finger, joints in (
-    ("THUMB", ("CMC", "MCP", "IP", "TIP")),
-    *((f"{finger}_FINGER", ("MCP", "PIP", "DIP", "TIP")) for finger in ("INDEX", "MIDDLE", "RING")),
-    ("PINKY", ("MCP", "PIP", "DIP", "TIP")),
-) for joint in joints))
-COLUMNS = ("frame", "time_s", "ahead_s", "hand", "joint", "joint_name", "origin", "x_norm", "y_norm", "x_px", "y_px",
-           "true_x_norm", "true_y_norm", "true_x_px", "true_y_px", "error_px")
+JOINT_NAMES = (
+    "WRIST",
+    *(
+        f"{finger}_{joint}"
+        for finger, joints in (
+            ("THUMB", ("CMC", "MCP", "IP", "TIP")),
+            *((f"{finger}_FINGER", ("MCP", "PIP", "DIP", "TIP")) for finger in ("INDEX", "MIDDLE", "RING")),
+            ("PINKY", ("MCP", "PIP", "DIP", "TIP")),
+        )
+        for joint in joints
+    ),
+)
+COLUMNS = (
+    "frame",
+    "time_s",
+    "ahead_s",
+    "hand",
+    "joint",
+    "joint_name",
+    "origin",
+    "x_norm",
+    "y_norm",
+    "x_px",
+    "y_px",
+    "true_x_norm",
+    "true_y_norm",
+    "true_x_px",
+    "true_y_px",
+    "error_px",
+)
 
 
 @dataclass(frozen=True)
@@ -150,22 +173,27 @@ def load_model(arguments: Arguments) -> tuple[HandForecaster, DataConfig]:
     if not stems:
         raise ConfigError("clips: expected at least one .h5 file, got none")
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ConfigError(f"clips: expected names of their own, as the files written bear them, got twice: "
-                          f"{', '.join(twice)}")
+        raise ConfigError(
+            f"clips: expected names of their own, as the files written bear them, got twice: {', '.join(twice)}"
+        )
     device = pick_device(arguments.device)
     settings = arguments.weights.with_name("config.json")
     if settings.is_file():
         config = _read_settings(settings)
     else:
         config = DataConfig()
-        print("bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
-              "on its own wrists, each clip at its own rate", file=sys.stderr)  # fmt: skip
+        print(
+            "bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
+            "on its own wrists, each clip at its own rate",
+            file=sys.stderr,
+        )
     length = config.observed if arguments.observed is None else arguments.observed
     model = load_forecaster(arguments.weights, backend=arguments.backend).to(device).eval()
     fed = modalities_of(model.encoder.core.input_size)
     assert fed is not None
-    config = dataclasses.replace(config, observed=length, predicted=length, gaze=fed["gaze"], objects=fed["objects"],
-                                 surrogate=fed["surrogate"])
+    config = dataclasses.replace(
+        config, observed=length, predicted=length, gaze=fed["gaze"], objects=fed["objects"], surrogate=fed["surrogate"]
+    )
     try:
         model.encoder.core.resolve_backend(torch.empty(1, length, config.input_size, device=device))
     except (ValueError, RuntimeError) as error:
@@ -194,8 +222,10 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
     if start is None:
         start = frames - 2 * length if frames >= 2 * length else frames - length
     if not 0 <= start <= frames - length:
-        raise ConfigError(f"start: expected 0 to {frames - length} in a clip of {frames} frames of which {length} are "
-                          f"observed, got {start}")
+        raise ConfigError(
+            f"start: expected 0 to {frames - length} in a clip of {frames} frames of which {length} are "
+            f"observed, got {start}"
+        )
     now = start + length
     if config.centre == "last":
         last = torch.from_numpy(features[now - 1 : now, :HAND_FEATURES])
@@ -290,8 +320,9 @@ def as_csv(result: Forecast) -> str:
             ours, theirs = predicted[t, hand, joint], true[t, hand, joint]
             numbers = (*ours, *ours * IMAGE_PX, *theirs, *theirs * IMAGE_PX, errors[t, number])
             cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
-            writer.writerow([frame, f"{time_s:.4f}", f"{ahead_s:.4f}", HANDS[hand], joint, JOINT_NAMES[joint], origin,
-                             *cells])
+            writer.writerow(
+                [frame, f"{time_s:.4f}", f"{ahead_s:.4f}", HANDS[hand], joint, JOINT_NAMES[joint], origin, *cells]
+            )
     return buffer.getvalue()
 
 
@@ -321,8 +352,10 @@ def _carry_out(model: HandForecaster, config: DataConfig, clip: Path, arguments:
         return False
     known = int(np.isfinite(result.target).any(axis=1).sum())
     judged = f"mean error {result.mean_error_px:.1f} px over {known} true frames" if known else "no true future"
-    print(f"{clip.stem}: frames {result.start} to {result.start + config.observed - 1} observed, "
-          f"{config.predicted} predicted ({config.predicted / result.fps:.2f} s); {judged}")
+    print(
+        f"{clip.stem}: frames {result.start} to {result.start + config.observed - 1} observed, "
+        f"{config.predicted} predicted ({config.predicted / result.fps:.2f} s); {judged}"
+    )
     print(*(f"  {path}" for path in write(result, arguments.out)), sep="\n")
     return True
 

@@ -16,9 +16,7 @@ from bigru.model.metrics import masked_mse
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, *, capturable: bool = False
-) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, *, capturable: bool = False) -> torch.optim.AdamW:
     """AdamW over a network's parameters, fused on a GPU.
 
     Args:
@@ -140,8 +138,9 @@ def capture_training(work: Callable[[], object], step: Step) -> Callable[[], Non
     """
     weights = [parameter.detach().clone() for parameter in step.model.parameters()]
     states = step.optimizer.state
-    before = {parameter: {name: tensor.clone() for name, tensor in state.items()}
-              for parameter, state in states.items()}
+    before = {
+        parameter: {name: tensor.clone() for name, tensor in state.items()} for parameter, state in states.items()
+    }
     random_state = get_random_state(step.device)
     replay = capture(work, step.device)
     with torch.no_grad():

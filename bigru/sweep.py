@@ -48,8 +48,9 @@ def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], 
     if chosen:
         raise ConfigError(f"sweep: expected no {', '.join(chosen)} beside it, as it chooses the modalities itself")
     if config.run.weights is not None:
-        raise ConfigError(f"sweep: expected no weights, which fit one choice of modalities only, got "
-                          f"{config.run.weights}")
+        raise ConfigError(
+            f"sweep: expected no weights, which fit one choice of modalities only, got {config.run.weights}"
+        )
     team = current_team()
     out = config.run.out / "sweep_modalities"
     failed: dict[str, DivergedError | NoWindowsError] = {}
@@ -71,8 +72,10 @@ def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], 
             raise
     if failed:
         last = [*failed.values()][-1]
-        raise type(last)(f"sweep: {len(failed)} of {len(MODALITIES)} runs failed: "
-                         + "; ".join(f"{name}: {error}" for name, error in failed.items()))
+        raise type(last)(
+            f"sweep: {len(failed)} of {len(MODALITIES)} runs failed: "
+            + "; ".join(f"{name}: {error}" for name, error in failed.items())
+        )
     return out
 
 

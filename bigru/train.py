@@ -186,8 +186,13 @@ def carry_out(config: TrainConfig, folder: Path | None) -> Path:
             with log_to(RunLog(folder / "train.log", encoding="utf-8")):
                 log.info("run %s%s", folder, going_on(loop))
                 log.info("%s", dataset.describe())
-                log.info("%s, backend %s, %s; %s parameters", device_name(device), backend,
-                         describe_training(config, team.size), f"{count_parameters(model):,}")
+                log.info(
+                    "%s, backend %s, %s; %s parameters",
+                    device_name(device),
+                    backend,
+                    describe_training(config, team.size),
+                    f"{count_parameters(model):,}",
+                )
                 log.info("below: train/val; train is taken in passing, dropout on and weights moving")
                 with board.watched(config, folder, loop, dataset):
                     loop.fit(folder)
@@ -244,8 +249,14 @@ def load_data(config: TrainConfig, device: torch.device) -> Dataset:
 def build_model(config: TrainConfig, device: torch.device, train: Windows) -> tuple[HandForecaster, str]:
     """The network on the device, and the name of what will run its GRU."""
     try:
-        model = HandForecaster(config.data.input_size, config.model.hidden_size, config.model.num_layers,
-                               config.model.dropout, backend=config.run.backend, precision=config.run.precision)
+        model = HandForecaster(
+            config.data.input_size,
+            config.model.hidden_size,
+            config.model.num_layers,
+            config.model.dropout,
+            backend=config.run.backend,
+            precision=config.run.precision,
+        )
         model.to(device)
         sample = next(iter(train.batches(min(config.optim.batch_size, len(train))))).x
         return model, model.encoder.core.resolve_backend(sample)
@@ -257,21 +268,26 @@ def go_on(folder: Path, loop: Loop) -> None:
     """Restores the last whole checkpoint and puts the files beside it back to where it stands."""
     progress = load_checkpoint(folder / "checkpoint.pt", loop.step, loop.team.rank)
     if progress.windows != loop.progress.windows:
-        raise ConfigError(f"resume: {folder} began with other data: it had {progress.windows} windows, there are now "
-                          f"{loop.progress.windows}")
+        raise ConfigError(
+            f"resume: {folder} began with other data: it had {progress.windows} windows, there are now "
+            f"{loop.progress.windows}"
+        )
     if progress.losses is not None and progress.rows is not None:
         steps = len(progress.losses)
         batch = len(progress.rows) // steps
         if (steps, batch) != (loop.steps, loop.batch):
-            raise ConfigError(f"resume: {folder} stands in the middle of an epoch of {steps} batches of {batch}; by "
-                              f"its settings it has {loop.steps} of {loop.batch}")
+            raise ConfigError(
+                f"resume: {folder} stands in the middle of an epoch of {steps} batches of {batch}; by "
+                f"its settings it has {loop.steps} of {loop.batch}"
+            )
     loop.progress = progress
     if loop.team.first and progress.best_weights:
         save_weights(folder / "weights.safetensors", progress.best_weights)
 
 
-def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Dataset, progress: Progress,
-           backend: str) -> None:
+def finish(
+    config: TrainConfig, folder: Path, model: HandForecaster, dataset: Dataset, progress: Progress, backend: str
+) -> None:
     """Scores the best weights and the baselines on the test split and writes samples.npz and summary.json."""
     model.load_state_dict(progress.best_weights)
     model.eval()
@@ -285,27 +301,41 @@ def finish(config: TrainConfig, folder: Path, model: HandForecaster, dataset: Da
         "format": 2,
         "started": start_of(folder).strftime("%Y-%m-%d %H:%M:%S"),
         "total_params": count_parameters(model),
-        "modules": [{"module": name, "params": own} for name, module in model.named_modules()
-                    if (own := sum(parameter.numel() for parameter in module.parameters(recurse=False)))],
+        "modules": [
+            {"module": name, "params": own}
+            for name, module in model.named_modules()
+            if (own := sum(parameter.numel() for parameter in module.parameters(recurse=False)))
+        ],
         "best_epoch": progress.best_epoch,
         "stopped_early": progress.epoch < config.optim.epochs,
         "test": summarise(rows).scores(),
-        "baselines": {name: summarise(score(predict, windows.batches(size), mask)).scores()
-                      for name, predict in BASELINES.items()},
+        "baselines": {
+            name: summarise(score(predict, windows.batches(size), mask)).scores() for name, predict in BASELINES.items()
+        },
         "by_frame_rate": by_frame_rate(rows, windows.fps),
         "by_subtask": by_subtask(rows, windows.subtask, SUBTASKS),
         "horizon": {name: mean_errors(sums.sum(1)) for name, sums in joints.items()},
         "by_joint": mean_errors(joints[NETWORK].sum(0)),
-        "modalities": {"hands": True, "gaze": config.data.gaze, "objects": config.data.objects,
-                       "surrogate": config.data.surrogate},
-        "data": {"source": describe_source(config),
-                 "split": config.data.split, "clips": dict(dataset.clips), "windows": progress.windows,
-                 "skipped": dict(dataset.skip_counts()), "departures": config.data.departures},
+        "modalities": {
+            "hands": True,
+            "gaze": config.data.gaze,
+            "objects": config.data.objects,
+            "surrogate": config.data.surrogate,
+        },
+        "data": {
+            "source": describe_source(config),
+            "split": config.data.split,
+            "clips": dict(dataset.clips),
+            "windows": progress.windows,
+            "skipped": dict(dataset.skip_counts()),
+            "departures": config.data.departures,
+        },
         "environment": describe_environment(next(model.parameters()).device, backend, config.run.precision),
-        "timing": {"epoch_s_median": statistics.median(epochs_s),
-                   "train_windows_per_s_median": statistics.median(row["train_windows_per_s"]
-                                                                   for row in progress.history),
-                   "total_s": progress.elapsed_s},
+        "timing": {
+            "epoch_s_median": statistics.median(epochs_s),
+            "train_windows_per_s_median": statistics.median(row["train_windows_per_s"] for row in progress.history),
+            "total_s": progress.elapsed_s,
+        },
         "command": command_line(config),
     }
     write_json(folder / "summary.json", summary)
@@ -323,8 +353,15 @@ def report(folder: Path) -> None:
     document = write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = {NETWORK: summary["test"], **summary["baselines"]}
-    log.info("%-20s %8s %8s %8s %12s %9s", f"test, {summary['test']['windows']} windows", "MPJPE", "ADE", "FDE",
-             "joint error", "in px")
+    log.info(
+        "%-20s %8s %8s %8s %12s %9s",
+        f"test, {summary['test']['windows']} windows",
+        "MPJPE",
+        "ADE",
+        "FDE",
+        "joint error",
+        "in px",
+    )
     for name, scores in rows.items():
         numbers = [math.nan if scores[key] is None else scores[key] for key in SCORES]
         log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *numbers)

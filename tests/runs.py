@@ -14,8 +14,23 @@ from bigru.data.windows import Dataset, Windows
 
 FRAMES = 4
 TIMES = ("train_s", "val_s", "train_windows_per_s")
-COLUMNS = {"epoch", "tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde", "tr_loss", "va_loss",
-           "tr_joint_error", "va_joint_error", "va_joint_error_px", "lr", "grad_norm", *TIMES}
+COLUMNS = {
+    "epoch",
+    "tr_mpjpe",
+    "va_mpjpe",
+    "tr_ade",
+    "va_ade",
+    "tr_fde",
+    "va_fde",
+    "tr_loss",
+    "va_loss",
+    "tr_joint_error",
+    "va_joint_error",
+    "va_joint_error_px",
+    "lr",
+    "grad_norm",
+    *TIMES,
+}
 
 
 def windows(clips, seed):
@@ -34,8 +49,17 @@ def windows(clips, seed):
 
 def dataset():
     skipped = (Skipped("p01-x", "short", "3 frames,\n8 needed\tin all"), Skipped("p02-y", "missing", "no file"))
-    return Dataset(windows(7, 0), windows(3, 1), windows(4, 2), skipped, {"train": 7, "val": 3, "test": 4}, 16, 0,
-                   Path("clips"), Path("index.csv"))
+    return Dataset(
+        windows(7, 0),
+        windows(3, 1),
+        windows(4, 2),
+        skipped,
+        {"train": 7, "val": 3, "test": 4},
+        16,
+        0,
+        Path("clips"),
+        Path("index.csv"),
+    )
 
 
 def make_up(root, monkeypatch):
@@ -51,8 +75,24 @@ def make_up(root, monkeypatch):
 
 
 def options(config):
-    return ["--data-root", str(config.data.data_root), "--observed", "4", "--predicted", "4", "--hidden-size", "8",
-            "--epochs", "1", "--batch-size", "4", "--out", str(config.run.out), "--device", "cpu"]
+    return [
+        "--data-root",
+        str(config.data.data_root),
+        "--observed",
+        "4",
+        "--predicted",
+        "4",
+        "--hidden-size",
+        "8",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--out",
+        str(config.run.out),
+        "--device",
+        "cpu",
+    ]
 
 
 def change(config, section, **values):

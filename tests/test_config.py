@@ -89,17 +89,29 @@ def test_reference_yaml(tmp_path):
     )
 
 
-@pytest.mark.parametrize("text", [
-    pytest.param("lr: 5e-4\nobserved: 10\npredicted: '10'\nout: x\nhidden_size: 16.0\ngaze: true", id="flat"),
-    pytest.param("{optim: {lr: 5e-4}, data: {observed: 10, predicted: 10, gaze: true}, run: {out: x}, "
-                 "model: {hidden_size: 16}}", id="in sections"),
-    pytest.param("bigru: {lr: 0.0005, data: {obs_len: 10, predicted: 10, include_gaze: yes}, out: x, hidden_size: 16}",
-                 id="mixed"),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("lr: 5e-4\nobserved: 10\npredicted: '10'\nout: x\nhidden_size: 16.0\ngaze: true", id="flat"),
+        pytest.param(
+            "{optim: {lr: 5e-4}, data: {observed: 10, predicted: 10, gaze: true}, run: {out: x}, "
+            "model: {hidden_size: 16}}",
+            id="in sections",
+        ),
+        pytest.param(
+            "bigru: {lr: 0.0005, data: {obs_len: 10, predicted: 10, include_gaze: yes}, out: x, hidden_size: 16}",
+            id="mixed",
+        ),
+    ],
+)
 def test_our_names(tmp_path, text):
     config = read_yaml(write(tmp_path, text))
-    assert config == TrainConfig(DataConfig(observed=10, predicted=10, gaze=True), ModelConfig(16),
-                                 OptimConfig(lr=5e-4), RunConfig(out=Path("x")))
+    assert config == TrainConfig(
+        DataConfig(observed=10, predicted=10, gaze=True),
+        ModelConfig(16),
+        OptimConfig(lr=5e-4),
+        RunConfig(out=Path("x")),
+    )
     assert type(config.model.hidden_size) is int
 
 
@@ -107,41 +119,47 @@ def test_an_empty_file_changes_nothing(tmp_path):
     assert read_yaml(write(tmp_path, "# nothing\n")) == TrainConfig()
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("learning_rat: 1", r"settings\.yaml: unknown setting learning_rat"),
-    ("epoch: 1", r"unknown setting epoch; did you mean epochs"),
-    ("data: {obs_length: 3}", r"unknown setting data\.obs_length; did you mean data\.obs_len"),
-    ("data: {lr: 1}", r"unknown setting data\.lr"),
-    ("model: {gru: {hidden_size: 3}}", r"unknown setting model\.gru"),
-    ("1: 2", "unknown setting 1"),
-    ("arch: bilstm", "arch: expected 'bigru', the only choice there is, got 'bilstm'"),
-    ("optim: sgd", "optim: expected 'adamw'"),
-    ("scheduler: {name: step}", r"scheduler\.name: expected 'cosine'"),
-    ("data: {obj_box_dim: 60}", r"data\.obj_box_dim: expected 120"),
-    ("class_weights: true", "class_weights: expected False"),
-    ("loss: {pose: 1, intent: 0.5}", r"loss\.intent: the forecaster has the pose loss only; expected 0, got 0\.5"),
-    ("loss: {pose: 2}", r"loss\.pose: expected 1\.0"),
-    ("wd: 1e-5\nweight_decay: 1e-5", "weight_decay is given twice"),
-    ("epochs: 2.5", "epochs: expected a whole number, got 2.5"),
-    ("epochs: true", "epochs: expected a whole number, got True"),
-    ("epochs: [3]", "epochs: expected a whole number"),
-    ("epochs: .inf", "epochs: expected a whole number, got inf"),
-    ("lr: fast", "lr: expected a number, got 'fast'"),
-    ("lr: null", "lr: expected a number, got None"),
-    ("gaze: 1", "gaze: expected true or false, got 1"),
-    ("split: random", "split: expected one of 'participant', 'time', got 'random'"),
-    ("data_root: 3", "data_root: expected a path, got 3"),
-    ("device: 3", "device: expected text, got 3"),
-    ("lr: -1", r"settings\.yaml: lr: expected a finite number above 0, got -1\.0"),
-    ("[1, 2]", "expected a mapping of settings, got list"),
-    ("bigru: 3", "expected a mapping of settings, got 3"),
-    ("bigru: {lr: 1e-3}\nepochs: 3\nbilstm: {lr: 1}", r"settings\.yaml: epochs beside bigru: settings belong in it"),
-    ("speed: 3\n7: x\nbigru: {lr: 1e-3}", "speed, 7 beside bigru"),
-    ("optim: {lr: 1e-3}\nbigru: {epochs: 3}", "optim beside bigru"),
-    ("scheduler: {min_lr: 0}\nbigru: {epochs: 3}", "scheduler beside bigru"),
-    ("a: [", "is not YAML"),
-    ("!!python/object/apply:os.getcwd []", "is not YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", r"settings\.yaml: unknown setting learning_rat"),
+        ("epoch: 1", r"unknown setting epoch; did you mean epochs"),
+        ("data: {obs_length: 3}", r"unknown setting data\.obs_length; did you mean data\.obs_len"),
+        ("data: {lr: 1}", r"unknown setting data\.lr"),
+        ("model: {gru: {hidden_size: 3}}", r"unknown setting model\.gru"),
+        ("1: 2", "unknown setting 1"),
+        ("arch: bilstm", "arch: expected 'bigru', the only choice there is, got 'bilstm'"),
+        ("optim: sgd", "optim: expected 'adamw'"),
+        ("scheduler: {name: step}", r"scheduler\.name: expected 'cosine'"),
+        ("data: {obj_box_dim: 60}", r"data\.obj_box_dim: expected 120"),
+        ("class_weights: true", "class_weights: expected False"),
+        ("loss: {pose: 1, intent: 0.5}", r"loss\.intent: the forecaster has the pose loss only; expected 0, got 0\.5"),
+        ("loss: {pose: 2}", r"loss\.pose: expected 1\.0"),
+        ("wd: 1e-5\nweight_decay: 1e-5", "weight_decay is given twice"),
+        ("epochs: 2.5", "epochs: expected a whole number, got 2.5"),
+        ("epochs: true", "epochs: expected a whole number, got True"),
+        ("epochs: [3]", "epochs: expected a whole number"),
+        ("epochs: .inf", "epochs: expected a whole number, got inf"),
+        ("lr: fast", "lr: expected a number, got 'fast'"),
+        ("lr: null", "lr: expected a number, got None"),
+        ("gaze: 1", "gaze: expected true or false, got 1"),
+        ("split: random", "split: expected one of 'participant', 'time', got 'random'"),
+        ("data_root: 3", "data_root: expected a path, got 3"),
+        ("device: 3", "device: expected text, got 3"),
+        ("lr: -1", r"settings\.yaml: lr: expected a finite number above 0, got -1\.0"),
+        ("[1, 2]", "expected a mapping of settings, got list"),
+        ("bigru: 3", "expected a mapping of settings, got 3"),
+        (
+            "bigru: {lr: 1e-3}\nepochs: 3\nbilstm: {lr: 1}",
+            r"settings\.yaml: epochs beside bigru: settings belong in it",
+        ),
+        ("speed: 3\n7: x\nbigru: {lr: 1e-3}", "speed, 7 beside bigru"),
+        ("optim: {lr: 1e-3}\nbigru: {epochs: 3}", "optim beside bigru"),
+        ("scheduler: {min_lr: 0}\nbigru: {epochs: 3}", "scheduler beside bigru"),
+        ("a: [", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
 def test_a_bad_file_is_named_with_its_key(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         read_yaml(write(tmp_path, text))
@@ -157,27 +175,30 @@ def test_a_missing_file(tmp_path):
         parse_arguments(["--config", str(tmp_path / "none.yaml")])
 
 
-@pytest.mark.parametrize(("kind", "settings", "message"), [
-    (DataConfig, {"observed": 0, "predicted": 0}, "observed: expected at least 1, got 0"),
-    (DataConfig, {"observed": 10}, "predicted: expected 10 as in observed .* got 60; set both"),
-    (DataConfig, {"stride": 0}, "stride: expected at least 1"),
-    (DataConfig, {"resample": 0.5}, "resample: expected 1 to 1000 frames per second, got 0.5"),
-    (DataConfig, {"resample": float("nan")}, "resample: expected 1 to 1000"),
-    (DataConfig, {"centre": "middle"}, "centre: expected frame or last, got 'middle'"),
-    (ModelConfig, {"hidden_size": 0}, "hidden_size: expected at least 1"),
-    (ModelConfig, {"num_layers": 0}, "num_layers: expected at least 1"),
-    (ModelConfig, {"dropout": 1.0}, "dropout: expected at least 0 and less than 1"),
-    (OptimConfig, {"batch_size": 0}, "batch_size: expected at least 1"),
-    (OptimConfig, {"epochs": 0}, "epochs: expected at least 1"),
-    (OptimConfig, {"patience": 0}, "patience: expected at least 1"),
-    (OptimConfig, {"lr": 0.0}, "lr: expected a finite number above 0"),
-    (OptimConfig, {"lr": float("nan")}, "lr: expected a finite number above 0"),
-    (OptimConfig, {"grad_clip": float("inf")}, "grad_clip: expected a finite number above 0"),
-    (OptimConfig, {"weight_decay": -1e-5}, "weight_decay: expected at least 0"),
-    (OptimConfig, {"min_delta": float("nan")}, "min_delta: expected at least 0"),
-    (OptimConfig, {"min_lr": 0.1}, r"min_lr: expected at most lr \(0\.001\), got 0\.1"),
-    (RunConfig, {"seed": -1}, "seed: expected 0 to"),
-])
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (DataConfig, {"observed": 0, "predicted": 0}, "observed: expected at least 1, got 0"),
+        (DataConfig, {"observed": 10}, "predicted: expected 10 as in observed .* got 60; set both"),
+        (DataConfig, {"stride": 0}, "stride: expected at least 1"),
+        (DataConfig, {"resample": 0.5}, "resample: expected 1 to 1000 frames per second, got 0.5"),
+        (DataConfig, {"resample": float("nan")}, "resample: expected 1 to 1000"),
+        (DataConfig, {"centre": "middle"}, "centre: expected frame or last, got 'middle'"),
+        (ModelConfig, {"hidden_size": 0}, "hidden_size: expected at least 1"),
+        (ModelConfig, {"num_layers": 0}, "num_layers: expected at least 1"),
+        (ModelConfig, {"dropout": 1.0}, "dropout: expected at least 0 and less than 1"),
+        (OptimConfig, {"batch_size": 0}, "batch_size: expected at least 1"),
+        (OptimConfig, {"epochs": 0}, "epochs: expected at least 1"),
+        (OptimConfig, {"patience": 0}, "patience: expected at least 1"),
+        (OptimConfig, {"lr": 0.0}, "lr: expected a finite number above 0"),
+        (OptimConfig, {"lr": float("nan")}, "lr: expected a finite number above 0"),
+        (OptimConfig, {"grad_clip": float("inf")}, "grad_clip: expected a finite number above 0"),
+        (OptimConfig, {"weight_decay": -1e-5}, "weight_decay: expected at least 0"),
+        (OptimConfig, {"min_delta": float("nan")}, "min_delta: expected at least 0"),
+        (OptimConfig, {"min_lr": 0.1}, r"min_lr: expected at most lr \(0\.001\), got 0\.1"),
+        (RunConfig, {"seed": -1}, "seed: expected 0 to"),
+    ],
+)
 def test_values_are_checked(kind, settings, message):
     with pytest.raises(ConfigError, match=message):
         kind(**settings)
@@ -187,8 +208,12 @@ def test_options_override_the_file(tmp_path):
     path = write(tmp_path, REFERENCE)
     settings = parse_arguments(["--config", str(path), "--lr", "3e-3", "--no-gaze", "--out", "there"]).settings
     base = read_yaml(path)
-    assert settings == TrainConfig(dataclasses.replace(base.data, gaze=False), base.model,
-                                   dataclasses.replace(base.optim, lr=3e-3), RunConfig(seed=7, out=Path("there")))
+    assert settings == TrainConfig(
+        dataclasses.replace(base.data, gaze=False),
+        base.model,
+        dataclasses.replace(base.optim, lr=3e-3),
+        RunConfig(seed=7, out=Path("there")),
+    )
 
 
 def test_every_setting_is_an_option_with_help(capsys):
@@ -204,9 +229,10 @@ def test_every_setting_is_an_option_with_help(capsys):
         assert words in text
 
 
-@pytest.mark.parametrize("argv", [
-    ["--learning-rate", "1"], ["--epochs", "many"], ["--epochs", "0"], ["--split", "random"], ["--optim.lr", "1"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [["--learning-rate", "1"], ["--epochs", "many"], ["--epochs", "0"], ["--split", "random"], ["--optim.lr", "1"]],
+)
 def test_a_bad_option_ends_with_2(argv, capsys):
     with pytest.raises((SystemExit, ConfigError)) as stop:
         parse_arguments(argv)
@@ -222,8 +248,23 @@ def test_nothing_stands_beside_resume():
 
 def test_json_and_command_line_bring_the_settings_back():
     config = TrainConfig(
-        DataConfig(Path("a b"), Path("i.csv"), 10, 10, 5, "time", True, True, True, False, True,
-                   29.97, "last", Path("caches"), True),
+        DataConfig(
+            Path("a b"),
+            Path("i.csv"),
+            10,
+            10,
+            5,
+            "time",
+            True,
+            True,
+            True,
+            False,
+            True,
+            29.97,
+            "last",
+            Path("caches"),
+            True,
+        ),
         ModelConfig(16, 1, 0.0),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
         RunConfig(Path("out"), 1, "cpu", "torch", "tf32", Path("w.pt"), "bf16", True),
@@ -238,4 +279,6 @@ def test_json_and_command_line_bring_the_settings_back():
 def test_what_departs_from_the_protocol_is_named():
     assert DataConfig(gaze=True, strict=True, no_cache=True).departures == []
     assert DataConfig(resample=30.0, centre="last").departures == [
-        "centred on the last observed frame", "resampled to 30 frames per second"]
+        "centred on the last observed frame",
+        "resampled to 30 frames per second",
+    ]

@@ -22,8 +22,15 @@ from benchmarks.supervisor import Post, Process, WorkerLost, carry_out_all
 from benchmarks.timing import Contestant, figures_of, race
 from bigru import BiGRU
 
-MACHINE = {"card": "Some GPU", "capability": [9, 0], "processors": 132, "memory_gib": 80.0, "driver": "1",
-           "cpu": "some", "cpu_cores": 2}  # fmt: skip
+MACHINE = {
+    "card": "Some GPU",
+    "capability": [9, 0],
+    "processors": 132,
+    "memory_gib": 80.0,
+    "driver": "1",
+    "cpu": "some",
+    "cpu_cores": 2,
+}
 
 
 class Clock:
@@ -348,8 +355,11 @@ class TestCorrectness:
         monkeypatch.setattr(Gpu, "refusal", lambda *_: "too wide")
         (row,) = serve("correctness", {"a": [grid_row()]}).rows()
         assert (row["status"], row["message"]) == ("refused", "too wide")
-        rows = serve("recurrence", {"portable": timing_rows("recurrence", "portable", SMOKE.main, "fp32",
-                                                            ("forward", "backward"))}, seconds=0.0).rows()  # fmt: skip
+        rows = serve(
+            "recurrence",
+            {"portable": timing_rows("recurrence", "portable", SMOKE.main, "fp32", ("forward", "backward"))},
+            seconds=0.0,
+        ).rows()
         assert [row["status"] for row in rows] == ["refused", "refused"]
         assert all(row["gpu_ms"] is None for row in rows)
 
@@ -388,8 +398,13 @@ class TestTimings:
     def no_clock(self, monkeypatch):
         for kind in (Cpu, Gpu):
             monkeypatch.setattr(kind, "time_ms", lambda self, figure, work, lead=0.0: [work(), 2.0][1])
-        monkeypatch.setattr(rivals, "race", lambda m, contestants, seconds: {
-            c.name: {figure: [1.0, 2.0, 3.0] for figure in c.works} for c in contestants})  # fmt: skip
+        monkeypatch.setattr(
+            rivals,
+            "race",
+            lambda m, contestants, seconds: {
+                c.name: {figure: [1.0, 2.0, 3.0] for figure in c.works} for c in contestants
+            },
+        )
 
     def parts(self, *paths):
         tiny = Shape(steps=2, batch=2, input=4, hidden=16, layers=1)
@@ -398,7 +413,8 @@ class TestTimings:
     def test_every_path_gets_its_three_figures(self):
         rows = serve("layer", self.parts("nn.GRU", "portable"), seconds=0.0).rows()
         assert [(row["path"], row["work"]) for row in rows] == [
-            (path, work) for path in ("nn.GRU", "portable") for work in ("forward", "forward+backward")]  # fmt: skip
+            (path, work) for path in ("nn.GRU", "portable") for work in ("forward", "forward+backward")
+        ]
         for row in rows:
             assert row["status"] == "measured"
             assert [row[figure] for figure in record.FIGURES] == [2.0, 2.0, 2.0]
@@ -427,7 +443,8 @@ class TestTimings:
         monkeypatch.setattr(Gpu, "capture", no_capture)
         rows = serve("layer", self.parts("nn.GRU"), seconds=0.0).rows()
         assert [(row["status"], row["graph_ms"], row["message"]) for row in rows] == [
-            ("measured", None, "no graph: RuntimeError: not here")] * 2  # fmt: skip
+            ("measured", None, "no graph: RuntimeError: not here")
+        ] * 2
 
     def test_a_rival_that_is_not_there_is_refused(self):
         rows = serve("layer", self.parts("flashrnn"), seconds=0.0).rows()
@@ -456,8 +473,7 @@ def test_rounds_interleave_and_take_turns_in_going_first():
     times = race(Counting(), contestants, seconds=0.0)
     assert {name: len(taken["gpu_ms"]) for name, taken in times.items()} == dict.fromkeys("abc", 4)
     assert [name for _, name in order[-12:]] == list("abcbcacababc")
-    assert figures_of({"gpu_ms": [1.0, 2.0, 9.0]}) == {
-        "quartiles": {"gpu_ms": [1.0, 9.0]}, "gpu_ms": 2.0, "rounds": 3}  # fmt: skip
+    assert figures_of({"gpu_ms": [1.0, 2.0, 9.0]}) == {"quartiles": {"gpu_ms": [1.0, 9.0]}, "gpu_ms": 2.0, "rounds": 3}
 
 
 class TestWhatIsMadeOfTheRows:
@@ -466,8 +482,14 @@ class TestWhatIsMadeOfTheRows:
         return row | {"status": "measured", "eager_ms": 1.0, "graph_ms": 1.0} | found
 
     def test_a_loss_is_listed_with_its_numbers(self, kept):
-        kept.add("timings", [self.timing("nn.GRU", gpu_ms=0.5), self.timing("portable", gpu_ms=2.0),
-                             self.timing("resident", gpu_ms=1.0)])  # fmt: skip
+        kept.add(
+            "timings",
+            [
+                self.timing("nn.GRU", gpu_ms=0.5),
+                self.timing("portable", gpu_ms=2.0),
+                self.timing("resident", gpu_ms=1.0),
+            ],
+        )
         (loss,) = kept.losses()
         assert (loss["path"], loss["ratio"]["gpu_ms"]) == ("resident", 0.5)
         assert (loss["ours"]["gpu_ms"], loss["nn_gru"]["gpu_ms"]) == (1.0, 0.5)
@@ -478,11 +500,16 @@ class TestWhatIsMadeOfTheRows:
         assert kept.losses() == []
 
     def test_proven_is_what_passed_throughout(self, kept):
-        for hidden, found in {16: ["passed", "passed"], 32: ["passed", "failed"], 64: ["refused"],
-                              96: ["passed", "out of time"]}.items():  # fmt: skip
+        for hidden, found in {
+            16: ["passed", "passed"],
+            32: ["passed", "failed"],
+            64: ["refused"],
+            96: ["passed", "out of time"],
+        }.items():
             kept.add("correctness", [grid_row(hidden) | {"status": status, "message": None} for status in found])
         assert [(entry["kernel"], entry["hidden"], entry["dtype"], entry["capability"]) for entry in kept.proven()] == [
-            ("portable", 16, "float32", [9, 0])]  # fmt: skip
+            ("portable", 16, "float32", [9, 0])
+        ]
         assert [row["hidden"] for row in kept.failures()] == [32]
 
     def test_floors_are_of_the_steps_that_follow_one_another(self):
@@ -499,8 +526,11 @@ class TestWhatIsMadeOfTheRows:
         assert [floor_ms(row, facts, MACHINE) for row in (tf32, wide, many)] == [None, None, None]
 
     def test_facts_go_to_their_places(self, kept):
-        for name, status, value in (("copy_gb_s", "measured", 9.0), ("step_floor_us/mma/fp32", "measured", 0.5),
-                                    ("launch_us", "failed", None)):  # fmt: skip
+        for name, status, value in (
+            ("copy_gb_s", "measured", 9.0),
+            ("step_floor_us/mma/fp32", "measured", 0.5),
+            ("launch_us", "failed", None),
+        ):
             kept.add("facts", [{"name": name, "value": value, "status": status, "message": "why"}])
         kept.save()
         written = on_disk(kept)
@@ -525,8 +555,10 @@ class TestTheCommand:
                 return [{"part": "machine", "rows": [{"machine": MACHINE, "versions": {}}]}, {"done": True}]
             lines = list(done(order))
             if order["do"] == failing:
-                lines = [line | {"rows": [row | {"status": "failed"} for row in line["rows"]]} if "rows" in line
-                         else line for line in lines]  # fmt: skip
+                lines = [
+                    line | {"rows": [row | {"status": "failed"} for row in line["rows"]]} if "rows" in line else line
+                    for line in lines
+                ]
             return lines
 
         monkeypatch.setattr(gpu, "FULL", SMOKE)

@@ -33,8 +33,13 @@ def blank_pictures(monkeypatch):
 def write(folder, frames, number=0, **changes):
     """A clip of two hands anywhere in the image; the right one is not seen in its last frame."""
     rng = np.random.default_rng(frames)
-    shapes = {"left_landmarks": (21, 3), "right_landmarks": (21, 3), "norm_gaze": (2,), "rec_bboxes": (30, 4),
-              "surrogate_hands": (2, 4)}
+    shapes = {
+        "left_landmarks": (21, 3),
+        "right_landmarks": (21, 3),
+        "norm_gaze": (2,),
+        "rec_bboxes": (30, 4),
+        "surrogate_hands": (2, 4),
+    }
     arrays = {name: rng.uniform(0.1, 0.9, (frames, *shape)).astype(np.float32) for name, shape in shapes.items()}
     arrays["right_landmarks"][-1] = 0
     arrays |= changes
@@ -55,8 +60,9 @@ def weights(folder, model, name="weights.safetensors"):
 
 
 def run(path, *clips, out, extra=()):
-    return main(["--weights", str(path), "--out", str(out), "--observed", str(T), "--device", "cpu", *extra,
-                 *map(str, clips)])
+    return main(
+        ["--weights", str(path), "--out", str(out), "--observed", str(T), "--device", "cpu", *extra, *map(str, clips)]
+    )
 
 
 def centred(arrays):
@@ -91,8 +97,9 @@ def test_a_chosen_start_with_half_a_future(tmp_path):
     result = forecast(network(), clip, DataConfig(observed=T, predicted=T), start=3)
     np.testing.assert_allclose(result.target[:1], centred(arrays)[7:8], atol=1e-6)
     assert np.isnan(result.target[2:]).all()
-    np.testing.assert_allclose(result.last_origin, (arrays["left_landmarks"][6, 0, :2]
-                                                        + arrays["right_landmarks"][6, 0, :2]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        result.last_origin, (arrays["left_landmarks"][6, 0, :2] + arrays["right_landmarks"][6, 0, :2]) / 2, rtol=1e-6
+    )
 
 
 def test_centred_on_the_last_frame_the_hands_are_placed_in_the_image(tmp_path):
@@ -168,7 +175,11 @@ def test_what_is_written(tmp_path, capsys, monkeypatch):
 def test_no_two_joints_share_a_name():
     assert len(set(JOINT_NAMES)) == 21
     assert (JOINT_NAMES[0], JOINT_NAMES[4], JOINT_NAMES[8], JOINT_NAMES[20]) == (
-        "WRIST", "THUMB_TIP", "INDEX_FINGER_TIP", "PINKY_TIP")
+        "WRIST",
+        "THUMB_TIP",
+        "INDEX_FINGER_TIP",
+        "PINKY_TIP",
+    )
 
 
 def test_the_true_future_is_drawn_where_there_is_one(tmp_path):
@@ -177,8 +188,14 @@ def test_the_true_future_is_drawn_where_there_is_one(tmp_path):
         clip, _ = write(tmp_path, frames)
         result = forecast(network(), clip, DataConfig(observed=T, predicted=T), start=min(2, frames - T))
         figure = figures.forecasts(result.samples())
-        lines = [[line for line in axes.lines if np.isfinite(np.asarray(line.get_ydata(), float)).any()
-                  and len(line.get_xdata()) > 1] for axes in figure.axes]
+        lines = [
+            [
+                line
+                for line in axes.lines
+                if np.isfinite(np.asarray(line.get_ydata(), float)).any() and len(line.get_xdata()) > 1
+            ]
+            for axes in figure.axes
+        ]
         drawn.append([len(panel) for panel in lines])
         names = [text.get_text() for text in figure.legends[0].get_texts()]
         assert ("true" in names) == (frames == 9)
@@ -225,13 +242,16 @@ def test_clips_that_cannot_be_used_are_named_and_the_others_done(tmp_path, capsy
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (["--start", "5"], "start: expected 0 to 4 in a clip of 8 frames of which 4 are observed, got 5"),
-    (["--start", "-1"], "start: expected 0 to 4"),
-    (["--observed", "0"], "observed: expected at least 1, got 0"),
-    (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
-    (["--backend", "resident"], "backend: resident cannot run the network on cpu"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--start", "5"], "start: expected 0 to 4 in a clip of 8 frames of which 4 are observed, got 5"),
+        (["--start", "-1"], "start: expected 0 to 4"),
+        (["--observed", "0"], "observed: expected at least 1, got 0"),
+        (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
+        (["--backend", "resident"], "backend: resident cannot run the network on cpu"),
+    ],
+)
 def test_options_that_cannot_be_used(tmp_path, capsys, extra, message):
     clip, _ = write(tmp_path, 8)
     assert run(weights(tmp_path, network()), clip, out=tmp_path / "out", extra=extra) == 2
@@ -249,17 +269,28 @@ def test_clips_without_names_of_their_own(tmp_path, capsys):
     assert f"got twice: {clip.stem}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"a": torch.zeros(2)}, "no forecaster's state dict: no encoder.core.weight_ih_l0, encoder.core.weight_hh_l0"),
-    ({"encoder.core.weight_ih_l0": torch.zeros(18), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
-     "expected a dense floating-point matrix in encoder.core.weight_ih_l0"),
-    ({"encoder.core.weight_ih_l0": torch.zeros(18, 90), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
-     "is for 90 features, expected 84 for hands"),
-    ({"encoder.core.weight_ih_l0": torch.zeros(1, 84), "encoder.core.weight_hh_l0": torch.zeros(1, 1_000_000)},
-     "expected 3000000 rows in encoder.core.weight_ih_l0 and encoder.core.weight_hh_l0"),
-    ({"encoder.core.weight_ih_l0": torch.zeros(18, 84), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
-     "does not fit the network: missing encoder.core.bias_hh_l0"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": torch.zeros(2)}, "no forecaster's state dict: no encoder.core.weight_ih_l0, encoder.core.weight_hh_l0"),
+        (
+            {"encoder.core.weight_ih_l0": torch.zeros(18), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
+            "expected a dense floating-point matrix in encoder.core.weight_ih_l0",
+        ),
+        (
+            {"encoder.core.weight_ih_l0": torch.zeros(18, 90), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
+            "is for 90 features, expected 84 for hands",
+        ),
+        (
+            {"encoder.core.weight_ih_l0": torch.zeros(1, 84), "encoder.core.weight_hh_l0": torch.zeros(1, 1_000_000)},
+            "expected 3000000 rows in encoder.core.weight_ih_l0 and encoder.core.weight_hh_l0",
+        ),
+        (
+            {"encoder.core.weight_ih_l0": torch.zeros(18, 84), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
+            "does not fit the network: missing encoder.core.bias_hh_l0",
+        ),
+    ],
+)
 def test_weights_that_are_none(tmp_path, capsys, content, message):
     clip, _ = write(tmp_path, 8)
     torch.save(content, tmp_path / "odd.pt")

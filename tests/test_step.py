@@ -109,8 +109,11 @@ def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config, monkeypatch)
     """The loss scale of the first steps is far too large; the weights must not notice."""
     config = change(change(config, "run", amp="fp16"), "optim", epochs=1)
     real = torch.amp.GradScaler.__init__
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__",
-                        lambda self, device, enabled: real(self, device, init_scale=2.0**40, enabled=enabled))
+    monkeypatch.setattr(
+        torch.amp.GradScaler,
+        "__init__",
+        lambda self, device, enabled: real(self, device, init_scale=2.0**40, enabled=enabled),
+    )
     folder = train(config)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["scaler"]["scale"] < 2.0**40
@@ -191,8 +194,10 @@ def test_a_graph_needs_a_gpu(config, capsys):
         train(change(config, "run", graph=True))
     with pytest.raises(ConfigError, match="graph: expected amp none or bf16 with it, got fp16"):
         RunConfig(graph=True, amp="fp16")
-    assert main(["--graph", "--device", "cpu", "--data-root", str(config.data.data_root), "--out",
-                 str(config.run.out)]) == 2
+    assert (
+        main(["--graph", "--device", "cpu", "--data-root", str(config.data.data_root), "--out", str(config.run.out)])
+        == 2
+    )
     assert "graph: expected a GPU" in capsys.readouterr().err
     assert not config.run.out.exists()
 

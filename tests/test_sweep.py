@@ -109,10 +109,13 @@ def test_the_finished_run_of_several_is_found(config):
     assert find_run(out / "nowhere", config) is None
 
 
-@pytest.mark.parametrize(("section", "values", "message"), [
-    ("data", {"gaze": True, "surrogate": True}, "sweep: expected no gaze, surrogate beside it"),
-    ("run", {"weights": "w.pt"}, "sweep: expected no weights, which fit one choice of modalities only, got w.pt"),
-])
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("data", {"gaze": True, "surrogate": True}, "sweep: expected no gaze, surrogate beside it"),
+        ("run", {"weights": "w.pt"}, "sweep: expected no weights, which fit one choice of modalities only, got w.pt"),
+    ],
+)
 def test_what_only_one_run_could_have_is_refused(config, section, values, message):
     with pytest.raises(ConfigError, match=message):
         sweep(change(config, section, **values), Trainer())
@@ -124,8 +127,26 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "png", lambda figure: b"")
     root = tmp_path / "clips"
     write_synthetic(root, 40, 1)
-    command = ["--sweep", "modalities", "--data-root", str(root), "--out", str(tmp_path / "runs"), "--observed", "8",
-               "--predicted", "8", "--hidden-size", "4", "--stride", "60", "--epochs", "1", "--device", "cpu"]
+    command = [
+        "--sweep",
+        "modalities",
+        "--data-root",
+        str(root),
+        "--out",
+        str(tmp_path / "runs"),
+        "--observed",
+        "8",
+        "--predicted",
+        "8",
+        "--hidden-size",
+        "4",
+        "--stride",
+        "60",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     real, finished = training.finish, []
 
     def finish(config, *rest):
@@ -149,7 +170,17 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert document.count("## Run at ") == 5
     table = document[document.index("## All runs in this folder") :]
     inputs = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| `")]
-    assert inputs == ["hands", "hands + gaze", "hands + objects", "hands + surrogate",
-                      "hands + gaze + objects + surrogate"]
+    assert inputs == [
+        "hands",
+        "hands + gaze",
+        "hands + objects",
+        "hands + surrogate",
+        "hands + gaze + objects + surrogate",
+    ]
     assert [json.loads((run / "config.json").read_text())["data"]["gaze"] for run in runs] == [
-        False, True, False, False, True]
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]

@@ -50,11 +50,22 @@ def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
 def test_a_run_leaves_a_whole_folder(config):
     folder = train(config)
     assert {file.name for file in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "train.log", "skipped.tsv", "checkpoint.pt", "weights.safetensors",
-        "summary.json", "samples.npz", "run.lock"}
+        "config.json",
+        "metrics.jsonl",
+        "train.log",
+        "skipped.tsv",
+        "checkpoint.pt",
+        "weights.safetensors",
+        "summary.json",
+        "samples.npz",
+        "run.lock",
+    }
     assert json.loads((folder / "config.json").read_text()) == config.as_dict()
     assert (folder / "skipped.tsv").read_text().splitlines() == [
-        "stem\treason\tdetail", "p01-x\tshort\t3 frames, 8 needed in all", "p02-y\tmissing\tno file"]
+        "stem\treason\tdetail",
+        "p01-x\tshort\t3 frames, 8 needed in all",
+        "p02-y\tmissing\tno file",
+    ]
     assert [row["epoch"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
     assert all(set(row) == COLUMNS for row in rows(folder))
     assert rows(folder)[-1]["tr_loss"] < 0.9 * rows(folder)[0]["tr_loss"]
@@ -82,16 +93,31 @@ def test_the_summary_is_what_the_best_weights_do(config):
     assert list(summary["baselines"]) == ["repeat last frame", "constant velocity"]
     assert [(entry["fps"], entry["windows"]) for entry in summary["by_frame_rate"]] == [(23, 6), (59, 6)]
     assert summary["data"] == {
-        "source": str(config.data.data_root), "split": "participant", "clips": {"train": 7, "val": 3, "test": 4},
-        "windows": {"train": 21, "val": 9, "test": 12}, "skipped": {"short": 1, "missing": 1}, "departures": []}
+        "source": str(config.data.data_root),
+        "split": "participant",
+        "clips": {"train": 7, "val": 3, "test": 4},
+        "windows": {"train": 21, "val": 9, "test": 12},
+        "skipped": {"short": 1, "missing": 1},
+        "departures": [],
+    }
     assert summary["modalities"] == {"hands": True, "gaze": False, "objects": False, "surrogate": False}
     assert set(summary["environment"]) == {
-        "device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform"}
+        "device",
+        "backend",
+        "precision",
+        "python",
+        "torch",
+        "triton",
+        "numpy",
+        "bigru",
+        "platform",
+    }
     assert (summary["format"], summary["stopped_early"]) == (2, False)
     assert list(summary["horizon"]) == ["this network", *BASELINES]
     joints = score_joints(model.eval(), data.test.batches(5))
-    assert summary["by_joint"] == {name: pytest.approx(values, rel=1e-5)
-                                   for name, values in mean_errors(joints.sum(0)).items()}
+    assert summary["by_joint"] == {
+        name: pytest.approx(values, rel=1e-5) for name, values in mean_errors(joints.sum(0)).items()
+    }
     for name, predict in {"this network": model, **BASELINES}.items():
         expected = mean_errors(score_joints(predict, data.test.batches(5)).sum(1))
         assert summary["horizon"][name] == {name: pytest.approx(values, rel=1e-5) for name, values in expected.items()}
@@ -119,8 +145,9 @@ def test_samples_are_best_median_bad_and_worst(config):
     for place, number in enumerate(order):
         start = int(test.starts[number])
         np.testing.assert_array_equal(samples["observed_present"][place], test.present[start : start + FRAMES])
-        np.testing.assert_array_equal(samples["target_present"][place],
-                                      test.present[start + FRAMES : start + 2 * FRAMES])
+        np.testing.assert_array_equal(
+            samples["target_present"][place], test.present[start + FRAMES : start + 2 * FRAMES]
+        )
         assert samples["stem"][place] == test.stems[test.clip[number]]
         assert samples["fps"][place] == test.fps[number]
 
@@ -192,8 +219,10 @@ def test_a_kill_after_the_last_epoch(config, monkeypatch):
     resume(folder)
     assert timeless(folder) == timeless(whole)
     assert same_weights(folder, whole)
-    assert (json.loads((folder / "summary.json").read_text())["test"]
-            == json.loads((whole / "summary.json").read_text())["test"])
+    assert (
+        json.loads((folder / "summary.json").read_text())["test"]
+        == json.loads((whole / "summary.json").read_text())["test"]
+    )
 
 
 def test_a_finished_run_is_only_reported_again(config, monkeypatch, capsys):
@@ -240,8 +269,10 @@ def test_a_copy_goes_on_as_a_run_of_its_own(config, monkeypatch):
     assert read_run(copy).stamp == copy.name != read_run(folder).stamp
 
 
-@pytest.mark.parametrize("name", ["20261399_999999", "20261123_224560", "20261123_2245", "20261123_224500-2",
-                                  "20261123_224500 copy", "best_run"])
+@pytest.mark.parametrize(
+    "name",
+    ["20261399_999999", "20261123_224560", "20261123_2245", "20261123_224500-2", "20261123_224500 copy", "best_run"],
+)
 def test_a_run_with_another_name_is_refused_before_any_work(config, monkeypatch, capsys, name):
     stop = stop_in(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -292,8 +323,9 @@ def test_learning_rate_literally():
 
 def test_the_rate_of_each_step_reaches_the_optimiser(config, monkeypatch):
     used, real = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step",
-                        lambda self, *rest: (used.append(self.param_groups[0]["lr"]), real(self, *rest))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *rest: (used.append(self.param_groups[0]["lr"]), real(self, *rest))[1]
+    )
     folder = train(config)
     assert used == [learning_rate(step, 5, config.optim) for step in range(30)]
     assert [row["lr"] for row in rows(folder)] == used[4::5]
@@ -344,8 +376,9 @@ def test_missing_hands_are_scored_only_without_the_mask(config, mask):
     written = [(data.val, model.eval(), validation), (data.test, model, summary["test"])]
     written += [(data.test, BASELINES[name], scores) for name, scores in summary["baselines"].items()]
     for split, predict, scores in written:
-        expected, other = (dataclasses.asdict(summarise(score(predict, split.batches(5), masked)))
-                           for masked in (mask, not mask))
+        expected, other = (
+            dataclasses.asdict(summarise(score(predict, split.batches(5), masked))) for masked in (mask, not mask)
+        )
         assert scores == pytest.approx({name: expected[name] for name in scores}, rel=1e-5)
         assert scores["joint_error"] != pytest.approx(other["joint_error"], rel=1e-3)
 
@@ -412,12 +445,15 @@ def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
             assert row[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (["--weights", "none.pt"], "weights: none.pt is not a file"),
-    (["--config", "none.yaml"], "none.yaml cannot be read"),
-    (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
-    (["--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--weights", "none.pt"], "weights: none.pt is not a file"),
+        (["--config", "none.yaml"], "none.yaml cannot be read"),
+        (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
+        (["--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),
+    ],
+)
 def test_the_users_errors_end_with_2_and_a_sentence(config, capsys, extra, message):
     assert main([*options(config), *extra]) == 2
     captured = capsys.readouterr()
@@ -472,8 +508,24 @@ def test_the_command_from_end_to_end(tmp_path):
     root = tmp_path / "clips"
     write_synthetic(root, 60, 1)
     command = [sys.executable, "-m", "bigru.train"]
-    arguments = ["--data-root", str(root), "--out", str(tmp_path / "runs"), "--observed", "8", "--predicted", "8",
-                 "--hidden-size", "8", "--stride", "12", "--epochs", "100000", "--patience", "100000"]
+    arguments = [
+        "--data-root",
+        str(root),
+        "--out",
+        str(tmp_path / "runs"),
+        "--observed",
+        "8",
+        "--predicted",
+        "8",
+        "--hidden-size",
+        "8",
+        "--stride",
+        "12",
+        "--epochs",
+        "100000",
+        "--patience",
+        "100000",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Where the tests run in the background of a script, SIGINT is ignored, and a child would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -72,8 +72,13 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server():
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
         yield process
 
 
@@ -96,9 +101,33 @@ def options(clips, tmp_path):
     """A run of 5 steps an epoch, of which no batch is two equal halves."""
 
     def options(name, epochs=1, dropout=0.0, *more):
-        return ["--data-root", clips, "--observed", 4, "--predicted", 4, "--hidden-size", 4, "--stride", 10,
-                "--epochs", epochs, "--batch-size", 31, "--dropout", dropout, "--lr", "1e-2", "--warmup-epochs", 0,
-                "--device", "cpu", "--out", tmp_path / name, *more]
+        return [
+            "--data-root",
+            clips,
+            "--observed",
+            4,
+            "--predicted",
+            4,
+            "--hidden-size",
+            4,
+            "--stride",
+            10,
+            "--epochs",
+            epochs,
+            "--batch-size",
+            31,
+            "--dropout",
+            dropout,
+            "--lr",
+            "1e-2",
+            "--warmup-epochs",
+            0,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / name,
+            *more,
+        ]
 
     return options
 
@@ -115,8 +144,9 @@ def near(one, other):
 
 
 def same_figures(one, other):
-    return all(row == pytest.approx(expected, rel=1e-5) for row, expected in
-               zip(timeless(one), timeless(other), strict=True))
+    return all(
+        row == pytest.approx(expected, rel=1e-5) for row, expected in zip(timeless(one), timeless(other), strict=True)
+    )
 
 
 @pytest.mark.parametrize("mask", [(), ("--no-mask-missing",)], ids=["masked", "unmasked"])
@@ -129,7 +159,8 @@ def test_two_processes_train_as_one(run, options, tmp_path, mask):
     assert near(two, one)
     assert same_figures(two, one)
     assert json.loads((two / "summary.json").read_text())["test"] == pytest.approx(
-        json.loads((one / "summary.json").read_text())["test"], rel=1e-5)
+        json.loads((one / "summary.json").read_text())["test"], rel=1e-5
+    )
     # One writes and speaks.
     assert second == ""
     assert len(re.findall("^epoch   1/1", first, re.MULTILINE)) == 1
@@ -208,8 +239,21 @@ def test_a_sweep_goes_on_past_what_the_clips_lack(run, options, clips, tmp_path)
 def test_torchrun_starts_it(options, tmp_path):
     """The real thing, as the documentation gives it."""
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bigru.train",
-         *map(str, options("run"))], capture_output=True, text=True, timeout=200)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "bigru.train",
+            *map(str, options("run")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert result.returncode == 0, result.stderr
     folder = folder_of(tmp_path, "run")
     assert len(rows(folder)) == 1

@@ -60,10 +60,16 @@ def only_run(config, *others):
     return folder
 
 
-@pytest.mark.parametrize(("number", "code", "stop", "epoch", "batch"), [
-    (signal.SIGINT, 130, 8, 1, 3), (signal.SIGTERM, 143, 10, 1, 5),
-    (signal.SIGTERM, 143, 1, 0, 1), (signal.SIGINT, 130, 30, 5, 5),
-], ids=["mid-epoch", "last batch", "first batch", "very last batch"])
+@pytest.mark.parametrize(
+    ("number", "code", "stop", "epoch", "batch"),
+    [
+        (signal.SIGINT, 130, 8, 1, 3),
+        (signal.SIGTERM, 143, 10, 1, 5),
+        (signal.SIGTERM, 143, 1, 0, 1),
+        (signal.SIGINT, 130, 30, 5, 5),
+    ],
+    ids=["mid-epoch", "last batch", "first batch", "very last batch"],
+)
 def test_a_signal_ends_the_run_after_its_step(config, monkeypatch, capsys, number, code, stop, epoch, batch):
     # Dropout is on, so that the random state counts too.
     whole = train(change(config, "optim", epochs=6))
@@ -218,8 +224,13 @@ print(number, kills)
 
 def test_a_run_killed_at_twenty_random_moments(tmp_path):
     write_synthetic(tmp_path / "clips", 24, 1)
-    result = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "clips"), str(tmp_path), "7"], text=True,
-                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path / "clips"), str(tmp_path), "7"],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
     assert result.returncode == 0, result.stderr
     number, kills = result.stdout.split()
     assert kills == "20"
@@ -423,8 +434,9 @@ def test_a_run_stopped_in_an_epoch_of_other_batches(stopped, capsys):
     settings["optim"]["batch_size"] = 5
     (stopped / "config.json").write_text(json.dumps(settings))
     assert main(["--resume", str(stopped)]) == 2
-    assert "stands in the middle of an epoch of 5 batches of 4; by its settings it has 4 of 5" in \
-        capsys.readouterr().err
+    assert (
+        "stands in the middle of an epoch of 5 batches of 4; by its settings it has 4 of 5" in capsys.readouterr().err
+    )
     settings["optim"]["batch_size"] = 4
     (stopped / "config.json").write_text(json.dumps(settings))
     assert main(["--resume", str(stopped)]) == 0

@@ -174,9 +174,12 @@ def describe(path: Path, observed: int, stride: int) -> tuple[str, Clip | None]:
     config = DataConfig(observed=observed, predicted=observed, stride=stride)
     with open_clip(path) as file:
         names = sorted(file)
-        table = tabulate([_dataset_row(file, name) for name in names[:MOST_LISTED]],
-                         ["dataset", "shape", "type", "missing"], colalign=["left", "left", "left", "right"],
-                         disable_numparse=True)  # fmt: skip
+        table = tabulate(
+            [_dataset_row(file, name) for name in names[:MOST_LISTED]],
+            ["dataset", "shape", "type", "missing"],
+            colalign=["left", "left", "left", "right"],
+            disable_numparse=True,
+        )
         more = [f"and {len(names) - MOST_LISTED:,} more"] * (len(names) > MOST_LISTED)
         options = {dataset: f" (for --{name})" for name, dataset in MODALITIES.items()}
         lacks = [name + options.get(name, "") for name in FRAME_SHAPES if name not in names]

@@ -39,8 +39,7 @@ SUBTASKS = (
 
 # ASCII digits only: \d alone would let other scripts' digits through.
 CLIP_NAME = re.compile(
-    r"(p\d{2})-(CAM_(?:AV|LL|LR|UL|UR))-([A-Z]+_[A-Z]{2})-([A-Z]+)-(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)\.mp4",
-    re.ASCII,
+    r"(p\d{2})-(CAM_(?:AV|LL|LR|UL|UR))-([A-Z]+_[A-Z]{2})-([A-Z]+)-(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)\.mp4", re.ASCII
 )
 
 # Nobody films hands at fewer frames per second, or at more. Milliseconds taken for seconds give 0.02 or 0.06.

@@ -127,11 +127,7 @@ def split_frames(frames: int, participant: int, config: DataConfig) -> dict[str,
     if frames < 3 * window:
         return {"train": (0, frames)}
     held = max(window, round(HELD_OUT * frames))
-    return {
-        "train": (0, frames - 2 * held),
-        "val": (frames - 2 * held, frames - held),
-        "test": (frames - held, frames),
-    }
+    return {"train": (0, frames - 2 * held), "val": (frames - 2 * held, frames - held), "test": (frames - held, frames)}
 
 
 def check_participant(participant: int, config: DataConfig) -> None:

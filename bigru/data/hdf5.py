@@ -30,11 +30,7 @@ MAX_FRAMES = 100_000
 MAX_CHUNK_BYTES = 64 * 2**20
 
 # Filters that a chunk may have passed through, in order.
-FILTERS: tuple[list[int], ...] = (
-    [],
-    [h5py.h5z.FILTER_DEFLATE],
-    [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE],
-)
+FILTERS: tuple[list[int], ...] = ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
 
 # How many coordinates of a point or a box are image-normalised, 0 to 1 within the image: x and y of a landmark, whose
 # z has a scale of its own, and all of a box. Gaze is left free: a line of sight meets the image's plane anywhere.
@@ -158,8 +154,12 @@ def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
         if stored > chunk_bytes + chunk_bytes // 100 + 1024 or any(np.greater_equal(place, dataset.shape)):
             raise ClipError("unreadable", f"{name} has a chunk of {stored:,} bytes at {place}")
         skipped, packed = dataset.id.read_direct_chunk(place)
-        content = _unpack(packed, [code for bit, code in enumerate(filters) if not skipped >> bit & 1], chunk_bytes,
-                          dataset.dtype.itemsize)  # fmt: skip
+        content = _unpack(
+            packed,
+            [code for bit, code in enumerate(filters) if not skipped >> bit & 1],
+            chunk_bytes,
+            dataset.dtype.itemsize,
+        )
         if len(content) != chunk_bytes:
             raise ClipError("unreadable", f"{name} has a chunk of {len(content):,} bytes, expected {chunk_bytes:,}")
         part = values[tuple(slice(start, start + size) for start, size in zip(place, dataset.chunks, strict=True))]

@@ -125,11 +125,7 @@ class BiGRU(nn.RNNBase):
         return gru
 
     def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs the GRU over a batch of sequences.
 

@@ -132,9 +132,7 @@ def check_recurrence(
         raise RuntimeError(f"gi: expected a CUDA tensor, which the {kernel} kernels need, got one on {gi.device}")
     if gi.device.type != "cuda" and not launch.interpreted():
         raise RuntimeError(f"gi: expected a CUDA tensor (or TRITON_INTERPRET=1), got one on {gi.device}")
-    if refusal := launch.refusal(
-        kernel, hidden, gi.dtype, precision, launch.describe(gi.device), packing is not None
-    ):
+    if refusal := launch.refusal(kernel, hidden, gi.dtype, precision, launch.describe(gi.device), packing is not None):
         raise RuntimeError(f"kernel {kernel!r} cannot serve this call: {refusal}")
 
 

@@ -225,19 +225,25 @@ def load_forecaster(path: Path, **options: Any) -> HandForecaster:
     weights = _read_weights(path)
     names = [f"encoder.core.weight_{part}_l0" for part in ("ih", "hh")]
     if missing := [name for name in names if name not in weights]:
-        raise CheckpointError(f"weights: {path} is no forecaster's state dict: no {', '.join(missing)}; it holds "
-                              f"{', '.join(list(weights)[:5]) or 'nothing'}")
+        raise CheckpointError(
+            f"weights: {path} is no forecaster's state dict: no {', '.join(missing)}; it holds "
+            f"{', '.join(list(weights)[:5]) or 'nothing'}"
+        )
     for name in names:
         if _kind(weights[name]) or weights[name].dim() != 2 or 0 in weights[name].shape:
             raise CheckpointError(f"weights: {path}: expected a dense floating-point matrix in {name}")
     (rows, input_size), (gates, hidden_size) = (weights[name].shape for name in names)
     # Before a network of such a size is made.
     if not rows == gates == 3 * hidden_size:
-        raise CheckpointError(f"weights: {path}: expected {3 * hidden_size} rows in {' and '.join(names)}, "
-                              f"three gates of {hidden_size} units, got {rows} and {gates}")
+        raise CheckpointError(
+            f"weights: {path}: expected {3 * hidden_size} rows in {' and '.join(names)}, "
+            f"three gates of {hidden_size} units, got {rows} and {gates}"
+        )
     if modalities_of(input_size) is None:
-        raise CheckpointError(f"weights: {path} is for {input_size} features, expected {POSE_SIZE} for hands and for "
-                              f"other modalities {MODALITY_SIZES}")
+        raise CheckpointError(
+            f"weights: {path} is for {input_size} features, expected {POSE_SIZE} for hands and for "
+            f"other modalities {MODALITY_SIZES}"
+        )
     layers = sum(name.startswith("encoder.core.weight_ih_l") and not name.endswith("_reverse") for name in weights)
     model = HandForecaster(input_size, hidden_size, layers, **options)
     _fit(model, weights, path)
@@ -251,8 +257,9 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     kinds = {name: _kind(weights[name]) for name in expected if name in weights}
     odd = [f"{name} is {kind}" for name, kind in kinds.items() if kind]
     if odd:
-        raise CheckpointError(f"weights: {path}: expected dense tensors of float16, bfloat16, float32 or float64, but "
-                              f"{', '.join(odd)}")
+        raise CheckpointError(
+            f"weights: {path}: expected dense tensors of float16, bfloat16, float32 or float64, but {', '.join(odd)}"
+        )
     problems = []
     if missing := sorted(expected.keys() - weights.keys()):
         problems.append(f"missing {', '.join(missing)}")
@@ -348,8 +355,9 @@ def _unpickled(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused, it is damaged or holds more than tensors and numbers: "
-                              f"{str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path}: refused, it is damaged or holds more than tensors and numbers: {str(error).splitlines()[0]}"
+        ) from error
     # What the unpickler raises for a damaged file depends on where the damage is: nearly anything.
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

@@ -180,8 +180,10 @@ def by_subtask(rows: Tensor, subtask: Tensor, names: Sequence[str]) -> list[dict
         names: what the subtasks are called.
     """
     numbers = subtask.to(rows.device)
-    return [{"subtask": "other" if number < 0 else names[number], **summarise(rows[numbers == number]).scores()}
-            for number in numbers.unique().tolist()]
+    return [
+        {"subtask": "other" if number < 0 else names[number], **summarise(rows[numbers == number]).scores()}
+        for number in numbers.unique().tolist()
+    ]
 
 
 def joint_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
@@ -220,8 +222,9 @@ def score(predict: Callable[[Tensor], Tensor], batches: Iterable[Scored], mask_m
         batches: see `Scored`.
         mask_missing: leave missing hands out of the loss and the joint error.
     """
-    return torch.cat([window_errors(predict(batch.x), batch.target, batch.present if mask_missing else None)
-                      for batch in batches])
+    return torch.cat(
+        [window_errors(predict(batch.x), batch.target, batch.present if mask_missing else None) for batch in batches]
+    )
 
 
 def evaluate(model: nn.Module, batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:

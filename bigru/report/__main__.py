@@ -52,13 +52,19 @@ def performance(arguments: Sequence[str]) -> int:
         epilog="Exits with 1 if a record is broken: it is left out, and named here and in the document.",
     )
     parser.add_argument(
-        "--results", type=Path, metavar="DIR", default=Path("benchmarks/results"),
+        "--results",
+        type=Path,
+        metavar="DIR",
+        default=Path("benchmarks/results"),
         help="folder of records (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", default=Path("PERFORMANCE.md"),
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("PERFORMANCE.md"),
         help="the document; plots go to docs/images/performance in its folder (default: %(default)s)",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments[1:])
     written, results = write_performance(options.results, options.out)
     print(*written, sep="\n")

@@ -36,10 +36,13 @@ def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
     axes = figure.add_axes((left / across, below / total, width / across, height / total))
     figures.frame_panel(axes, (x0, x1, top, bottom), first=True)
     axes.set_xlabel(figures.axes_text(centre), fontsize=7.5)
-    figure.text(left / across, 1 - 0.08 / total, figures.row_title(samples, row, 36), fontsize=8, va="top",
-                fontweight="bold")  # fmt: skip
-    lines = {name: axes.plot([], [], label=name, marker="o", markersize=3, markevery=figures.WRISTS, **look)[0]
-             for name, look in figures.LOOKS.items()}  # fmt: skip
+    figure.text(
+        left / across, 1 - 0.08 / total, figures.row_title(samples, row, 36), fontsize=8, va="top", fontweight="bold"
+    )
+    lines = {
+        name: axes.plot([], [], label=name, marker="o", markersize=3, markevery=figures.WRISTS, **look)[0]
+        for name, look in figures.LOOKS.items()
+    }
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1, fontsize=7.5)
     writer = PillowWriter(fps=max(1, round(fps / step)))
     # A folder of its own: the writer wants a path.

@@ -69,9 +69,14 @@ def name_line_ends(axes: Axes, lines: dict[str, np.ndarray], colors: dict[str, s
         places[lower] = min(places[lower], places[upper] - NAME_HEIGHT)
     for name in order:
         axes.text(
-            1.015, places[name], f"{name}  {last[name]:.0f}", transform=axes.transAxes, va="center", fontsize=8,
+            1.015,
+            places[name],
+            f"{name}  {last[name]:.0f}",
+            transform=axes.transAxes,
+            va="center",
+            fontsize=8,
             color=colors[name],
-        )  # fmt: skip
+        )
 
 
 @styled

@@ -29,8 +29,9 @@ def draw_clip(name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, pre
     """
     joints_px = np.where(present[..., None, None], hands[..., :2] * IMAGE_PX, np.nan)  # (F, 2, 21, 2)
     figure = Figure(figsize=(WIDTH_IN, 4.5), dpi=DPI)
-    rows = figure.add_gridspec(4, 1, height_ratios=[1.2, 1, 1, 0.34], left=0.085, right=0.985, top=0.865, bottom=0.1,
-                               hspace=0.32)  # fmt: skip
+    rows = figure.add_gridspec(
+        4, 1, height_ratios=[1.2, 1, 1, 0.34], left=0.085, right=0.985, top=0.865, bottom=0.1, hspace=0.32
+    )
     shots = rows[0].subgridspec(1, SNAPSHOTS, wspace=0.08)
     limits = _limits(joints_px)
     for column, moment in enumerate(np.linspace(seconds[0], seconds[-1], SNAPSHOTS)):
@@ -57,8 +58,14 @@ def draw_clip(name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, pre
     figure.text(0.085, 0.985, shown, fontsize=8, fontweight="bold", va="top")
     caption = f"{len(seconds):,} frames at {fps:g} per second; px of the 1728 x 972 image, y pointing down"
     figure.text(0.085, 0.945, caption, fontsize=7.5, color=INK, va="top")
-    figure.legend(handles=[Line2D([], [], color=colour, label=f"{hand} hand") for hand, colour in HANDS], ncols=2,
-                  loc="upper right", bbox_to_anchor=(0.99, 0.965), borderaxespad=0, fontsize=7.5)  # fmt: skip
+    figure.legend(
+        handles=[Line2D([], [], color=colour, label=f"{hand} hand") for hand, colour in HANDS],
+        ncols=2,
+        loc="upper right",
+        bbox_to_anchor=(0.99, 0.965),
+        borderaxespad=0,
+        fontsize=7.5,
+    )
     return figure
 
 
@@ -76,14 +83,19 @@ def _limits(joints_px: np.ndarray) -> tuple[float, float, float, float]:
     return x0, x1, top, bottom
 
 
-def _draw_snapshot(
-    axes: Axes, joints_px: np.ndarray, limits: tuple[float, float, float, float], first: bool
-) -> None:
+def _draw_snapshot(axes: Axes, joints_px: np.ndarray, limits: tuple[float, float, float, float], first: bool) -> None:
     """Both hands, (2, 21, 2) in pixels, NaN where not seen."""
     for hand, (name, colour) in enumerate(HANDS):
         if np.isnan(joints_px[hand]).any():
-            axes.text(0.03 if hand == 0 else 0.97, 0.03, f"{name} missing", transform=axes.transAxes, ha=name,
-                      fontsize=6.5, color=FAINT)  # fmt: skip
+            axes.text(
+                0.03 if hand == 0 else 0.97,
+                0.03,
+                f"{name} missing",
+                transform=axes.transAxes,
+                ha=name,
+                fontsize=6.5,
+                color=FAINT,
+            )
             continue
         line = np.where(STROKE[:, None] < 0, np.nan, joints_px[hand][STROKE])
         axes.plot(line[:, 0], line[:, 1], color=colour, linewidth=0.9, solid_joinstyle="round")
@@ -95,9 +107,7 @@ def _draw_snapshot(
     axes.tick_params(length=2, pad=1.5, labelsize=6.5, labelleft=first)
 
 
-def _draw_presence(
-    axes: Axes, seconds: np.ndarray, present: np.ndarray, fps: float, span: tuple[float, float]
-) -> None:
+def _draw_presence(axes: Axes, seconds: np.ndarray, present: np.ndarray, fps: float, span: tuple[float, float]) -> None:
     """A bar a hand, drawn where it was seen, and the share of frames in which it was not."""
     labels = []
     for hand, (name, colour) in enumerate(HANDS):

@@ -63,8 +63,9 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     if not frames.lines:
         frames.set_xticks([])
         frames.texts[0].set_text("not recorded by these runs")
-    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.06, 0.0), fontsize=7.5, handlelength=2.6,
-                  labelspacing=0.35)  # fmt: skip
+    figure.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0.06, 0.0), fontsize=7.5, handlelength=2.6, labelspacing=0.35
+    )
     return figure
 
 

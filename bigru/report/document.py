@@ -312,8 +312,7 @@ def _by_frame_rate(record: RunRecord) -> str:
         return "No test window was scored."
     headers = ["fps", "horizon (s)", "windows", *(label for _, label, _ in MEASURES)]
     return blocks(
-        f"The {predicted} predicted frames reach further ahead the lower the frame rate.",
-        table(headers, rows, left=0),
+        f"The {predicted} predicted frames reach further ahead the lower the frame rate.", table(headers, rows, left=0)
     )
 
 

@@ -124,9 +124,15 @@ def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
     axes.axvline(record.best_epoch, color=INK, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1)
     # Above the frame, where no curve runs.
     axes.text(
-        record.best_epoch, 1.015, f"{record.best_epoch}", transform=axes.get_xaxis_transform(),
-        ha="center", va="bottom", fontsize=7, color=INK,
-    )  # fmt: skip
+        record.best_epoch,
+        1.015,
+        f"{record.best_epoch}",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="bottom",
+        fontsize=7,
+        color=INK,
+    )
     margin = max(0.5, 0.02 * len(epochs))
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
@@ -188,13 +194,15 @@ def forecasts(samples: Samples, centre: str = "frame") -> Figure:
             _draw_panel(axes, samples, row, frames[column - 1] if column else None)
             frame_panel(axes, limits[row], first=column == 0)
         top -= height + below
-    figure.text(0.5, 0.03 / total, axes_text(centre),
-                ha="center", va="bottom", fontsize=7.5, color=INK)  # fmt: skip
+    figure.text(0.5, 0.03 / total, axes_text(centre), ha="center", va="bottom", fontsize=7.5, color=INK)
     known = bool(np.isfinite(samples.target).any())
     figure.legend(
         handles=[Line2D([], [], label=name, **look) for name, look in LOOKS.items() if known or name != "true"],
-        loc="upper left", bbox_to_anchor=((left - 0.08) / WIDTH_IN, 1.0), ncols=3, borderaxespad=0.2,
-    )  # fmt: skip
+        loc="upper left",
+        bbox_to_anchor=((left - 0.08) / WIDTH_IN, 1.0),
+        ncols=3,
+        borderaxespad=0.2,
+    )
     return figure
 
 
@@ -237,8 +245,9 @@ def row_limits(
     """x0, x1, top, bottom in pixels that hold all hands of these frames, no flatter or taller than reads well."""
     drawn = [(samples.observed[row, frame], samples.observed_present[row, frame]) for frame in observed]
     for frame in predicted:
-        drawn += [(poses[row, frame], samples.target_present[row, frame])
-                  for poses in (samples.predicted, samples.target)]  # fmt: skip
+        drawn += [
+            (poses[row, frame], samples.target_present[row, frame]) for poses in (samples.predicted, samples.target)
+        ]
     points = [hand_px(pose, hand) for pose, present in drawn for hand in (0, 1) if present[hand]]
     cloud = np.concatenate(points) if points else np.zeros((0, 2))
     cloud = cloud[np.isfinite(cloud).all(axis=1)]

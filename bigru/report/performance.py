@@ -168,15 +168,36 @@ def _of_arch(arch: str, rows: Sequence[Compiled]) -> list[str]:
 def _sizes(rows: Sequence[Compiled]) -> str:
     if not rows:
         return "None compiled."
-    headers = ["kernel", "precision", "H", "N", "warps", "registers", "spilled, B", "shared, B", "limit, B",
-               "instructions a step", "barriers a step", "problem"]  # fmt: skip
+    headers = [
+        "kernel",
+        "precision",
+        "H",
+        "N",
+        "warps",
+        "registers",
+        "spilled, B",
+        "shared, B",
+        "limit, B",
+        "instructions a step",
+        "barriers a step",
+        "problem",
+    ]
     ordered = sorted(rows, key=lambda row: (row.hidden, MODES.index(row.mode), row.rows or 0))
     return table(headers, [_size_cells(row) for row in ordered], left=2)
 
 
 def _size_cells(row: Compiled) -> list[str]:
-    sizes = (row.hidden, row.rows, row.warps, row.registers, row.spilled, row.shared, row.limit, row.instructions,
-             row.barriers)  # fmt: skip
+    sizes = (
+        row.hidden,
+        row.rows,
+        row.warps,
+        row.registers,
+        row.spilled,
+        row.shared,
+        row.limit,
+        row.instructions,
+        row.barriers,
+    )
     numbers = ["-" if size is None else f"{size:,}" for size in sizes]
     return [plain(row.kernel), row.mode, *numbers, plain(row.problem) or "none"]
 
@@ -186,10 +207,15 @@ def _on_a_cpu(records: Sequence[CpuRecord], folder: str) -> str:
         return f"{NOT_MEASURED} `python -m pytest benchmarks --benchmark-json FILE` writes the record."
     record = records[0]
     cells = [
-        [plain(row.name), significant(row.bigru_ms), significant(row.nn_gru_ms), f"{significant(row.ratio)}x",
-         f"{significant(row.low)} to {significant(row.high)}"]
+        [
+            plain(row.name),
+            significant(row.bigru_ms),
+            significant(row.nn_gru_ms),
+            f"{significant(row.ratio)}x",
+            f"{significant(row.low)} to {significant(row.high)}",
+        ]
         for row in record.rows
-    ]  # fmt: skip
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return blocks(
         f"On a CPU `BiGRU` is ATen's own GRU: these rows show what the module adds on top of {PEER}, and nothing about "

@@ -102,11 +102,15 @@ def _main_table(record: GpuRecord, rows: Sequence[Timing]) -> str:
     headers = ["precision", "path", *(f"{label}, ms (ratio)" for label in MEASURES.values())]
     cells = [
         [
-            row.work.mode, plain(row.path), *_figure_cells(record, row), _quartiles(row), _error(row.error),
+            row.work.mode,
+            plain(row.path),
+            *_figure_cells(record, row),
+            _quartiles(row),
+            _error(row.error),
             significant(row.peak_mib),
         ]
         for row in _by_mode(rows)
-    ]  # fmt: skip
+    ]
     return table([*headers, "GPU time, quartiles", "error", "peak MiB"], cells, left=2)
 
 
@@ -125,8 +129,11 @@ def _speed(record: GpuRecord, drawn: Plots) -> str:
 def _time_per_step(record: GpuRecord, drawn: Plots) -> str:
     parts = []
     for group, work in (
-        ("recurrence", "forward"), ("recurrence", "backward"), ("layer", "forward"), ("layer", "forward+backward")
-    ):  # fmt: skip
+        ("recurrence", "forward"),
+        ("recurrence", "backward"),
+        ("layer", "forward"),
+        ("layer", "forward+backward"),
+    ):
         caption = f"Time per step of the {group}, {work}"
         figure = plots.steps(record, group, work)
         parts += _plot(f"steps-{_slug(f'{group} {work}')}", caption, figure, record, drawn)
@@ -180,12 +187,24 @@ def _losses(record: GpuRecord, drawn: Plots) -> str:
     if not (found := losses(record)):
         return f"Nowhere: no ratio is below {LOSS} in {compared} rows."
     cells = [
-        [f"{row.work.group}, {row.work.work}", plots.shape_name(row.work.shape), row.work.mode, row.path,
-         *(_marked(record.ratio(row, measure)) for measure in MEASURES), _best(record, row)]
+        [
+            f"{row.work.group}, {row.work.work}",
+            plots.shape_name(row.work.shape),
+            row.work.mode,
+            row.path,
+            *(_marked(record.ratio(row, measure)) for measure in MEASURES),
+            _best(record, row),
+        ]
         for row in found
-    ]  # fmt: skip
-    headers = ["work", "shape", "precision", "path", *(f"{label}, ratio" for label in MEASURES.values()),
-               "best of ours, GPU time"]  # fmt: skip
+    ]
+    headers = [
+        "work",
+        "shape",
+        "precision",
+        "path",
+        *(f"{label}, ratio" for label in MEASURES.values()),
+        "best of ours, GPU time",
+    ]
     return blocks(
         f"Each row of our paths with a ratio below {LOSS} (bold), worst first: {len(found)} of {compared} compared. "
         "The last column is our fastest path there.",
@@ -215,12 +234,28 @@ def _training(record: GpuRecord, drawn: Plots) -> str:
         if not (rows := record.select(group)):
             continue
         cells = [
-            [plots.shape_name(row.work.shape), row.work.mode, plain(row.path), *_figure_cells(record, row),
-             _throughput(row, "eager_ms"), _throughput(row, "graph_ms"), _error(row.error), significant(row.peak_mib)]
+            [
+                plots.shape_name(row.work.shape),
+                row.work.mode,
+                plain(row.path),
+                *_figure_cells(record, row),
+                _throughput(row, "eager_ms"),
+                _throughput(row, "graph_ms"),
+                _error(row.error),
+                significant(row.peak_mib),
+            ]
             for row in sorted(_by_mode(rows), key=lambda row: plots.shape_name(row.work.shape))
-        ]  # fmt: skip
-        headers = ["shape", "precision", "path", *(f"{label}, ms (ratio)" for label in MEASURES.values()),
-                   f"{unit} eager", f"{unit} graph", "error", "peak MiB"]  # fmt: skip
+        ]
+        headers = [
+            "shape",
+            "precision",
+            "path",
+            *(f"{label}, ms (ratio)" for label in MEASURES.values()),
+            f"{unit} eager",
+            f"{unit} graph",
+            "error",
+            "peak MiB",
+        ]
         parts += [f"**{group}**", table(headers, cells, left=3), _under(record)]
     return blocks(*parts) if parts else "Not measured in this record."
 
@@ -237,8 +272,19 @@ def _correctness(record: GpuRecord, drawn: Plots) -> str:
     groups: dict[tuple[str, str], list[Correctness]] = {}
     for row in record.correctness:
         groups.setdefault((row.kernel, row.mode), []).append(row)
-    headers = ["kernel", "precision", "rows", "passed", "failed", "refused", "same bits again", "worst error",
-               "tolerance", "of", "at"]  # fmt: skip
+    headers = [
+        "kernel",
+        "precision",
+        "rows",
+        "passed",
+        "failed",
+        "refused",
+        "same bits again",
+        "worst error",
+        "tolerance",
+        "of",
+        "at",
+    ]
     cells = [_summary([kernel, mode], rows) for (kernel, mode), rows in groups.items()]
     parts = [
         "Outputs and every gradient against fp64, norm-relative. The worst error is that of all rows that ran.",
@@ -280,10 +326,16 @@ def _checks(record: GpuRecord, drawn: Plots) -> str:
     if not record.checks:
         return "Not measured in this record."
     cells = [
-        [plain(check.name), plain(check.kernel) or "-", check.mode or "all", plots.shape_name(check.shape) or "-",
-         check.status, plain(check.message) or "-"]
+        [
+            plain(check.name),
+            plain(check.kernel) or "-",
+            check.mode or "all",
+            plots.shape_name(check.shape) or "-",
+            check.status,
+            plain(check.message) or "-",
+        ]
         for check in record.checks
-    ]  # fmt: skip
+    ]
     return blocks(
         "A planted defect passes when the tests find it.",
         table(["check", "kernel", "precision", "shape", "status", "message"], cells, left=6),

@@ -87,8 +87,11 @@ def _size_order(shape: Shape) -> tuple[int, ...]:
 def shape_name(shape: Shape) -> str:
     """The sizes by their letters; input and layers only where they are not the main workload's."""
     named = [("T", shape.steps), ("B", shape.batch), ("H", shape.hidden)]
-    named += [(letter, size) for letter, size, main in
-              (("I", shape.input, MAIN.input), ("L", shape.layers, MAIN.layers)) if size != main]  # fmt: skip
+    named += [
+        (letter, size)
+        for letter, size, main in (("I", shape.input, MAIN.input), ("L", shape.layers, MAIN.layers))
+        if size != main
+    ]
     return " ".join(f"{letter}={size}" for letter, size in named if size is not None)
 
 
@@ -120,9 +123,16 @@ def _name_modes(axes: Axes, modes: Sequence[str]) -> None:
     for mode in dict.fromkeys(modes):
         at = [j for j, other in enumerate(modes) if other == mode]
         axes.annotate(
-            mode, (sum(at) / len(at), 1), (0, 30), xycoords=("data", "axes fraction"), textcoords="offset points",
-            ha="center", va="bottom", fontweight="bold", fontsize=7.5,
-        )  # fmt: skip
+            mode,
+            (sum(at) / len(at), 1),
+            (0, 30),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontweight="bold",
+            fontsize=7.5,
+        )
         if at[-1] + 1 < len(modes):
             axes.axvline(at[-1] + 0.5, color=INK, linewidth=0.8)
 
@@ -189,8 +199,11 @@ def _sweeps(
                     [(size, value(row)) for size, of_size in sizes.items() for row in of_size if row.path == path],
                 )
             if floor is not None:
-                lowest = [(size, min(known)) for size, of_size in sizes.items()
-                          if (known := [floor(row) for row in of_size if math.isfinite(floor(row))])]  # fmt: skip
+                lowest = [
+                    (size, min(known))
+                    for size, of_size in sizes.items()
+                    if (known := [floor(row) for row in of_size if math.isfinite(floor(row))])
+                ]
                 if lowest:
                     floors = True
                     axes.plot(*zip(*lowest, strict=True), label="floor", zorder=1, **FLOOR)
@@ -271,8 +284,11 @@ def history(records: Sequence[GpuRecord]) -> Figure | None:
     rows: dict[tuple[str, str], list[tuple[datetime, Timing]]] = {followed: [] for followed in FOLLOWED}
     for record in sorted(records, key=lambda record: record.date):
         for followed, found in rows.items():
-            found += [(record.date, row) for row in record.select(*followed)
-                      if row.work.shape.is_main and math.isfinite(row.gpu_ms)]  # fmt: skip
+            found += [
+                (record.date, row)
+                for row in record.select(*followed)
+                if row.work.shape.is_main and math.isfinite(row.gpu_ms)
+            ]
     rows = {followed: found for followed, found in rows.items() if found}
     every = [dated for found in rows.values() for dated in found]
     dates = sorted({date for date, _ in every})
@@ -346,8 +362,10 @@ def _title(figure: Figure, text: str) -> None:
 
 def _legend(figure: Figure, paths: Sequence[str], floor: bool) -> None:
     looks = [(path, *LOOKS.get(path, OTHER)) for path in paths]
-    handles = [Line2D([], [], color=colour, marker=marker, markersize=3, linewidth=1.1, label=path)
-               for path, colour, marker in looks]  # fmt: skip
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markersize=3, linewidth=1.1, label=path)
+        for path, colour, marker in looks
+    ]
     if floor:
         handles.append(Line2D([], [], label="floor", **FLOOR))
     at = (0.0, 1 - 0.20 / figure.get_figheight())

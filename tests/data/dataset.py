@@ -8,6 +8,8 @@ from bigru.config import DataConfig
 from bigru.data.synthetic import write_clip, write_index
 
 CONFIG = DataConfig(observed=4, predicted=4, stride=3)
+
+
 def stem_of(participant, number=0):
     return f"p{participant:02d}-CAM_AV-BIAH_RB-BHO-{number}_3.5"
 

@@ -61,8 +61,17 @@ def reads(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("changes", [{}, {"gaze": True, "objects": True, "surrogate": True}, {"centre": "last"},
-                                     {"resample": 100.0}, {"split": "time", "observed": 3, "predicted": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gaze": True, "objects": True, "surrogate": True},
+        {"centre": "last"},
+        {"resample": 100.0},
+        {"split": "time", "observed": 3, "predicted": 3},
+    ],
+    ids=str,
+)
 def test_second_run_maps_what_the_first_one_read(root, reads, changes):
     config = config_for(root, **changes)
     first = load_dataset(config)
@@ -97,8 +106,19 @@ def test_every_setting_is_either_stored_or_known_to_change_nothing_stored():
     assert {item.name for item in dataclasses.fields(DataConfig)} == set(SETTINGS) | free
 
 
-@pytest.mark.parametrize("changes", [{"gaze": True}, {"objects": True}, {"surrogate": True}, {"centre": "last"},
-                                     {"resample": 100.0}, {"observed": 3, "predicted": 3}, {"split": "time"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gaze": True},
+        {"objects": True},
+        {"surrogate": True},
+        {"centre": "last"},
+        {"resample": 100.0},
+        {"observed": 3, "predicted": 3},
+        {"split": "time"},
+    ],
+    ids=str,
+)
 def test_other_settings_have_a_file_of_their_own(root, changes):
     config = config_for(root, observed=2, predicted=2)
     load_dataset(config)

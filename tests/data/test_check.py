@@ -175,8 +175,13 @@ def test_describe_says_what_is_wrong_with_each_dataset_and_draws_nothing(tmp_pat
         file.create_group("group")
     assert main(["describe", str(path), "--out", str(tmp_path / "x.png")]) == 1
     text = capsys.readouterr().out
-    for words in ("non-finite: left_landmarks in frame 5", "wrong shape: norm_gaze is (8, 3)", "linked: elsewhere is a",
-                  "no dataset", "cannot be used: non-finite: left_landmarks in frame 5"):  # fmt: skip
+    for words in (
+        "non-finite: left_landmarks in frame 5",
+        "wrong shape: norm_gaze is (8, 3)",
+        "linked: elsewhere is a",
+        "no dataset",
+        "cannot be used: non-finite: left_landmarks in frame 5",
+    ):
         assert words in text
     assert "\x1b" not in text
     assert not (tmp_path / "x.png").exists()

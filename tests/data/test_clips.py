@@ -89,10 +89,7 @@ def test_older_layout_gives_hands_and_gaze_but_no_objects(path):
     assert clip.hands.shape == (FRAMES, 2, 21, 3)
     assert clip.gaze is not None
     assert clip.objects is None
-    assert refusal(path, ALL) == (
-        "missing dataset",
-        "rec_bboxes, surrogate_hands (the older layout, bboxes only)",
-    )
+    assert refusal(path, ALL) == ("missing dataset", "rec_bboxes, surrogate_hands (the older layout, bboxes only)")
 
 
 def test_a_modality_that_is_off_is_not_looked_at(path):
@@ -239,12 +236,7 @@ def test_non_finite_values(path, name, value):
 @pytest.mark.parametrize("value", [-10.5, 10.5, 1728.0, -3e38])
 @pytest.mark.parametrize(
     ("name", "place"),
-    [
-        ("left_landmarks", (20, 0)),
-        ("right_landmarks", (0, 1)),
-        ("rec_bboxes", (29, 3)),
-        ("surrogate_hands", (1, 0)),
-    ],
+    [("left_landmarks", (20, 0)), ("right_landmarks", (0, 1)), ("rec_bboxes", (29, 3)), ("surrogate_hands", (1, 0))],
 )
 def test_values_far_outside_the_image(path, name, place, value):
     arrays = clip_arrays()

@@ -319,8 +319,7 @@ def test_ensure_rebuilds_what_it_cannot_trust(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [((2, 0), "clips: expected at least 3"), ((3, -1), "seed: expected 0 or more")],
+    ("arguments", "words"), [((2, 0), "clips: expected at least 3"), ((3, -1), "seed: expected 0 or more")]
 )
 def test_bad_arguments(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):

@@ -330,14 +330,7 @@ def test_batch_follows_its_indices(three_clips):
 
 @pytest.mark.parametrize(
     ("batch_size", "drop_last", "sizes"),
-    [
-        (2, False, [2, 2, 1]),
-        (2, True, [2, 2]),
-        (5, True, [5]),
-        (1, True, [1] * 5),
-        (6, False, [5]),
-        (6, True, [5]),
-    ],
+    [(2, False, [2, 2, 1]), (2, True, [2, 2]), (5, True, [5]), (1, True, [1] * 5), (6, False, [5]), (6, True, [5])],
 )
 def test_batches_cover_the_windows_once_in_order(three_clips, batch_size, drop_last, sizes):
     test = load_dataset(config_for(three_clips[0])).test

@@ -21,10 +21,19 @@ def same_parameters(a, b):
 
 
 class TestOneModule:
-    @pytest.mark.parametrize("options", [
-        {}, {"bias": False}, {"dropout": 0.5}, {"batch_first": False}, {"dtype": torch.float64}, {"device": "meta"},
-        {"num_layers": 1},
-    ], ids=str)  # fmt: skip
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"bias": False},
+            {"dropout": 0.5},
+            {"batch_first": False},
+            {"dtype": torch.float64},
+            {"device": "meta"},
+            {"num_layers": 1},
+        ],
+        ids=str,
+    )
     def test_there_and_back(self, options):
         gru = make(**options).eval()
         gru.weight_hh_l0.requires_grad_(False)
@@ -76,10 +85,15 @@ class TestOneModule:
 class TestModel:
     def test_replaces_in_place(self):
         shared = make()
-        model = nn.ModuleDict({
-            "a": shared, "b": nn.Sequential(make(dropout=0.1), nn.Linear(8, 2)), "again": shared, "one": nn.GRU(3, 4),
-            "lstm": nn.LSTM(3, 4, bidirectional=True),
-        })  # fmt: skip
+        model = nn.ModuleDict(
+            {
+                "a": shared,
+                "b": nn.Sequential(make(dropout=0.1), nn.Linear(8, 2)),
+                "again": shared,
+                "one": nn.GRU(3, 4),
+                "lstm": nn.LSTM(3, 4, bidirectional=True),
+            }
+        )
         model.b.eval()
         before, ids = copy.deepcopy(model), {name: id(p) for name, p in model.named_parameters()}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

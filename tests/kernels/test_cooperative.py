@@ -46,22 +46,26 @@ class TestRefusal:
         assert "hidden_size is 4096" in reason
         assert "the 132 processors at once, 227 KiB each" in reason
 
-    @pytest.mark.parametrize(("hidden", "mode", "served"), [
-        (512, "fp32", {"A100", "H100", "B200"}),
-        (768, "fp32", {"A100", "H100", "B200"}),
-        (1024, "fp32", {"H100", "B200"}),
-        (1152, "fp32", {"H100", "B200"}),
-        (1153, "fp32", set()),
-        *((1024, mode, {"A100", "H100", "B200"}) for mode in NARROW),
-        *((2048, mode, {"H100", "B200"}) for mode in NARROW),
-        *((2300, mode, set()) for mode in NARROW),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("hidden", "mode", "served"),
+        [
+            (512, "fp32", {"A100", "H100", "B200"}),
+            (768, "fp32", {"A100", "H100", "B200"}),
+            (1024, "fp32", {"H100", "B200"}),
+            (1152, "fp32", {"H100", "B200"}),
+            (1153, "fp32", set()),
+            *((1024, mode, {"A100", "H100", "B200"}) for mode in NARROW),
+            *((2048, mode, {"H100", "B200"}) for mode in NARROW),
+            *((2300, mode, set()) for mode in NARROW),
+        ],
+    )
     def test_what_fits(self, hidden, mode, served):
         assert {name for name, device in DEVICES.items() if refusal(hidden, *MODES[mode], device) is None} == served
 
-    @pytest.mark.parametrize(("hidden", "mode", "served"), [
-        (640, "fp32", True), (641, "fp32", False), (640, "tf32", True), (641, "tf32", False), (1024, "bf16", True),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("hidden", "mode", "served"),
+        [(640, "fp32", True), (641, "fp32", False), (640, "tf32", True), (641, "tf32", False), (1024, "bf16", True)],
+    )
     def test_what_compiles_without_a_spill_under_a_newer_triton(self, hidden, mode, served, monkeypatch):
         monkeypatch.setattr(cooperative, "NEWER_TRITON", True)
         reason = refusal(hidden, *MODES[mode], H100)
@@ -230,9 +234,9 @@ class TestOneProgramAGroup:
     """The arithmetic, with nobody to wait for: so it runs in the interpreter too."""
 
     @pytest.mark.usefixtures("poisoned")
-    @pytest.mark.parametrize(("mode", "hidden", "rows"), [
-        ("fp32", 16, 16), ("tf32", 13, 16), ("bf16", 16, 32), ("fp16", 7, 16)
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("mode", "hidden", "rows"), [("fp32", 16, 16), ("tf32", 13, 16), ("bf16", 16, 32), ("fp16", 7, 16)]
+    )
     def test_matches_fp64_reference(self, mode, hidden, rows, kernel_device):
         dtype, precision = MODES[mode]
         inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
@@ -268,9 +272,9 @@ class TestOnGpu:
         return CooperativeConfig(32, 16, 256, 5, blocks=1, directions=1, split=True), inputs, upstream
 
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize(("units", "rows", "blocks", "directions"), [
-        (16, 16, 2, 2), (16, 32, 1, 2), (32, 16, 1, 1), (32, 32, 2, 1)
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("units", "rows", "blocks", "directions"), [(16, 16, 2, 2), (16, 32, 1, 2), (32, 16, 1, 1), (32, 32, 2, 1)]
+    )
     def test_matches_fp64_reference(self, units, rows, blocks, directions, mode, kernel_device):
         dtype, precision = MODES[mode]
         inputs, upstream = make_inputs((5, 35, 200), dtype, kernel_device)

@@ -51,11 +51,20 @@ def configurations(draw, dtypes, largest):
     leaves = 2 + layers * (8 if bias else 4)
     every = (1 << leaves) - 1
     return Configuration(
-        steps, batch, draw(st.integers(1, 9)), draw(st.integers(1, 19)), layers, bias, draw(st.booleans()),
-        draw(st.booleans()), lengths, draw(st.sampled_from(dtypes)),
+        steps,
+        batch,
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 19)),
+        layers,
+        bias,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        lengths,
+        draw(st.sampled_from(dtypes)),
         draw(st.just(every) | st.integers(0, every)),
-        draw(st.sampled_from(["contiguous", "transposed", "expanded", "strided"])), draw(st.integers(0, 2**16)),
-    )  # fmt: skip
+        draw(st.sampled_from(["contiguous", "transposed", "expanded", "strided"])),
+        draw(st.integers(0, 2**16)),
+    )
 
 
 def laid_out(x, layout):

@@ -79,15 +79,21 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     # On the CPU also where there is a GPU: gloo serves it, and two processes would share one.
     environment = os.environ | {
-        "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(tmp_path / "store")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(PROCESSES)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:

@@ -128,9 +128,19 @@ def test_is_no_nn_gru():
 
 def test_signature():
     assert list(inspect.signature(BiGRU.__init__).parameters)[1:] == [
-        "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
-        "bidirectional", "proj_size", "backend", "precision", "device", "dtype",
-    ]  # fmt: skip
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+        "proj_size",
+        "backend",
+        "precision",
+        "device",
+        "dtype",
+    ]
 
 
 def test_dropout_between_layers_only_in_training(backend, kernel_device):

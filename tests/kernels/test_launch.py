@@ -53,10 +53,12 @@ class TestChooseResident:
 def unproven(entry, record):
     """What of an entry the record does not show right, on this architecture, storage and precision."""
     rows = [
-        row for row in record["correctness"]
-        if row["kernel"] == entry.kernel and row["dtype"] == entry.dtype
+        row
+        for row in record["correctness"]
+        if row["kernel"] == entry.kernel
+        and row["dtype"] == entry.dtype
         and (entry.dtype != "float32" or row["precision"] == entry.precision)
-    ]  # fmt: skip
+    ]
     if record["kind"] != "gpu" or tuple(record["machine"]["capability"]) != entry.capability:
         return "another machine"
     if any(row["status"] == "failed" or row["deterministic"] is False for row in rows):
@@ -69,19 +71,28 @@ class TestProven:
         for entry in proven.PROVEN:
             assert not unproven(entry, json.loads((RESULTS / entry.record).read_text(encoding="utf-8"))), entry
 
-    @pytest.mark.parametrize(("change", "found"), [
-        ({}, set()),
-        ({"hidden": 96}, {64}),
-        ({"status": "refused", "deterministic": None}, {64}),
-        ({"status": "failed"}, "a row that failed"),
-        ({"deterministic": False}, "a row that failed"),
-        ({"precision": "tf32"}, {64}),
-        ({"kernel": "portable"}, {64}),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            ({}, set()),
+            ({"hidden": 96}, {64}),
+            ({"status": "refused", "deterministic": None}, {64}),
+            ({"status": "failed"}, "a row that failed"),
+            ({"deterministic": False}, "a row that failed"),
+            ({"precision": "tf32"}, {64}),
+            ({"kernel": "portable"}, {64}),
+        ],
+    )
     def test_what_a_record_shows(self, change, found):
         entry = proven.Proven("resident", (9, 0), (64,), "float32", "fp32", "card.json")
-        row = {"kernel": "resident", "dtype": "float32", "precision": "fp32", "hidden": 64, "status": "passed",
-               "deterministic": True}  # fmt: skip
+        row = {
+            "kernel": "resident",
+            "dtype": "float32",
+            "precision": "fp32",
+            "hidden": 64,
+            "status": "passed",
+            "deterministic": True,
+        }
         record = {"kind": "gpu", "machine": {"capability": [9, 0]}, "correctness": [row | change]}
         assert unproven(entry, record) == found
         record["machine"]["capability"] = [8, 0]

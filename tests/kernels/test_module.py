@@ -131,7 +131,6 @@ class TestDtypes:
         gru.reset_parameters()
         assert same(gru(x), nn_gru(gru)(x), 1e-5)
 
-
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     def test_made_as_asked(self, device, dtype, backend):
@@ -310,8 +309,9 @@ class TestAutograd:
 
 class TestWhatIsGiven:
     def test_weights_of_other_shapes_are_refused(self, gru, x):
-        other = {name: weight.T if weight.dim() == 2 and "hh" in name else weight for name, weight in
-                 gru.named_parameters()}  # fmt: skip
+        other = {
+            name: weight.T if weight.dim() == 2 and "hh" in name else weight for name, weight in gru.named_parameters()
+        }
         with pytest.raises(RuntimeError):
             torch.func.functional_call(gru, other, (x,))
 

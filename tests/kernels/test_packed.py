@@ -61,9 +61,7 @@ def together(gru, sequences, hx, dy, dh_n, enforce_sorted=False):
 
 def alone(gru, sequences, hx, dy, dh_n):
     """The same of the fp64 reference, one dense run a sequence."""
-    exact = BiGRU(
-        gru.input_size, gru.hidden_size, gru.num_layers, gru.bias, backend="reference", dtype=torch.float64
-    )  # fmt: skip
+    exact = BiGRU(gru.input_size, gru.hidden_size, gru.num_layers, gru.bias, backend="reference", dtype=torch.float64)
     exact.load_state_dict(gru.state_dict())
     runs = []
     for b, x in enumerate(sequences):
@@ -278,18 +276,31 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=r"input: expected a PackedSequence of 2-D data, got shape \(2,\)"):
             BiGRU(2, 4, backend=backend, device=kernel_device)(x)
 
-    @pytest.mark.parametrize(("x", "lengths", "raised", "message"), [
-        (torch.randn(4, 2, 3), [4], RuntimeError, r"lengths: expected shape \(2,\), one for each sequence, got \(1,\)"),
-        (torch.randn(4, 2, 3), torch.ones(2, 1, dtype=torch.int64), RuntimeError, r"lengths: .* got \(2, 1\)"),
-        (torch.randn(4, 2, 3), [0, 4], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[0, 4\]"),
-        (torch.randn(4, 2, 3), [1, 5], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[1, 5\]"),
-        (torch.randn(4, 2, 3), [1.0, 2.0], TypeError, r"lengths: expected .* list of int, got \[1.0, 2.0\]"),
-        (torch.randn(4, 2, 3), torch.ones(2), TypeError, "lengths: expected integers, got torch.float32"),
-        (torch.randn(4, 2, 3), 4, TypeError, r"lengths: expected .* list of int, got 4"),
-        (torch.randn(4, 2, 3), torch.ones(2, dtype=torch.int64, device="meta"), RuntimeError, "CPU, got one on meta"),
-        (torch.randn(4, 3), [4], ValueError, "lengths: expected 3-D input beside them, got 2-D"),
-        (pack_sequence([torch.randn(2, 3)]), [2], TypeError, "lengths: expected None beside a PackedSequence"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("x", "lengths", "raised", "message"),
+        [
+            (
+                torch.randn(4, 2, 3),
+                [4],
+                RuntimeError,
+                r"lengths: expected shape \(2,\), one for each sequence, got \(1,\)",
+            ),
+            (torch.randn(4, 2, 3), torch.ones(2, 1, dtype=torch.int64), RuntimeError, r"lengths: .* got \(2, 1\)"),
+            (torch.randn(4, 2, 3), [0, 4], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[0, 4\]"),
+            (torch.randn(4, 2, 3), [1, 5], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[1, 5\]"),
+            (torch.randn(4, 2, 3), [1.0, 2.0], TypeError, r"lengths: expected .* list of int, got \[1.0, 2.0\]"),
+            (torch.randn(4, 2, 3), torch.ones(2), TypeError, "lengths: expected integers, got torch.float32"),
+            (torch.randn(4, 2, 3), 4, TypeError, r"lengths: expected .* list of int, got 4"),
+            (
+                torch.randn(4, 2, 3),
+                torch.ones(2, dtype=torch.int64, device="meta"),
+                RuntimeError,
+                "CPU, got one on meta",
+            ),
+            (torch.randn(4, 3), [4], ValueError, "lengths: expected 3-D input beside them, got 2-D"),
+            (pack_sequence([torch.randn(2, 3)]), [2], TypeError, "lengths: expected None beside a PackedSequence"),
+        ],
+    )
     def test_bad_lengths(self, x, lengths, raised, message):
         with pytest.raises(raised, match=message):
             BiGRU(3, 4)(x, lengths=lengths)

@@ -167,13 +167,17 @@ def test_bit_identical_from_run_to_run(shape, kernel, kernel_device):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("config", [
-    launch.LaunchConfig(True, 8, 32, 4, True, "tf32"),
-    launch.LaunchConfig(True, 16, 32, 4, True, "tf32"),
-    launch.LaunchConfig(True, 8, 32, 4, False, "tf32x3"),
-    launch.LaunchConfig(False, 16, 16, 4, False, "tf32x3"),
-    launch.LaunchConfig(False, 16, 32, 4, False, "tf32x3"),
-], ids=["eight rows", "sixteen rows", "tf32x3", "blocks of 16", "one block"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        launch.LaunchConfig(True, 8, 32, 4, True, "tf32"),
+        launch.LaunchConfig(True, 16, 32, 4, True, "tf32"),
+        launch.LaunchConfig(True, 8, 32, 4, False, "tf32x3"),
+        launch.LaunchConfig(False, 16, 16, 4, False, "tf32x3"),
+        launch.LaunchConfig(False, 16, 32, 4, False, "tf32x3"),
+    ],
+    ids=["eight rows", "sixteen rows", "tf32x3", "blocks of 16", "one block"],
+)
 def test_every_form_of_the_kernel_gives_the_same(config, kernel_device, monkeypatch):
     monkeypatch.setattr(launch, "choose", lambda *_: config)
     inputs, upstream = make_inputs((3, 18, 20), torch.float32, kernel_device)
@@ -198,9 +202,25 @@ def test_offsets_beyond_32_bits(kernel_device):
     h0[:, :8] = small[3]
     h_n = torch.empty_like(h0)
     portable.gru_forward_kernel[(1, 2)](
-        gi, small[1], small[2], h0, y, h_n, gi, None, steps, batch,
-        H=hidden, HP=16, N=8, HAS_BIAS=True, SAVE=False, SPLIT=False, PRECISION="tf32", ACCURATE=False,
-    )  # fmt: skip
+        gi,
+        small[1],
+        small[2],
+        h0,
+        y,
+        h_n,
+        gi,
+        None,
+        steps,
+        batch,
+        H=hidden,
+        HP=16,
+        N=8,
+        HAS_BIAS=True,
+        SAVE=False,
+        SPLIT=False,
+        PRECISION="tf32",
+        ACCURATE=False,
+    )
     assert error(y[:, :8], expected(small, upstream)[0]) < TOLERANCE[torch.bfloat16, "fp32"]
 
 
@@ -214,9 +234,7 @@ class TestWhatIsKept:
         return sorted(shapes)
 
     def test_gates_once_and_states_once(self, kernel_device):
-        assert self.saved_shapes(True, kernel_device) == sorted([
-            (3, 2, 2, 5), (3, 2, 2, 4, 5), (2, 2, 5), (2, 15, 5)
-        ])  # fmt: skip
+        assert self.saved_shapes(True, kernel_device) == sorted([(3, 2, 2, 5), (3, 2, 2, 4, 5), (2, 2, 5), (2, 15, 5)])
 
     def test_nothing_when_no_gradient_is_wanted(self, kernel_device):
         assert self.saved_shapes(False, kernel_device) == []
@@ -281,14 +299,17 @@ class TestOperators:
         assert not results[3].any()
         assert not results[4].any()
 
-    @pytest.mark.parametrize(("change", "message"), [
-        (lambda gi, w, b, h: (gi[..., 0, :], w, b, h), r"gi: expected shape \(T, B, 2, 3H\)"),
-        (lambda gi, w, b, h: (gi, w[:1], b, h), r"w_hh: expected shape \(2, 15, 5\)"),
-        (lambda gi, w, b, h: (gi, w, b[:, :3], h), r"b_hn: expected shape \(2, 5\)"),
-        (lambda gi, w, b, h: (gi, w, b, h[:, :1]), r"h0: expected shape \(2, 2, 5\)"),
-        (lambda gi, w, b, h: (gi, w.half(), b, h), "w_hh: expected torch.float32"),
-        (lambda gi, w, b, h: (gi.double(), w.double(), b.double(), h.double()), "got torch.float64"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda gi, w, b, h: (gi[..., 0, :], w, b, h), r"gi: expected shape \(T, B, 2, 3H\)"),
+            (lambda gi, w, b, h: (gi, w[:1], b, h), r"w_hh: expected shape \(2, 15, 5\)"),
+            (lambda gi, w, b, h: (gi, w, b[:, :3], h), r"b_hn: expected shape \(2, 5\)"),
+            (lambda gi, w, b, h: (gi, w, b, h[:, :1]), r"h0: expected shape \(2, 2, 5\)"),
+            (lambda gi, w, b, h: (gi, w.half(), b, h), "w_hh: expected torch.float32"),
+            (lambda gi, w, b, h: (gi.double(), w.double(), b.double(), h.double()), "got torch.float64"),
+        ],
+    )
     def test_bad_operands_are_named(self, change, message, kernel_device):
         inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
         with pytest.raises(ValueError, match=message):

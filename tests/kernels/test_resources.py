@@ -67,15 +67,19 @@ def test_every_choice_is_listed_once():
     assert len(cases) == len(set(cases))
     assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
     kernels = {
-        f"{direction}{form}" for direction in ("forward", "backward")
+        f"{direction}{form}"
+        for direction in ("forward", "backward")
         for form in ("", " blocked", " resident", " cooperative")
-    }  # fmt: skip
+    }
     kernels |= {f"{kernel}, packed" for kernel in resources.WHOLE | resources.BLOCKED}
     assert {case.name for case in cases} == kernels | {"forward resident, inference"}
     assert {case.storage for case in cases} == {"fp32", "bf16", "fp16"}
     assert {(case.storage, case.precision) for case in cases} == {
-        ("fp32", "fp32"), ("fp32", "tf32"), ("bf16", "fp32"), ("fp16", "fp32"),
-    }  # fmt: skip
+        ("fp32", "fp32"),
+        ("fp32", "tf32"),
+        ("bf16", "fp32"),
+        ("fp16", "fp32"),
+    }
     listed = {case.config for case in cases}
     for device in resources.DEVICES.values():
         for hidden in (*range(1, 140), 192, 255, 256, 257, 512):

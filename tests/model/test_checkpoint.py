@@ -266,7 +266,8 @@ def test_progress_counts_gains_and_keeps_the_best():
 
 def test_json_has_no_nan(tmp_path):
     assert as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "x")}) == (
-        '{"a": null, "b": [1.5, null], "c": [1, "x"]}')
+        '{"a": null, "b": [1.5, null], "c": [1, "x"]}'
+    )
     write_json(tmp_path / "a.json", {"a": float("nan")})
     append_line(tmp_path / "b", "x")
     append_line(tmp_path / "b", "y")

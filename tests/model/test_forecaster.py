@@ -32,11 +32,14 @@ def test_published_names_and_shapes():
     assert ours["pose_head.2.weight"] == (84, 256)
 
 
-@pytest.mark.parametrize(("input_size", "hidden_size", "num_layers", "frames"), [
-    pytest.param(84, 128, 2, 60, id="published"),
-    pytest.param(214, 7, 1, 5, id="every modality, one layer"),
-    pytest.param(86, 8, 3, 1, id="one frame"),
-])
+@pytest.mark.parametrize(
+    ("input_size", "hidden_size", "num_layers", "frames"),
+    [
+        pytest.param(84, 128, 2, 60, id="published"),
+        pytest.param(214, 7, 1, 5, id="every modality, one layer"),
+        pytest.param(86, 8, 3, 1, id="one frame"),
+    ],
+)
 def test_answers_as_a_network_of_nn_gru(input_size, hidden_size, num_layers, frames):
     torch.manual_seed(0)
     published = Published(input_size, hidden_size, num_layers).eval()

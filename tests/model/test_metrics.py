@@ -65,8 +65,10 @@ def naive(prediction, target, present):
         ade.append(np.mean(centroids))
         fde.append(centroids[-1])
     names = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px", "loss")
-    return {name: float(np.mean(values)) for name, values in
-            zip(names, (mpjpe, ade, fde, error, error_px, squared), strict=True)}
+    return {
+        name: float(np.mean(values))
+        for name, values in zip(names, (mpjpe, ade, fde, error, error_px, squared), strict=True)
+    }
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -104,7 +106,10 @@ def test_missing_hands_count_in_the_published_columns_only():
     moved = torch.where(present.repeat_interleave(2, dim=-1), prediction, prediction + 5)
     after = summarise(window_errors(moved, target, present))
     assert (after.joint_error, after.joint_error_px, after.loss) == (
-        before.joint_error, before.joint_error_px, before.loss)
+        before.joint_error,
+        before.joint_error_px,
+        before.loss,
+    )
     assert after.mpjpe > before.mpjpe + 1
 
 
@@ -127,8 +132,10 @@ def test_errors_of_frames_and_joints(masked):
     sums = score_joints(lambda batch: prediction[lookup(x, batch)], batches(x, target, present, 3), masked)
     assert sums.shape == (5, 42, 3)
     difference = (prediction - target).double().numpy().reshape(7, 5, 42, 2)
-    errors = {"joint_error": np.hypot(difference[..., 0], difference[..., 1]),
-              "joint_error_px": np.hypot(difference[..., 0] * 864, difference[..., 1] * 486)}
+    errors = {
+        "joint_error": np.hypot(difference[..., 0], difference[..., 1]),
+        "joint_error_px": np.hypot(difference[..., 0] * 864, difference[..., 1] * 486),
+    }
     horizon, by_joint = mean_errors(sums.sum(1)), mean_errors(sums.sum(0))
     for name, error in errors.items():
         expected = np.where(seen, error, np.nan)
@@ -196,8 +203,11 @@ def test_baselines_score_by_their_names():
     x, _, target, present = windows()
     for name, predict in BASELINES.items():
         metrics = summarise(score(predict, batches(x, target, present, 3)))
-        answer = x[:, -1:].expand(-1, 5, -1) if name == "repeat last frame" else (
-            x[:, -1:] + torch.arange(1, 6)[:, None] * (x[:, -1:] - x[:, -2:-1]))
+        answer = (
+            x[:, -1:].expand(-1, 5, -1)
+            if name == "repeat last frame"
+            else (x[:, -1:] + torch.arange(1, 6)[:, None] * (x[:, -1:] - x[:, -2:-1]))
+        )
         assert metrics.mpjpe == pytest.approx(naive(answer, target, present)["mpjpe"], rel=1e-6)
 
 

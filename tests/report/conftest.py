@@ -13,23 +13,43 @@ import pytest
 
 CONFIG: dict[str, dict[str, Any]] = {
     "data": {
-        "data_root": None, "index": None, "observed": 60, "predicted": 60, "stride": 15, "split": "participant",
-        "gaze": False, "objects": False, "surrogate": False, "mask_missing": True, "strict": False,
+        "data_root": None,
+        "index": None,
+        "observed": 60,
+        "predicted": 60,
+        "stride": 15,
+        "split": "participant",
+        "gaze": False,
+        "objects": False,
+        "surrogate": False,
+        "mask_missing": True,
+        "strict": False,
     },
     "model": {"hidden_size": 128, "num_layers": 2, "dropout": 0.2},
     "optim": {
-        "batch_size": 64, "epochs": 120, "lr": 1e-3, "weight_decay": 1e-5, "grad_clip": 1.0, "warmup_epochs": 5,
-        "min_lr": 1e-5, "patience": 20, "min_delta": 0.001,
+        "batch_size": 64,
+        "epochs": 120,
+        "lr": 1e-3,
+        "weight_decay": 1e-5,
+        "grad_clip": 1.0,
+        "warmup_epochs": 5,
+        "min_lr": 1e-5,
+        "patience": 20,
+        "min_delta": 0.001,
     },
     "run": {"out": "runs", "seed": 42, "device": "auto", "backend": "auto", "precision": "fp32"},
-}  # fmt: skip
+}
 
 
 def scores(mpjpe: float, ade: float, fde: float, joint_error: float, windows: int = 123) -> dict[str, float]:
     return {
-        "mpjpe": mpjpe, "ade": ade, "fde": fde, "joint_error": joint_error, "joint_error_px": joint_error * 700,
+        "mpjpe": mpjpe,
+        "ade": ade,
+        "fde": fde,
+        "joint_error": joint_error,
+        "joint_error_px": joint_error * 700,
         "windows": windows,
-    }  # fmt: skip
+    }
 
 
 def series(joint_error: list[float]) -> dict[str, list[float]]:
@@ -79,13 +99,19 @@ def fabricate_summary(stamp: str, epochs: int, predicted: int = 60) -> dict[str,
             "skipped": {"short": 300, "unreadable": 2},
         },
         "environment": {
-            "device": "CPU (2 threads)", "backend": "torch", "precision": "fp32", "python": "3.11.7",
-            "torch": "2.13.0+cpu", "triton": None, "numpy": "2.4.6", "bigru": "0.1.0",
+            "device": "CPU (2 threads)",
+            "backend": "torch",
+            "precision": "fp32",
+            "python": "3.11.7",
+            "torch": "2.13.0+cpu",
+            "triton": None,
+            "numpy": "2.4.6",
+            "bigru": "0.1.0",
             "platform": "Linux-6.1.0-x86_64-with-glibc2.36",
         },
         "timing": {"epoch_s_median": 1.234, "train_windows_per_s_median": 1127.4, "total_s": 754.0},
         "command": "python -m bigru.train --optim.epochs 120",
-    }  # fmt: skip
+    }
 
 
 def fabricate_metrics(epochs: int, seed: int = 0) -> list[dict[str, float]]:
@@ -181,12 +207,27 @@ CARD = "Test Card"
 def timing(path: str = "nn.GRU", gpu_ms: float | None = 1.0, **changes: Any) -> dict[str, Any]:
     """A row of the main workload's forward pass; the other two times follow from the GPU's."""
     row = {
-        "group": "layer", "work": "forward", "path": path, "steps": 60, "batch": 64, "input": 84, "hidden": 128,
-        "layers": 2, "dtype": "fp32", "precision": "fp32", "gpu_ms": gpu_ms,
-        "eager_ms": gpu_ms and gpu_ms + 0.5, "graph_ms": gpu_ms and gpu_ms + 0.1,
-        "quartiles": {"gpu_ms": gpu_ms and [0.99 * gpu_ms, 1.01 * gpu_ms]}, "rounds": 50, "peak_mib": 100.0,
-        "floor_ms": None, "error": 1.5e-7, "status": "measured", "message": None,
-    }  # fmt: skip
+        "group": "layer",
+        "work": "forward",
+        "path": path,
+        "steps": 60,
+        "batch": 64,
+        "input": 84,
+        "hidden": 128,
+        "layers": 2,
+        "dtype": "fp32",
+        "precision": "fp32",
+        "gpu_ms": gpu_ms,
+        "eager_ms": gpu_ms and gpu_ms + 0.5,
+        "graph_ms": gpu_ms and gpu_ms + 0.1,
+        "quartiles": {"gpu_ms": gpu_ms and [0.99 * gpu_ms, 1.01 * gpu_ms]},
+        "rounds": 50,
+        "peak_mib": 100.0,
+        "floor_ms": None,
+        "error": 1.5e-7,
+        "status": "measured",
+        "message": None,
+    }
     return row | changes
 
 
@@ -198,30 +239,58 @@ def without_figures(status: str, message: str | None, **changes: Any) -> dict[st
 
 def correctness(kernel: str = "portable", **changes: Any) -> dict[str, Any]:
     row = {
-        "kernel": kernel, "steps": 7, "batch": 3, "hidden": 128, "dtype": "fp32", "precision": "fp32", "bias": True,
-        "errors": {"y": 1e-7, "h_n": 1e-7, "dgi": 4e-7, "dw_hh": 3e-7, "db_hn": 2e-7, "dh0": 1e-7}, "tolerance": 1e-5,
-        "deterministic": True, "status": "passed", "message": None,
-    }  # fmt: skip
+        "kernel": kernel,
+        "steps": 7,
+        "batch": 3,
+        "hidden": 128,
+        "dtype": "fp32",
+        "precision": "fp32",
+        "bias": True,
+        "errors": {"y": 1e-7, "h_n": 1e-7, "dgi": 4e-7, "dw_hh": 3e-7, "db_hn": 2e-7, "dh0": 1e-7},
+        "tolerance": 1e-5,
+        "deterministic": True,
+        "status": "passed",
+        "message": None,
+    }
     return row | changes
 
 
 def gpu_record(timings: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     record = {
-        "schema": 1, "kind": "gpu", "date": "2026-12-01T10:20:30+00:00", "seconds": 321.0, "complete": True,
+        "schema": 1,
+        "kind": "gpu",
+        "date": "2026-12-01T10:20:30+00:00",
+        "seconds": 321.0,
+        "complete": True,
         "command": "python -m benchmarks.gpu --out DIR",
         "machine": {
-            "card": CARD, "capability": [9, 9], "processors": 7, "memory_gib": 11.5, "driver": "1.2.3",
-            "cpu": "Test CPU", "cpu_cores": 5,
+            "card": CARD,
+            "capability": [9, 9],
+            "processors": 7,
+            "memory_gib": 11.5,
+            "driver": "1.2.3",
+            "cpu": "Test CPU",
+            "cpu_cores": 5,
         },
         "versions": {
-            "bigru": "0.1.0", "python": "3.12.1", "torch": "9.9.9", "triton": "8.8.8", "numpy": "2.4.6",
-            "cuda": "77.7", "cudnn": 91002,
+            "bigru": "0.1.0",
+            "python": "3.12.1",
+            "torch": "9.9.9",
+            "triton": "8.8.8",
+            "numpy": "2.4.6",
+            "cuda": "77.7",
+            "cudnn": 91002,
         },
         "facts": {
-            "copy_gb_s": 1234.5, "launch_us": 2.5, "graph_launch_us": None, "step_floor_us": {"mufu": {"128": 0.2}},
+            "copy_gb_s": 1234.5,
+            "launch_us": 2.5,
+            "graph_launch_us": None,
+            "step_floor_us": {"mufu": {"128": 0.2}},
         },
-        "correctness": [], "checks": [], "timings": timings,
-    }  # fmt: skip
+        "correctness": [],
+        "checks": [],
+        "timings": timings,
+    }
     return record | changes
 
 
@@ -237,7 +306,8 @@ def cpu_record(card: str | None = None, **changes: Any) -> dict[str, Any]:
         "datetime": "2026-12-01T10:20:30.123456+00:00",
         # The second, a benchmark with no peer, is no row of the document.
         "benchmarks": [
-            {"extra_info": {"name": "layer forward fp32 B=64 H=128"} | times}, {"extra_info": {"windows": 9}},
+            {"extra_info": {"name": "layer forward fp32 B=64 H=128"} | times},
+            {"extra_info": {"windows": 9}},
         ],
     }
     return record | changes
@@ -245,10 +315,21 @@ def cpu_record(card: str | None = None, **changes: Any) -> dict[str, Any]:
 
 def compiled(kernel: str = "forward", **changes: Any) -> dict[str, Any]:
     row = {
-        "arch": "sm_90", "kernel": kernel, "hidden": 128, "storage": "fp32", "precision": "fp32",
-        "config": {"block_batch": 8, "num_warps": 4}, "registers": 123, "spilled": 0, "shared": 45678,
-        "instructions": 321, "barriers": 9, "error": None, "limit": 99999, "problem": None,
-    }  # fmt: skip
+        "arch": "sm_90",
+        "kernel": kernel,
+        "hidden": 128,
+        "storage": "fp32",
+        "precision": "fp32",
+        "config": {"block_batch": 8, "num_warps": 4},
+        "registers": 123,
+        "spilled": 0,
+        "shared": 45678,
+        "instructions": 321,
+        "barriers": 9,
+        "error": None,
+        "limit": 99999,
+        "problem": None,
+    }
     return row | changes
 
 

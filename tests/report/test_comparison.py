@@ -29,9 +29,13 @@ def runs(make_run: MakeRun) -> list[Path]:
     fed = {"hands": True, "gaze": True, "objects": False, "surrogate": False}
     return [
         make_run("20261123_224500", epochs=9),
-        make_run("20261124_101112", epochs=6, config={"data": {"gaze": True}, "model": {"hidden_size": 64}},
-                 summary={"test": better, "modalities": fed}),
-    ]  # fmt: skip
+        make_run(
+            "20261124_101112",
+            epochs=6,
+            config={"data": {"gaze": True}, "model": {"hidden_size": 64}},
+            summary={"test": better, "modalities": fed},
+        ),
+    ]
 
 
 def records(runs: list[Path]) -> list[RunRecord]:
@@ -44,15 +48,48 @@ def test_the_table(runs: list[Path]) -> None:
     assert "![Comparison of runs](picture.png)" in text
     assert "same test windows" not in text
     assert rows(text) == [
-        ["run", "inputs", "settings that differ", "best epoch", "test windows", "MPJPE (published)", "ADE", "FDE",
-         "per-joint error", "per-joint error (px)", "s per epoch"],
-        ["`20261123_224500`", "hands", "`hidden_size=128`", "6 of 9", "123", "0.912", "**0.036**", "**0.042**",
-         "0.101", "70.4", "1.23"],
-        ["`20261124_101112`", "hands + gaze", "`hidden_size=64`", "4 of 6", "123", "**0.500**", "**0.036**", "0.050",
-         "**0.090**", "**63.0**", "1.23"],
+        [
+            "run",
+            "inputs",
+            "settings that differ",
+            "best epoch",
+            "test windows",
+            "MPJPE (published)",
+            "ADE",
+            "FDE",
+            "per-joint error",
+            "per-joint error (px)",
+            "s per epoch",
+        ],
+        [
+            "`20261123_224500`",
+            "hands",
+            "`hidden_size=128`",
+            "6 of 9",
+            "123",
+            "0.912",
+            "**0.036**",
+            "**0.042**",
+            "0.101",
+            "70.4",
+            "1.23",
+        ],
+        [
+            "`20261124_101112`",
+            "hands + gaze",
+            "`hidden_size=64`",
+            "4 of 6",
+            "123",
+            "**0.500**",
+            "**0.036**",
+            "0.050",
+            "**0.090**",
+            "**63.0**",
+            "1.23",
+        ],
         ["repeat last frame", "", "", "", "123", "1.234", "0.040", "0.061", "0.141", "98.4", ""],
         ["constant velocity", "", "", "", "123", "2.346", "0.035", "0.102", "0.241", "168.4", ""],
-    ]  # fmt: skip
+    ]
 
 
 def test_settings_that_do_not_differ_have_no_column(make_run: MakeRun) -> None:
@@ -86,7 +123,10 @@ def test_runs_of_one_name(runs: list[Path], tmp_path: Path) -> None:
     first, second = records(runs)
     elsewhere = replace(first, folder=tmp_path / "other" / first.stamp)
     assert comparison.names([first, elsewhere, second]) == [
-        "runs/20261123_224500", "other/20261123_224500", "20261124_101112"]  # fmt: skip
+        "runs/20261123_224500",
+        "other/20261123_224500",
+        "20261124_101112",
+    ]
 
 
 def test_the_picture_draws_every_run_and_the_baselines(runs: list[Path]) -> None:
@@ -155,10 +195,10 @@ def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert (runs[0].parent / "comparison.md").is_file()
 
 
-@pytest.mark.parametrize(("chosen", "message"), [
-    ([0], "runs: expected two or more folders, got 1"),
-    ([0, 0], "runs: expected each run once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [([0], "runs: expected two or more folders, got 1"), ([0, 0], "runs: expected each run once")],
+)
 def test_the_command_refuses(
     runs: list[Path], capsys: pytest.CaptureFixture[str], chosen: list[int], message: str
 ) -> None:

@@ -211,7 +211,8 @@ def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
     changes = {"mask_missing": False, "split": "time", "stride": 5, "resample": 23.0, "centre": "last"}
     run = make_run(config={"data": changes}, epochs=2)
     text = write_report(run).read_text()
-    assert """
+    assert (
+        """
 ## Beyond the published report
 
 **Protocol:** as published, but for:
@@ -222,7 +223,9 @@ def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
 - hands centred on the last observed frame, not on each frame's own wrists
 
 ### True per-joint error
-""" in text
+"""
+        in text
+    )
     later = make_run(LATER, epochs=2)
     assert "but for:\n\n- missing hands left out of the loss and of the per-joint error\n\n###" in (
         write_report(later).read_text()
@@ -310,9 +313,13 @@ def test_second_run_is_appended_and_first_replaced_in_place(make_run: MakeRun) -
     both = document.read_text()
     assert both.startswith(f"{first}\n---\n\n<!-- run {LATER} -->\n\n## Run at 2026-11-24 10:11:12\n")
     assert headings(both) == [
-        *HEAD_HEADINGS, "## Run at 2026-11-23 22:45:00", *RUN_HEADINGS, "## Run at 2026-11-24 10:11:12", *RUN_HEADINGS,
+        *HEAD_HEADINGS,
+        "## Run at 2026-11-23 22:45:00",
+        *RUN_HEADINGS,
+        "## Run at 2026-11-24 10:11:12",
+        *RUN_HEADINGS,
         "## All runs in this folder",
-    ]  # fmt: skip
+    ]
     assert both.endswith("\n<!-- end of all runs -->\n")
     assert "![Comparison of runs](plots/all_runs_bigru_comparison.png)" in both
     assert (document.parent / "plots" / "all_runs_bigru_comparison.png").is_file()
@@ -535,10 +542,16 @@ def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None
     [
         pytest.param({"format": 3}, r"summary\.json: format 3 is not known; .* reads 1 and 2", id="format"),
         pytest.param({"by_joint": {"joint_error": []}}, r"by_joint: joint_error_px is missing", id="by joint"),
-        pytest.param({"by_joint": {"joint_error": [1.0], "joint_error_px": [1.0]}},
-                     r"by_joint: joint_error should hold 42 numbers, got 1", id="joints"),
-        pytest.param({"horizon": {"x": {"joint_error": [1.0, "2"], "joint_error_px": []}}},
-                     r"horizon: x: joint_error: \[1\] should be a number, got '2'", id="horizon"),
+        pytest.param(
+            {"by_joint": {"joint_error": [1.0], "joint_error_px": [1.0]}},
+            r"by_joint: joint_error should hold 42 numbers, got 1",
+            id="joints",
+        ),
+        pytest.param(
+            {"horizon": {"x": {"joint_error": [1.0, "2"], "joint_error_px": []}}},
+            r"horizon: x: joint_error: \[1\] should be a number, got '2'",
+            id="horizon",
+        ),
         pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
         pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
         pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: test: ade is missing", id="score missing"),

@@ -59,8 +59,10 @@ def test_reporting_again_changes_no_byte(make_run: MakeRun, monkeypatch: pytest.
     # The lock apart, which starts with a dot.
     files = sorted(path for path in run.parent.rglob("[!.]*") if path.is_file() and run not in path.parents)
     assert files == [
-        *(run.parent / "plots" / f"{run.name}_bigru_{name}.png"
-          for name in ("forecasts", "horizon", "joints", "learning_curves")),
+        *(
+            run.parent / "plots" / f"{run.name}_bigru_{name}.png"
+            for name in ("forecasts", "horizon", "joints", "learning_curves")
+        ),
         document,
     ]
     first = [path.read_bytes() for path in files]
@@ -254,10 +256,13 @@ def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: 
     monkeypatch.setattr(animation, "DPI", 30)
     whole = read_run(make_run()).samples
     for fps, expected in ((23.0, 6), (59.0, 2)):
-        parts = {name: getattr(whole, name)[:1, :3] for name in
-                 ("observed", "predicted", "target", "observed_present", "target_present")}
-        samples = Samples(**parts, fps=np.array([fps]), error_px=np.array([9.0]), stem=np.array(["x" * 90]),
-                          label=np.array(["best"]))
+        parts = {
+            name: getattr(whole, name)[:1, :3]
+            for name in ("observed", "predicted", "target", "observed_present", "target_present")
+        }
+        samples = Samples(
+            **parts, fps=np.array([fps]), error_px=np.array([9.0]), stem=np.array(["x" * 90]), label=np.array(["best"])
+        )
         with Image.open(io.BytesIO(gif(samples, 0))) as picture:
             assert picture.n_frames == expected
             assert picture.info["loop"] == 0
@@ -277,9 +282,15 @@ def test_a_gif_of_a_window_with_a_hand_missing(
     monkeypatch.setattr(animation, "DPI", 30)
     whole = read_run(make_run()).samples
     present = np.tile(seen, (1, 3, 1))
-    samples = Samples(**{name: getattr(whole, name)[:1, :3] for name in ("observed", "predicted", "target")},
-                      observed_present=present, target_present=present, fps=np.array([23.0]),
-                      error_px=np.array([9.0]), stem=np.array(["x"]), label=np.array([""]))
+    samples = Samples(
+        **{name: getattr(whole, name)[:1, :3] for name in ("observed", "predicted", "target")},
+        observed_present=present,
+        target_present=present,
+        fps=np.array([23.0]),
+        error_px=np.array([9.0]),
+        stem=np.array(["x"]),
+        label=np.array([""]),
+    )
     with Image.open(io.BytesIO(gif(samples, 0))) as picture:
         assert picture.format == "GIF"
     both, one = (figures.pose_stroke(whole.observed[0, 0], there) for there in (np.array([True, True]), present[0, 0]))

@@ -16,9 +16,17 @@ from bigru.report.markdown import significant
 from bigru.report.measured import read_results
 
 GPU_HEADINGS = [
-    "### Main workload", "### Speed against nn.GRU", "### Time per step", "### Memory", "### Where nn.GRU wins",
-    "### Training", "### Correctness", "### Checks", "### Rows without a figure", "### Over time",
-]  # fmt: skip
+    "### Main workload",
+    "### Speed against nn.GRU",
+    "### Time per step",
+    "### Memory",
+    "### Where nn.GRU wins",
+    "### Training",
+    "### Correctness",
+    "### Checks",
+    "### Rows without a figure",
+    "### Over time",
+]
 UNDER = (
     "<sub>Test Card, 2026-12-01; bigru 0.1.0, python 3.12.1, torch 9.9.9, triton 8.8.8, numpy 2.4.6, cuda 77.7, "
     "cudnn 91002; precision as in the table; `python -m benchmarks.gpu --out DIR`</sub>"
@@ -69,8 +77,18 @@ def table_under(text: str, heading: str) -> list[list[str]]:
 def test_numbers_have_three_digits() -> None:
     values = (0.0, 0.00012345, 0.9994, 0.9996, 9.994, 9.996, 12.345, 123.45, 12345.6, -1.234, float("nan"))
     assert [significant(value) for value in values] == [
-        "0", "0.000123", "0.999", "1.00", "9.99", "10.0", "12.3", "123", "12,346", "-1.23", "-",
-    ]  # fmt: skip
+        "0",
+        "0.000123",
+        "0.999",
+        "1.00",
+        "9.99",
+        "10.0",
+        "12.3",
+        "123",
+        "12,346",
+        "-1.23",
+        "-",
+    ]
 
 
 # What is compared with what.
@@ -83,11 +101,19 @@ def test_ratio_is_the_peers_time_over_ours(results: Path, fake: SimpleNamespace)
     ]
     text = of_rows(results, fake, rows)
     assert table_under(text, "### Main workload") == [
-        ["precision", "path", "GPU time, ms (ratio)", "eager wall, ms (ratio)", "graph replay, ms (ratio)",
-         "GPU time, quartiles", "error", "peak MiB"],
+        [
+            "precision",
+            "path",
+            "GPU time, ms (ratio)",
+            "eager wall, ms (ratio)",
+            "graph replay, ms (ratio)",
+            "GPU time, quartiles",
+            "error",
+            "peak MiB",
+        ],
         ["fp32", "nn.GRU", "2.00", "3.00", "2.40", "1.98 to 2.02", "1.5e-07", "55.5"],
         ["fp32", "resident", "0.500 (4.00x)", "4.00 (0.750x)", "0.800 (3.00x)", "0.495 to 0.505", "2.5e-07", "123"],
-    ]  # fmt: skip
+    ]
 
 
 def test_only_the_same_precision_is_compared(results: Path, fake: SimpleNamespace) -> None:
@@ -99,21 +125,33 @@ def test_only_the_same_precision_is_compared(results: Path, fake: SimpleNamespac
     rows.append(fake.timing("resident", 4.0, dtype="fp16", precision="-"))
     cells = table_under(of_rows(results, fake, rows[::-1]), "### Main workload")
     assert [(row[0], row[1], row[2]) for row in cells[1:]] == [
-        ("fp32", "nn.GRU", "8.00"), ("fp32", "portable", "4.00 (2.00x)"),
-        ("tf32", "nn.GRU", "24.0"), ("tf32", "portable", "4.00 (6.00x)"),
-        ("bf16", "nn.GRU", "72.0"), ("bf16", "portable", "4.00 (18.0x)"),
-        ("fp16", "nn.GRU", "216"), ("fp16", "portable", "4.00 (54.0x)"), ("fp16", "resident", "4.00 (54.0x)"),
-    ]  # fmt: skip
+        ("fp32", "nn.GRU", "8.00"),
+        ("fp32", "portable", "4.00 (2.00x)"),
+        ("tf32", "nn.GRU", "24.0"),
+        ("tf32", "portable", "4.00 (6.00x)"),
+        ("bf16", "nn.GRU", "72.0"),
+        ("bf16", "portable", "4.00 (18.0x)"),
+        ("fp16", "nn.GRU", "216"),
+        ("fp16", "portable", "4.00 (54.0x)"),
+        ("fp16", "resident", "4.00 (54.0x)"),
+    ]
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"precision": "tf32"}, {"dtype": "bf16", "precision": "-"}, {"work": "forward+backward"}, {"steps": 61},
-        {"batch": 65}, {"hidden": 129}, {"input": 85}, {"layers": 1}, {"group": "recurrence"},
+        {"precision": "tf32"},
+        {"dtype": "bf16", "precision": "-"},
+        {"work": "forward+backward"},
+        {"steps": 61},
+        {"batch": 65},
+        {"hidden": 129},
+        {"input": 85},
+        {"layers": 1},
+        {"group": "recurrence"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_peer_at_other_work_is_no_peer(results: Path, fake: SimpleNamespace, other: dict[str, Any]) -> None:
     text = of_rows(results, fake, [fake.timing("nn.GRU", 9.0, **other), fake.timing("portable", 1.0)])
     assert " 1.00 (no peer) " in text
@@ -137,13 +175,16 @@ def test_a_peer_that_failed_is_no_peer(results: Path, fake: SimpleNamespace) -> 
 def test_losses_are_listed_worst_first(results: Path, fake: SimpleNamespace) -> None:
     same = {"eager_ms": None, "graph_ms": None}
     rows = [
-        fake.timing("nn.GRU", 0.949, hidden=16, **same), fake.timing("portable", 1.0, hidden=16, **same),
+        fake.timing("nn.GRU", 0.949, hidden=16, **same),
+        fake.timing("portable", 1.0, hidden=16, **same),
         fake.timing("resident", 0.5, hidden=16, **same),
-        fake.timing("nn.GRU", 0.951, hidden=32, **same), fake.timing("portable", 1.0, hidden=32, **same),
-        fake.timing("nn.GRU", 4.0, eager_ms=2.0, graph_ms=None), fake.timing("cooperative", 2.0, eager_ms=4.0),
+        fake.timing("nn.GRU", 0.951, hidden=32, **same),
+        fake.timing("portable", 1.0, hidden=32, **same),
+        fake.timing("nn.GRU", 4.0, eager_ms=2.0, graph_ms=None),
+        fake.timing("cooperative", 2.0, eager_ms=4.0),
         # A peer's own defeats are no losses of ours.
         fake.timing("torch.compile", 100.0, hidden=16, **same),
-    ]  # fmt: skip
+    ]
     text = of_rows(results, fake, rows)
     assert table_under(text, "### Where nn.GRU wins")[1:] == [
         ["layer, forward", "T=60 B=64 H=128", "fp32", "cooperative", "2.00x", "**0.500x**", "-", "cooperative 2.00x"],
@@ -164,8 +205,10 @@ def test_no_loss_is_said(results: Path, fake: SimpleNamespace) -> None:
 def test_a_row_without_figures_shows_its_reason(results: Path, fake: SimpleNamespace, status: str) -> None:
     # Figures that such a row may still hold are none.
     row = fake.timing("resident", 0.777, status=status, message="H | 128 *only*", peak_mib=77.7, error=7.7e-7)
-    bare = {key: fake.timing("portable")[key] for key in ("group", "work", "path", "steps", "batch", "input", "hidden",
-                                                         "layers", "dtype", "precision")}  # fmt: skip
+    bare = {
+        key: fake.timing("portable")[key]
+        for key in ("group", "work", "path", "steps", "batch", "input", "hidden", "layers", "dtype", "precision")
+    }
     rows = [fake.timing("nn.GRU", 2.0), row, bare | {"status": status, "message": None}]
     text = of_rows(results, fake, rows)
     cells = table_under(text, "### Main workload")
@@ -181,8 +224,9 @@ def test_a_row_without_figures_shows_its_reason(results: Path, fake: SimpleNames
 def test_reasons_are_gathered(results: Path, fake: SimpleNamespace) -> None:
     rows = [
         fake.without_figures("refused", "too wide", path="resident", hidden=hidden, precision=precision)
-        for hidden in (129, 256) for precision in ("fp32", "tf32")
-    ]  # fmt: skip
+        for hidden in (129, 256)
+        for precision in ("fp32", "tf32")
+    ]
     listed = below(of_rows(results, fake, rows), "### Rows without a figure").splitlines()
     assert listed[0] == (
         "- **resident**, refused: too wide (4 of 4 rows): layer, forward, T=60 B=64 H=129 (fp32, tf32); "
@@ -242,8 +286,9 @@ def test_training_throughput(results: Path, fake: SimpleNamespace) -> None:
 def test_over_time_shows_a_regression(results: Path, fake: SimpleNamespace) -> None:
     for day, portable, resident in ((1, 1.0, 1.0), (2, 0.8, None), (3, 0.9, 1.04)):
         rows = [fake.timing("nn.GRU", 2.0), fake.timing("portable", portable), fake.timing("portable", 9.0, batch=1)]
-        rows.append(fake.timing("resident", resident) if resident else
-                    fake.without_figures("failed", "wrong", path="resident"))  # fmt: skip
+        rows.append(
+            fake.timing("resident", resident) if resident else fake.without_figures("failed", "wrong", path="resident")
+        )
         store(results, f"{4 - day}.json", fake.gpu_record(rows, date=f"2026-12-0{day}T10:00:00+00:00"))
     text = written(results)
     assert table_under(text, "### Over time") == [
@@ -311,12 +356,23 @@ def test_correctness_summary(results: Path, fake: SimpleNamespace) -> None:
     ]
     text = of_rows(results, fake, [], correctness=rows)
     assert table_under(text, "### Correctness") == [
-        ["kernel", "precision", "rows", "passed", "failed", "refused", "same bits again", "worst error", "tolerance",
-         "of", "at"],
+        [
+            "kernel",
+            "precision",
+            "rows",
+            "passed",
+            "failed",
+            "refused",
+            "same bits again",
+            "worst error",
+            "tolerance",
+            "of",
+            "at",
+        ],
         ["portable", "fp32", "4", "2", "1", "1", "2 of 3", "3.0e-03", "1.0e-05", "dgi", "T=1 B=3 H=128"],
         ["portable", "tf32", "1", "1", "0", "0", "1 of 1", "4.0e-07", "2.0e-03", "dgi", "T=7 B=3 H=128"],
         ["resident", "bf16", "1", "0", "0", "1", "0 of 0", "-", "-", "-", "-"],
-    ]  # fmt: skip
+    ]
     assert r"- portable, fp32, T=1 B=3 H=128, bias: dgi \| off" in text.splitlines()
     assert "Recorded as passed" not in text
 
@@ -367,10 +423,12 @@ def test_every_table_says_where_it_comes_from(results: Path, fake: SimpleNamespa
     assert len(ends) == 5
     assert all(lines[i + 1 : i + 3] == ["", UNDER] for i in ends)
     for line in (
-        "- **Compute capability:** 9.9", "- **Memory:** 11.5 GiB", "- **CPU:** Test CPU",
+        "- **Compute capability:** 9.9",
+        "- **Memory:** 11.5 GiB",
+        "- **CPU:** Test CPU",
         "- **Facts:** copy_gb_s 1,234, launch_us 2.50, step_floor_us mufu 128 0.200",
         "- **Record:** 2026-12-01 10:20 UTC, `python -m benchmarks.gpu --out DIR`, 321 s",
-    ):  # fmt: skip
+    ):
         assert line in lines
 
 
@@ -444,9 +502,11 @@ def test_newest_of_the_other_records(results: Path, fake: SimpleNamespace) -> No
     assert "triton 3.9.0, ptxas" not in text
     uses = {re.sub(r"\[(.*)\].*", r"\1", row[0]): row[3] for row in table_under(text, "## Records")[1:]}
     assert uses == {
-        "resources-triton-3.10.0.json": "shown", "resources-triton-3.9.0.json": "left out: older",
-        "cpu-2026-12-01.json": "shown", "cpu-2026-11-01.json": "left out: older",
-    }  # fmt: skip
+        "resources-triton-3.10.0.json": "shown",
+        "resources-triton-3.9.0.json": "left out: older",
+        "cpu-2026-12-01.json": "shown",
+        "cpu-2026-11-01.json": "left out: older",
+    }
 
 
 def test_cpu_figures(results: Path, fake: SimpleNamespace) -> None:
@@ -579,9 +639,10 @@ def test_document_does_not_depend_on_where_the_command_runs(
 def test_markdown_is_well_formed(results: Path, fake: SimpleNamespace) -> None:
     rows = [
         fake.timing(path, time, batch=batch, work=work)
-        for path, time in (("nn.GRU", 1.0), ("portable", 2.0)) for batch in (1, 64)
+        for path, time in (("nn.GRU", 1.0), ("portable", 2.0))
+        for batch in (1, 64)
         for work in ("forward", "forward+backward")
-    ]  # fmt: skip
+    ]
     rows.append(fake.without_figures("failed", "a | b\n\nc", path="odd | path"))
     for day in (1, 2):
         machine = fake.gpu_record([])["machine"] | {"card": "Test | Card_*"}

@@ -43,8 +43,13 @@ def cells(figure: Figure) -> dict[tuple[str, str], str]:
     rows = [label.get_text() for label in axes.get_yticklabels()]
     columns = [label.get_text() for label in axes.get_xticklabels()]
     drawn = [text for text in axes.texts if text.get_text() not in ("fp32", "tf32", "bf16", "fp16")]
-    return {(rows[round(t.get_position()[1])], f"{round(t.get_position()[0])} {columns[round(t.get_position()[0])]}"):
-            t.get_text() for t in drawn}  # fmt: skip
+    return {
+        (
+            rows[round(t.get_position()[1])],
+            f"{round(t.get_position()[0])} {columns[round(t.get_position()[0])]}",
+        ): t.get_text()
+        for t in drawn
+    }
 
 
 def lines(axes: Any) -> dict[str, list[tuple[float, float]]]:
@@ -54,15 +59,20 @@ def lines(axes: Any) -> dict[str, list[tuple[float, float]]]:
 def test_heat_map_shows_ratios_and_reasons(record: Any, fake: SimpleNamespace) -> None:
     made = record(
         [
-            fake.timing("nn.GRU", 3.0), fake.timing("portable", 2.0), fake.timing("resident", 1.0),
-            fake.timing("nn.GRU", 1.0, precision="tf32"), fake.timing("portable", 2.0, precision="tf32"),
-            fake.timing("nn.GRU", 50.0, hidden=256), fake.timing("portable", 2.0, hidden=256),
+            fake.timing("nn.GRU", 3.0),
+            fake.timing("portable", 2.0),
+            fake.timing("resident", 1.0),
+            fake.timing("nn.GRU", 1.0, precision="tf32"),
+            fake.timing("portable", 2.0, precision="tf32"),
+            fake.timing("nn.GRU", 50.0, hidden=256),
+            fake.timing("portable", 2.0, hidden=256),
             fake.without_figures("refused", "H", path="resident", hidden=256),
             fake.without_figures("out of time", None, path="portable", precision="tf32", hidden=256),
-            fake.timing("portable", 2.0, batch=1), fake.timing("torch.compile", 9.0),
+            fake.timing("portable", 2.0, batch=1),
+            fake.timing("torch.compile", 9.0),
             fake.timing("nn.GRU", 9.0, work="forward+backward"),
         ]
-    )  # fmt: skip
+    )
     figure = plots.speed(made, "forward")
     assert figure is not None
     assert cells(figure) == {
@@ -105,11 +115,12 @@ def test_time_per_step_is_that_of_one_layer(record: Any, fake: SimpleNamespace) 
     ]
     # Two sizes vary at once, another input, another precision, another work: none of these panels'.
     rows += [
-        fake.timing("portable", 9.0, steps=30, batch=8), fake.timing("portable", 9.0, steps=120, input=5),
+        fake.timing("portable", 9.0, steps=30, batch=8),
+        fake.timing("portable", 9.0, steps=120, input=5),
         fake.timing("portable", 9.0, steps=120, precision="tf32"),
         fake.timing("portable", 9.0, steps=120, work="backward"),
         fake.without_figures("failed", "no", path="portable", steps=120),
-    ]  # fmt: skip
+    ]
     figure = plots.steps(record(rows), "layer", "forward")
     assert figure is not None
     over_time, over_batch, over_hidden = map(lines, figure.axes)
@@ -159,8 +170,10 @@ def test_a_precision_has_its_own_row_of_panels(record: Any, fake: SimpleNamespac
 
 
 def test_memory_is_drawn_in_mib(record: Any, fake: SimpleNamespace) -> None:
-    rows = [fake.timing(path, 1.0, batch=batch, peak_mib=mib, work="forward+backward")
-            for path, batch, mib in (("nn.GRU", 1, 10.0), ("nn.GRU", 64, 500.0), ("resident", 64, 700.0))]  # fmt: skip
+    rows = [
+        fake.timing(path, 1.0, batch=batch, peak_mib=mib, work="forward+backward")
+        for path, batch, mib in (("nn.GRU", 1, 10.0), ("nn.GRU", 64, 500.0), ("resident", 64, 700.0))
+    ]
     rows.append(fake.timing("resident", 1.0, batch=1, peak_mib=None, work="forward+backward"))
     figure = plots.memory(record(rows))
     assert lines(figure.axes[1]) == {"nn.GRU": [(1, 10.0), (64, 500.0)], "resident": [(64, 700.0)]}
@@ -177,9 +190,13 @@ def test_nothing_swept_is_not_drawn(record: Any, fake: SimpleNamespace) -> None:
 def test_history_runs_from_old_to_new(record: Any, fake: SimpleNamespace) -> None:
     records = []
     for day, time in ((9, 0.5), (1, 1.0), (4, 0.75)):
-        rows = [fake.timing("portable", time), fake.timing("portable", 99.0, batch=1),
-                fake.timing("portable", 99.0, precision="tf32") if day == 9 else
-                fake.without_figures("failed", "no", path="portable", precision="tf32")]  # fmt: skip
+        rows = [
+            fake.timing("portable", time),
+            fake.timing("portable", 99.0, batch=1),
+            fake.timing("portable", 99.0, precision="tf32")
+            if day == 9
+            else fake.without_figures("failed", "no", path="portable", precision="tf32"),
+        ]
         records.append(record(rows, date=f"2026-12-0{day}T00:00:00Z"))
     figure = plots.history(records)
     (fp32, tf32) = figure.axes
@@ -215,8 +232,16 @@ def test_pictures_are_written(results: Path, fake: SimpleNamespace) -> None:
         (results / f"{day}.json").write_text(json.dumps(fake.gpu_record(rows, date=f"2026-12-0{day}T00:00:00Z")))
     out = results.parents[1] / "PERFORMANCE.md"
     document, *pictures = write_performance(results, out)[0]
-    names = ["speed-forward", "speed-forward-backward", "steps-recurrence-forward", "steps-recurrence-backward",
-             "steps-layer-forward", "steps-layer-forward-backward", "memory", "history"]  # fmt: skip
+    names = [
+        "speed-forward",
+        "speed-forward-backward",
+        "steps-recurrence-forward",
+        "steps-recurrence-backward",
+        "steps-layer-forward",
+        "steps-layer-forward-backward",
+        "memory",
+        "history",
+    ]
     folder = out.parent / "docs" / "images" / "performance"
     assert pictures == [folder / f"test-card-{name}.png" for name in names]
     text = document.read_text(encoding="utf-8")
