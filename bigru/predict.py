@@ -151,7 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, 130 interrupted."""
     arguments = tyro.cli(Arguments, prog="python -m bigru.predict", args=argv)
     try:
-        model, config = load_model(arguments)
+        _check_names(arguments.clips)
+        model, config = load_model(
+            arguments.weights, device=arguments.device, backend=arguments.backend, observed=arguments.observed
+        )
         failed = [not _carry_out(model, config, clip, arguments) for clip in arguments.clips]
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"bigru.predict: {error}", file=sys.stderr)
@@ -162,22 +165,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if not any(failed) else 2 if all(failed) else 1
 
 
-def load_model(arguments: Arguments) -> tuple[HandForecaster, DataConfig]:
-    """The network of the weights, ready to forecast, and the settings under which its clips are read.
+def load_model(
+    weights: Path, *, device: str = "auto", backend: str = "auto", observed: int | None = None
+) -> tuple[HandForecaster, DataConfig]:
+    """Builds the network of a file of weights, ready to forecast, and reads the settings of its clips.
+
+    Args:
+        weights: a run's weights.safetensors, whose settings are in the config.json beside it, or a published state
+            dict, whose clips are read as published.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        backend: of the GRU, as for `BiGRU`.
+        observed: frames observed, and as many predicted; default: as in the settings, else 60.
 
     Raises:
-        ConfigError: no clip, two of one name, or settings that cannot be used.
+        ConfigError: settings, a device or a backend that cannot be used.
         CheckpointError: weights that cannot be used.
     """
-    stems = [clip.stem for clip in arguments.clips]
-    if not stems:
-        raise ConfigError("clips: expected at least one .h5 file, got none")
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ConfigError(
-            f"clips: expected names of their own, as the files written bear them, got twice: {', '.join(twice)}"
-        )
-    device = pick_device(arguments.device)
-    settings = arguments.weights.with_name("config.json")
+    where = pick_device(device)
+    settings = weights.with_name("config.json")
     if settings.is_file():
         config = _read_settings(settings)
     else:
@@ -187,18 +192,29 @@ def load_model(arguments: Arguments) -> tuple[HandForecaster, DataConfig]:
             "on its own wrists, each clip at its own rate",
             file=sys.stderr,
         )
-    length = config.observed if arguments.observed is None else arguments.observed
-    model = load_forecaster(arguments.weights, backend=arguments.backend).to(device).eval()
+    length = config.observed if observed is None else observed
+    model = load_forecaster(weights, backend=backend).to(where).eval()
     fed = modalities_of(model.encoder.core.input_size)
     assert fed is not None
     config = dataclasses.replace(
         config, observed=length, predicted=length, gaze=fed["gaze"], objects=fed["objects"], surrogate=fed["surrogate"]
     )
     try:
-        model.encoder.core.resolve_backend(torch.empty(1, length, config.input_size, device=device))
+        model.encoder.core.resolve_backend(torch.empty(1, length, config.input_size, device=where))
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"backend: {arguments.backend} cannot run the network on {device}: {error}") from error
+        raise ConfigError(f"backend: {backend} cannot run the network on {where}: {error}") from error
     return model, config
+
+
+def _check_names(clips: Sequence[Path]) -> None:
+    """Raises ConfigError for no clip, or two of one name."""
+    stems = [clip.stem for clip in clips]
+    if not stems:
+        raise ConfigError("clips: expected at least one .h5 file, got none")
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ConfigError(
+            f"clips: expected names of their own, as the files written bear them, got twice: {', '.join(twice)}"
+        )
 
 
 def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int | None = None) -> Forecast:

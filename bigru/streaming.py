@@ -1,0 +1,162 @@
+"""Forecasts frame by frame, for a robot's loop: each new frame gives a forecast made of the last T frames."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from bigru.config import DataConfig
+from bigru.data.clips import Clip
+from bigru.data.frames import CENTRED_UNIT, HAND_FEATURES, JOINTS_PER_HAND, frame_features
+from bigru.data.windows import hands_origin
+from bigru.model.forecaster import HandForecaster
+
+SHAPES = {"gaze": (2,), "objects": (30, 4), "surrogate": (2, 4)}
+"""Shape of one frame of each modality besides the hands."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedForecast:
+    """The forecast made when a frame arrived."""
+
+    frame: int
+    """Number of the last observed frame, from 0."""
+    positions: NDArray[np.float32]
+    """(T, 2, 21, 2): the T frames that follow; left and right hand, joint, x and y as fractions of the image's width
+    and height, relative to the midpoint of the wrists of that very frame, or, with `centre="last"`, in the image."""
+    latency_s: float
+    """Seconds from the frame's arrival to its forecast."""
+
+
+class ForecastStream:
+    """Takes frames one at a time and returns a forecast for each once T of them have been seen.
+
+    The encoder reads its window in both directions, so every frame costs one whole pass over the last T frames.
+    Frames must come at the rate of the clips the network was trained on (`config.resample`, if that is set).
+
+    Args:
+        model: the network, on the device that is to compute. It is put into evaluation mode.
+        config: how the network's clips were read: T (`observed`), the modalities and the centring. Default: the
+            published protocol.
+
+    Attributes:
+        frames: frames seen so far.
+
+    Raises:
+        ValueError: if `config` has other modalities than the network's input.
+
+    Example:
+        >>> stream = ForecastStream.load("runs/20261123_224500/weights.safetensors")
+        >>> for hands in camera:  # (2, 21, 2) each, a missing hand all zeros
+        ...     forecast = stream.push(hands)
+    """
+
+    def __init__(self, model: HandForecaster, config: DataConfig | None = None) -> None:
+        self.config = DataConfig() if config is None else config
+        expected = model.encoder.core.input_size
+        if self.config.input_size != expected:
+            raise ValueError(f"config: expected modalities of {expected} features, got {self.config.input_size}")
+        self.model = model.eval()
+        self.frames = 0
+        self._device = next(model.parameters()).device
+        # Every frame is written twice, T rows apart, so that the last T frames always lie in one piece.
+        self._features = torch.zeros(2 * self.config.observed, expected)
+        self._rows: NDArray[np.float32] = self._features.numpy()
+        self._present = torch.zeros(1, 2, dtype=torch.bool)
+
+    @classmethod
+    def load(cls, weights: str | Path, *, device: str = "cpu", backend: str = "auto") -> ForecastStream:
+        """Reads the weights and, from the config.json beside them, how their clips were read.
+
+        Args:
+            weights: a run's weights.safetensors, or a published state dict (.pt), which has no config.json.
+            device: where to compute, such as "cpu" or "cuda".
+            backend: of the GRU, as for `BiGRU`.
+
+        Raises:
+            CheckpointError, ConfigError: for weights or settings that cannot be used.
+        """
+        from bigru.predict import load_model
+
+        return cls(*load_model(Path(weights), device=device, backend=backend))
+
+    def reset(self) -> None:
+        """Forgets all frames, for the next person or after a gap."""
+        self.frames = 0
+
+    def push(
+        self,
+        hands: ArrayLike,
+        *,
+        gaze: ArrayLike | None = None,
+        objects: ArrayLike | None = None,
+        surrogate: ArrayLike | None = None,
+    ) -> StreamedForecast | None:
+        """Adds a frame.
+
+        Args:
+            hands: (2, 21, 2), or (2, 21, 3) whose third coordinate is not read: left and right hand, MediaPipe's
+                joints, x and y as fractions of the image's width and height; a missing hand is all zeros.
+            gaze: (2,) image-normalised; zeros where missing. Wanted if and only if the network reads it, as are
+            objects: (30, 4) centre x, y, width, height, zero-padded, and
+            surrogate: (2, 4), the robot surrogate's hands, coded like `objects`.
+
+        Returns:
+            The forecast, or None for the first T - 1 frames.
+
+        Raises:
+            ValueError: for other shapes, numbers that are not finite, or a modality too many or too few.
+        """
+        started = time.perf_counter()
+        others = {"gaze": gaze, "objects": objects, "surrogate": surrogate}
+        clip = self._checked(hands, others)
+        length = self.config.observed
+        slot = self.frames % length
+        self._rows[slot] = self._rows[slot + length] = frame_features(clip, self.config.centre)[0]
+        self._present[0] = torch.from_numpy(clip.present[0])
+        self.frames += 1
+        if self.frames < length:
+            return None
+        first = self.frames % length
+        window = self._features[first : first + length]
+        origin = torch.zeros(1, 2)
+        if self.config.centre == "last":
+            window = window.clone()
+            origin = hands_origin(window[-1:, :HAND_FEATURES], self._present)
+            window[:, :HAND_FEATURES] -= origin.repeat(1, 2 * JOINTS_PER_HAND)
+        with torch.inference_mode():
+            predicted = self.model(window.unsqueeze(0).to(self._device))[0].cpu()
+        positions = CENTRED_UNIT * (predicted.unflatten(-1, (2, JOINTS_PER_HAND, 2)) + origin)
+        return StreamedForecast(self.frames - 1, positions.numpy(), time.perf_counter() - started)
+
+    def _checked(self, hands: ArrayLike, others: dict[str, ArrayLike | None]) -> Clip:
+        """Returns the frame as a clip of one frame."""
+        pose = np.asarray(hands, dtype=np.float32)
+        if pose.shape not in ((2, JOINTS_PER_HAND, 2), (2, JOINTS_PER_HAND, 3)):
+            raise ValueError(f"hands: expected shape (2, {JOINTS_PER_HAND}, 2), got {pose.shape}")
+        arrays = {"hands": pose[:, :, :2]}
+        for name, given in others.items():
+            wanted = getattr(self.config, name)
+            if wanted != (given is not None):
+                raise ValueError(f"{name}: the network reads {'one' if wanted else 'none'}, got {type(given).__name__}")
+            if given is not None:
+                arrays[name] = np.asarray(given, dtype=np.float32)
+                if arrays[name].shape != SHAPES[name]:
+                    raise ValueError(f"{name}: expected shape {SHAPES[name]}, got {arrays[name].shape}")
+        for name, values in arrays.items():
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name}: expected finite numbers (a missing hand is all zeros), got {values}")
+        frame = {name: values[None] for name, values in arrays.items()}
+        return Clip(
+            fps=1.0,
+            hands=frame["hands"],
+            gaze=frame.get("gaze"),
+            objects=frame.get("objects"),
+            surrogate=frame.get("surrogate"),
+            seconds=np.zeros(1),
+        )
