@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from benchmarks.cases import MODES, Mode, products
+from benchmarks.gpu_record import Row, mode_of
 from benchmarks.machine import Machine
-from benchmarks.record import Row, mode_of
 from bigru import BiGRU
 from bigru.kernels.recurrence import fused_gru_recurrence
 

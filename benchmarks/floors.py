@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.gpu_record import FLOOR_HIDDEN, FLOOR_ROWS, Row
 from benchmarks.machine import Machine
-from benchmarks.record import FLOOR_HIDDEN, FLOOR_ROWS, Row
 from benchmarks.timing import Work
 
 WARPS = 8

@@ -13,8 +13,8 @@ from support import error
 from torch import Tensor, nn
 
 from benchmarks.cases import MODES, products
+from benchmarks.gpu_record import RIVAL, Row, mode_of
 from benchmarks.machine import Machine
-from benchmarks.record import RIVAL, Row, mode_of
 from benchmarks.report import Report
 from benchmarks.rivals import BACKENDS, Entrant, Entry, compete
 from bigru import HandForecaster

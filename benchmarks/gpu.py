@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.gpu_record import Budget, Record, Row, summary
 from benchmarks.plan import FULL, SMOKE, Plan
-from benchmarks.record import Budget, Record, Row, summary
 from benchmarks.supervisor import ROOT, Post, Process, Worker, WorkerLost, carry_out_all, settled
 
 # cuBLAS and Triton read these when they start. Checks ask for deterministic algorithms, which refuse to run without the

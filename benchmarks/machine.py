@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import Row
+from benchmarks.gpu_record import Row
 from benchmarks.timing import Work, gpu_time_ms
 from bigru.step import capture
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.record import FIGURES, KERNELS, RIVAL, Row
+from benchmarks.gpu_record import FIGURES, KERNELS, RIVAL, Row
 
 PRECISIONS = {
     "fp32": ("float32", "fp32"),

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from benchmarks.gpu_record import Row
 from benchmarks.machine import Machine
-from benchmarks.record import Row
 
 
 class Report:

@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.gpu_record import KERNELS, Budget, Record, Row
 from benchmarks.plan import Job
-from benchmarks.record import KERNELS, Budget, Record, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 

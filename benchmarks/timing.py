@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.record import FIGURES, Row
+from benchmarks.gpu_record import FIGURES, Row
 
 if TYPE_CHECKING:
     from benchmarks.machine import Machine

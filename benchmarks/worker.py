@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks import correctness, floors, forecaster, rivals
+from benchmarks.gpu_record import Row
 from benchmarks.machine import Cpu, Gpu, Machine
-from benchmarks.record import Row
 from benchmarks.report import Report
 
 # How each job is done: once for each part, or for all parts together.

@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 # The benchmarks are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import correctness, gpu, plan, record, report, rivals, worker
+from benchmarks import correctness, gpu, plan, report, rivals, worker
+from benchmarks import gpu_record as record
+from benchmarks.gpu_record import Budget, Record, floor_ms, summary, write_whole
 from benchmarks.machine import Cpu, Gpu
 from benchmarks.plan import FULL, SMOKE, Job, Plan, Shape, layer_job, timing_rows
-from benchmarks.record import Budget, Record, floor_ms, summary, write_whole
 from benchmarks.supervisor import Post, Process, WorkerLost, carry_out_all
 from benchmarks.timing import Contestant, figures_of, race
 from bigru import BiGRU
