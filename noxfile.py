@@ -1,92 +1,107 @@
-"""What can be done with the project: `python -m nox -s NAME`; without -s, what CI does.
+"""Sessions of the project: `python -m nox -s NAME`; without -s, what CI does.
 
-Each session makes its own environment and installs the versions pinned in constraints.txt.
+All sessions but `kernels` and `tests_lowest` share one environment, .nox/shared, with the versions pinned in
+constraints.txt.
 """
 
+import hashlib
 import os
 import shutil
+import sys
+from pathlib import Path
+from typing import Any
 
 import nox
 
 nox.options.sessions = ["lint", "tests", "kernels", "resources", "bench", "gpu_smoke"]
 nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "yes"
 
+ROOT = Path(__file__).parent
 CONSTRAINTS = "constraints.txt"
+EVERYTHING = (".[test]", "ruff", "mypy", "nox", "types-PyYAML")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Two processes of one thread each; more of either only wait for one another on two cores.
+IN_TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 
 
-def install(session: nox.Session, *extra: str, constraints: str = CONSTRAINTS) -> None:
-    session.install("-c", constraints, "-e", ".[test]", *extra)
+def run(session: nox.Session, module: str, *arguments: str, **options: Any) -> None:
+    """Runs `python -m MODULE` in the shared environment, which is made, or renewed where its requirements changed."""
+    folder = ROOT / ".nox" / "shared"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    sources = (ROOT / name for name in ("pyproject.toml", CONSTRAINTS, "noxfile.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    stamp = folder / "requirements.sha256"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != digest:
+        pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        session.run_install(sys.executable, "-m", "venv", str(folder), external=True)
+        session.run_install(*pip, "-c", CONSTRAINTS, "-e", *EVERYTHING, external=True)
+        stamp.write_text(digest, encoding="utf-8")
+    session.run(str(python), "-m", module, *arguments, external=True, **options)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def train(session: nox.Session) -> None:
     """Trains the forecaster (arguments after -- go to bigru.train) and writes the performance document."""
-    install(session)
     # A network this small gains a fifth from a second thread on an idle machine, and loses most of its speed to it on
     # a busy one, where the threads wait for one another.
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    session.run("python", "-m", "bigru.train", *session.posargs, env={"OMP_NUM_THREADS": threads})
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # Ctrl-C reaches the training too, which then finishes a step and writes a checkpoint.
+    patience = {"interrupt_timeout": 60.0, "terminate_timeout": 60.0}
+    run(session, "bigru.train", *session.posargs, env=threads, **patience)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Runs the test suite; the kernels in Triton's interpreter where there is no GPU."""
-    install(session)
-    session.run("python", "-m", "pytest", *session.posargs)
+    run(session, "pytest", *IN_TWO_PROCESSES, *session.posargs, env=ONE_THREAD)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """ruff and mypy."""
-    install(session, "ruff", "mypy", "nox", "types-PyYAML")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
+    """Runs ruff and mypy."""
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
+    run(session, "mypy")
 
 
 @nox.session
 def kernels(session: nox.Session) -> None:
-    """The kernels' tests on the oldest supported triton (a GPU machine's); `tests` runs them on the newest."""
-    install(session)
+    """Tests and compiles the kernels on the oldest supported triton (a GPU machine's); `tests` has the newest."""
+    session.install("-c", CONSTRAINTS, "-e", ".[test]")
     # Its interpreter needs numpy below 2.4.
     session.install("triton==3.6.0", "numpy<2.4")
-    session.run("python", "-m", "pytest", "tests/kernels", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/kernels", *session.posargs, env=ONE_THREAD)
     session.run("python", "-m", "bigru.kernels.resources", env={"TRITON_INTERPRET": "0"})
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def resources(session: nox.Session) -> None:
     """Compiles every kernel for sm_80, sm_90 and sm_100, without a GPU; fails if one spills or does not fit."""
-    install(session)
-    session.run("python", "-m", "bigru.kernels.resources", *session.posargs)
+    run(session, "bigru.kernels.resources", *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """The benchmarks: the full comparison on a GPU, a small one on a CPU, which says so."""
-    install(session)
-    session.run("python", "-m", "pytest", "benchmarks", *session.posargs)
+    """Runs the benchmarks: the full comparison on a GPU, a small one on a CPU, which says so."""
+    run(session, "pytest", "benchmarks", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Proves every kernel on this machine's GPU and times it beside nn.GRU; at most nine minutes, one JSON file."""
-    install(session)
-    session.run("python", "-m", "benchmarks.gpu", *(session.posargs or ["--out", "benchmarks/results"]))
+    run(session, "benchmarks.gpu", *(session.posargs or ["--out", "benchmarks/results"]))
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def gpu_smoke(session: nox.Session) -> None:
-    """The code of `gpu` at tiny sizes on a CPU."""
-    install(session)
+    """Runs the code of `gpu` at tiny sizes on a CPU."""
     out = ["--out", session.create_tmp()]
-    session.run(
-        "python", "-m", "benchmarks.gpu", "--cpu-smoke", *(session.posargs or out), env={"OMP_NUM_THREADS": "1"}
-    )
+    run(session, "benchmarks.gpu", "--cpu-smoke", *(session.posargs or out), env=ONE_THREAD)
 
 
 @nox.session(python="3.12" if shutil.which("python3.12") else None, default=False)
 def tests_lowest(session: nox.Session) -> None:
-    """The test suite at the lower bounds of pyproject.toml; installs a CUDA build of torch, several gigabytes."""
-    install(session, constraints="constraints-lowest.txt")
-    session.run("python", "-m", "pytest", *session.posargs)
+    """Runs the test suite at the lower bounds of pyproject.toml; installs a CUDA build of torch, several gigabytes."""
+    session.install("-c", "constraints-lowest.txt", "-e", ".[test]")
+    session.run("python", "-m", "pytest", *IN_TWO_PROCESSES, *session.posargs, env=ONE_THREAD)
