@@ -9,11 +9,12 @@ from pathlib import Path
 
 import tyro
 
+from bigru.files import ESCAPE, write_atomically
 from bigru.report import figures
 from bigru.report.comparison import comparison
 from bigru.report.comparison_figures import comparison as comparison_figure
 from bigru.report.fields import RunError
-from bigru.report.markdown import blocks, replace
+from bigru.report.markdown import blocks
 from bigru.report.record import read_run
 
 DOCUMENT, PICTURE = "comparison.md", "comparison.png"
@@ -54,8 +55,8 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = records[0].folder.parent if out is None else out
     text = comparison(records, PICTURE)
     out.mkdir(parents=True, exist_ok=True)
-    replace(out / PICTURE, figures.png(comparison_figure(records)))
-    replace(out / DOCUMENT, (blocks("# Comparison of runs", text) + "\n").encode())
+    write_atomically(out / PICTURE, figures.png(comparison_figure(records)))
+    write_atomically(out / DOCUMENT, (blocks("# Comparison of runs", text) + "\n").encode(errors=ESCAPE))
     print(text, str(out / DOCUMENT), sep="\n\n")
     return out / DOCUMENT
 

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bigru.config import ConfigError, TrainConfig
-from bigru.model.checkpoint import named, write_json
+from bigru.files import named, write_json
 
 try:
     import fcntl

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
 from bigru.distributed import Team
-from bigru.model.checkpoint import Progress, append_line, as_json, save_checkpoint, save_weights, write_arrays
+from bigru.files import append_line, as_json, write_npz
+from bigru.model.checkpoint import Progress, save_checkpoint, save_weights
 from bigru.model.forecaster import POSE_SIZE, HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, summarise, window_errors
 from bigru.signals import Interrupted, StopRequest, on_signals
@@ -289,8 +290,9 @@ def _resumed(kept: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
 def write_batch(path: Path, windows: Windows, indices: Tensor) -> None:
     """Writes the windows with these numbers, as the network gets them, and where they come from."""
     batch = windows.batch(indices)
-    arrays = {"x": batch.x, "target": batch.target, "present": batch.present, "fps": batch.fps, "window": indices}
-    write_arrays(path, arrays, [windows.stems[clip] for clip in windows.clip[indices].tolist()])
+    tensors = {"x": batch.x, "target": batch.target, "present": batch.present, "fps": batch.fps, "window": indices}
+    stems = [windows.stems[clip] for clip in windows.clip[indices].tolist()]
+    write_npz(path, {name: tensor.cpu().numpy() for name, tensor in tensors.items()} | {"stem": stems})
 
 
 def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:

@@ -29,7 +29,8 @@ from bigru.config import ConfigError, DataConfig, from_mapping
 from bigru.data.clips import ClipError, read_clip
 from bigru.data.windows import CENTRED_UNIT, HAND_FEATURES, JOINTS_PER_HAND, frame_features, hands_origin
 from bigru.environment import pick_device
-from bigru.model.checkpoint import CheckpointError, load_forecaster, modalities_of, write_atomically
+from bigru.files import write_atomically
+from bigru.model.checkpoint import CheckpointError, load_forecaster, modalities_of
 from bigru.model.forecaster import HandForecaster
 from bigru.report import figures
 from bigru.report.animation import gif

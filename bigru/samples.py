@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigru.data.windows import Windows
-from bigru.model.checkpoint import write_arrays
+from bigru.files import write_npz
 from bigru.model.forecaster import POSE_SIZE, HandForecaster
 from bigru.model.metrics import JOINTS
 
@@ -21,8 +21,9 @@ def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px:
     # Windows in which no joint was present sort last, and are no sample of anything.
     order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
     chosen = order[[round(share * (len(order) - 1)) for share in SAMPLES.values()]]
-    arrays = sample_arrays(model, windows, chosen, error_px[chosen])
-    write_arrays(path, arrays, sample_stems(windows, chosen), label=list(SAMPLES))
+    tensors = sample_arrays(model, windows, chosen, error_px[chosen])
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    write_npz(path, arrays | {"stem": sample_stems(windows, chosen), "label": list(SAMPLES)})
 
 
 @torch.inference_mode()

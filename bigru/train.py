@@ -33,18 +33,10 @@ from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import Dataset, NoWindowsError, Windows, load_dataset
 from bigru.distributed import LostProcessError, current_team, is_first, joined
 from bigru.environment import describe_environment, device_name, pick_device
+from bigru.files import as_json, write_json, write_lines
 from bigru.folder import RunLog, check_writable, only_user, start_folder, start_of
 from bigru.loop import DivergedError, Loop
-from bigru.model.checkpoint import (
-    CheckpointError,
-    Progress,
-    as_json,
-    load_checkpoint,
-    load_weights,
-    save_weights,
-    write_json,
-    write_lines,
-)
+from bigru.model.checkpoint import CheckpointError, Progress, load_checkpoint, load_weights, save_weights
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import (
     BASELINES,

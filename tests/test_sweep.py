@@ -9,8 +9,8 @@ import bigru.train as training
 from bigru.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError
+from bigru.files import write_json
 from bigru.loop import DivergedError
-from bigru.model.checkpoint import write_json
 from bigru.report import figures
 from bigru.sweep import MODALITIES, find_run, sweep_modalities
 

@@ -16,7 +16,6 @@ import os
 import stat
 import struct
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ import numpy as np
 
 from bigru.config import DataConfig
 from bigru.data.clips import FRAME_RATES, IndexedClip, Skipped, clip_places
-from bigru.data.files import replacing
 from bigru.data.hdf5 import MAX_FRAMES
+from bigru.files import remove_partials, replacing
 
 FORMAT = 1
 """Raised whenever the same clips and settings give other frames, or the file's layout changes."""
@@ -108,9 +107,7 @@ def write_cache(path: Path, key: bytes, frames: Frames) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        if time.time() - part.stat().st_mtime > ABANDONED_S:
-            part.unlink(missing_ok=True)
+    remove_partials(path.parent, path.name, ABANDONED_S)
     described = {
         "parts": {
             split: {"stems": part.stems, "fps": part.fps, "lengths": part.lengths, "columns": part.frames.shape[1]}
@@ -130,9 +127,6 @@ def write_cache(path: Path, key: bytes, frames: Frames) -> None:
             file.write(bytes(_aligned(file.tell()) - file.tell()))
             file.write(np.ascontiguousarray(block).data)
         file.write(key)
-        file.flush()
-        # On the disk before it has its name: after a crash the name must not stand for a torn file.
-        os.fsync(file.fileno())
 
 
 def read_cache(path: Path, key: bytes, columns: int, splits: Iterable[str], stems: set[str]) -> Frames:

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
-from bigru.data.files import replacing
 from bigru.data.frames import SPLITS
+from bigru.files import replacing
 
 FORMAT = 1
 """Raised whenever the same seed would give other arrays."""

@@ -1,26 +1,22 @@
-"""Files that are whole or not there: a run's checkpoint and the weights in and out."""
+"""Reads and writes a run's checkpoint, and weights alone."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import json
-import math
-import os
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from bigru.files import write_atomically
 from bigru.model.forecaster import POSE_SIZE, HandForecaster
 from bigru.step import Step, get_random_state, set_random_state
 
@@ -77,68 +73,6 @@ class Progress:
     def stalled(self, patience: int) -> bool:
         """Whether the last `patience` epochs brought no gain that counts."""
         return self.epoch - self.gain_epoch >= patience
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Puts content at path so that whoever opens it, whenever, finds the old file or the new one, whole.
-
-    Raises:
-        OSError: with the path in it; the old file is as it was, and what was written of the new one is gone.
-    """
-    # In the same folder, as a rename is atomic only within one file system; one name, so that a leftover is reused.
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)  # noqa: PTH105
-        _sync_folder(path.parent)
-    except OSError as error:
-        # On a full disk it would be in the way.
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise named(error, path) from error
-
-
-def named(error: OSError, path: Path) -> OSError:
-    """The error with the file's path in it: that of a write names none."""
-    return type(error)(error.errno, error.strerror, str(path)) if error.errno is not None else error
-
-
-def as_json(value: Any) -> str:
-    """A value as one line of JSON; NaN and the infinities, which JSON has not, as null."""
-    return json.dumps(_without_nan(value), allow_nan=False)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes lines of text, atomically."""
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
-
-
-def write_arrays(path: Path, tensors: Mapping[str, Tensor], stems: Sequence[str], **texts: Sequence[str]) -> None:
-    """Writes tensors of some windows, the names of their clips, and other texts of each, as .npz, atomically."""
-    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    buffer = io.BytesIO()
-    arrays |= {name: np.array(values) for name, values in texts.items()}
-    np.savez(buffer, stem=np.array(stems), **arrays)
-    write_atomically(path, buffer.getvalue())
-
-
-def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file and sees it onto the disk."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise named(error, path) from error
 
 
 def save_checkpoint(path: Path, step: Step, progress: Progress, random_states: Sequence[Tensor] = ()) -> None:
@@ -333,14 +267,6 @@ def _modalities(input_size: int) -> str:
     return f"{input_size} features ({', '.join(['hands', *(name for name, on in chosen.items() if on)])})"
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _pickled(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -364,14 +290,3 @@ def _unpickled(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return dict(content)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows can neither open nor sync a folder.
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from bigru.files import ESCAPE, write_atomically
 from bigru.report import breakdown, breakdown_figures, comparison, comparison_figures, figures
 from bigru.report.fields import RunError
-from bigru.report.markdown import blocks, code, listed, plain, replace, table
+from bigru.report.markdown import blocks, code, listed, plain, table
 from bigru.report.record import MEASURES, PUBLISHED_COLUMNS, RunRecord, Scores, read_run
 
 try:
@@ -77,8 +78,8 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
             text = merge_comparison(text, comparison.comparison(records, picture, left_out), out)
         (out / "plots").mkdir(exist_ok=True)
         for path, content in pictures.items():
-            replace(path, content)
-        replace(document, text.encode("utf-8"))
+            write_atomically(path, content)
+        write_atomically(document, text.encode(errors=ESCAPE))
     return [document, *pictures]
 
 

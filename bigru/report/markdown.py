@@ -1,12 +1,10 @@
-"""Pieces of Markdown and numbers that the documents are made of, and the way a file is put in place."""
+"""Pieces of Markdown and numbers that the documents are made of."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from tabulate import tabulate
 
@@ -52,17 +50,3 @@ def significant(value: float, digits: int = 3) -> str:
 def under(text: str, command: str) -> str:
     """What stands in small print beneath a table or a plot: where its figures come from, and what prints them again."""
     return f"<sub>{plain(text)}; {code(command)}</sub>"
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            # On the disk before it has its name: a power cut must not leave the document of all runs empty.
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from bigru.files import ESCAPE, write_atomically
 from bigru.report import figures
-from bigru.report.markdown import blocks, code, plain, replace, significant, table, under
+from bigru.report.markdown import blocks, code, plain, significant, table, under
 from bigru.report.measured import (
     MAIN,
     MODES,
@@ -49,8 +50,8 @@ def write_performance(results: Path, out: Path) -> tuple[list[Path], Results]:
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, figure in pictures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, figures.png(figure))
-    replace(out, text.encode("utf-8"))
+        write_atomically(path, figures.png(figure))
+    write_atomically(out, text.encode(errors=ESCAPE))
     return [out, *pictures], read
 
 

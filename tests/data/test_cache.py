@@ -384,7 +384,7 @@ def load_and_be_killed(root, after_bytes):
 def test_killed_while_writing(root, after_bytes):
     load_and_be_killed(root, after_bytes)
     assert list(root.glob("*.cache")) == []
-    (part,) = root.glob(".*.part")
+    (part,) = root.glob(".*.partial")
     dataset = load_dataset(config_for(root))
     assert "frames written to" in dataset.cache
     assert_same(load_dataset(config_for(root)), load_dataset(config_for(root, no_cache=True)))

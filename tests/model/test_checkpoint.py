@@ -11,14 +11,10 @@ import torch
 from bigru.model.checkpoint import (
     CheckpointError,
     Progress,
-    append_line,
-    as_json,
     load_checkpoint,
     load_weights,
     save_checkpoint,
     save_weights,
-    write_atomically,
-    write_json,
 )
 from bigru.model.forecaster import HandForecaster
 from bigru.step import Step
@@ -40,33 +36,6 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.witness),)
-
-
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    write_atomically(path, b"old")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new and longer")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old"
-    # What was left behind is in nobody's way.
-    write_atomically(path, b"newer")
-    assert path.read_bytes() == b"newer"
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_the_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
-    events = []
-    fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), rename(*paths)))
-    write_atomically(tmp_path / "file", b"content")
-    assert events[:2] == ["sync", "rename"]
 
 
 def test_training_goes_on_to_the_bit(tmp_path):
@@ -262,13 +231,3 @@ def test_progress_counts_gains_and_keeps_the_best():
     assert progress.update(0.89, 0.1)
     assert (progress.best_epoch, progress.gain_epoch, progress.best_mpjpe) == (4, 4, 0.89)
     assert not progress.stalled(1)
-
-
-def test_json_has_no_nan(tmp_path):
-    assert as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "x")}) == (
-        '{"a": null, "b": [1.5, null], "c": [1, "x"]}'
-    )
-    write_json(tmp_path / "a.json", {"a": float("nan")})
-    append_line(tmp_path / "b", "x")
-    append_line(tmp_path / "b", "y")
-    assert (tmp_path / "b").read_text() == "x\ny\n"

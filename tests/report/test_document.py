@@ -404,7 +404,7 @@ def test_interrupted_write_leaves_the_old_document(make_run: MakeRun, monkeypatc
     with pytest.raises(OSError, match="cannot rename"):
         write_report(later)
     assert document.read_bytes() == before
-    assert not list(document.parent.rglob("*.tmp"))
+    assert not list(document.parent.rglob("*.partial"))
 
 
 def test_two_runs_that_report_at_once_are_both_in_the_document(
