@@ -1,25 +1,23 @@
 """One file of all frames of a dataset, mapped into memory instead of read.
 
-    magic 16 | key 32 | length of the header 8 | length of the file 8 | SHA-256 of the header 32 | header, JSON |
-    for each part: frames (F, I) float32, seen (F, 2) uint8, each from a multiple of 64 bytes on | key 32
+    length of the header, 16 digits | header, JSON | frames (F, I) float32, from a multiple of 64 bytes on |
+    seen (F, 2) uint8 | SHA-256 of the header, hexadecimal
 
-The key is a digest of all that the frames depend on. The file takes its name only when it is whole and on the disk; one
-that is of another key, another length or another make than expected is a CacheMiss, never half believed.
+The header holds a key, a digest of all that the frames depend on. The file takes its name only when it is whole and on
+the disk. One of another key, length or layout than expected is a CacheMiss and is not used at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import stat
-import struct
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,13 +26,12 @@ from bigru.data.clips import FRAME_RATES, IndexedClip, Skipped, clip_places
 from bigru.data.hdf5 import MAX_FRAMES
 from bigru.files import remove_partials, replacing
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same clips and settings give other frames, or the file's layout changes."""
 SETTINGS = ("observed", "predicted", "split", "gaze", "objects", "surrogate", "resample", "centre")
 """The settings that decide which frames are kept and what they hold."""
-MAGIC = b"bigru frames\r\n\x1a\n"
-PREFIX = struct.Struct("<16s32sQQ32s")
 ALIGNMENT = 64
+LENGTH_BYTES, DIGEST_BYTES = 16, 64
 # 11,032 clips take 2 MB.
 MAX_HEADER_BYTES = 64 * 2**20
 # Parts of a write that was killed; a write takes seconds.
@@ -45,6 +42,17 @@ class CacheMiss(Exception):
     """There is no cache that can be used; the message says why in a word or two."""
 
 
+class Entry(NamedTuple):
+    """A clip in a split, whose frames lie behind those of the clip before it."""
+
+    stem: str
+    fps: float
+    """Frames per second."""
+    frames: int
+    digest: str
+    """Of what its frames hold; equal for two clips of the same content."""
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """The frames of one split's clips, end to end."""
@@ -53,19 +61,20 @@ class Part:
     """(F, I) float32: features of every frame."""
     present: np.ndarray
     """(F, 2) bool: whether the left and the right hand were seen."""
-    stems: tuple[str, ...]
-    fps: tuple[float, ...]
-    """Frames per second, per clip."""
-    lengths: tuple[int, ...]
-    """Frames, per clip."""
+    clips: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """All that is read of a dataset: the frames of each split, and what was left out."""
+    """All that is read of a dataset: the frames of each split, and the clips that were left out."""
 
     parts: dict[str, Part]
     skipped: tuple[Skipped, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of every split's clips, their rates and frames, wherever they were read from."""
+        return hashlib.sha256(json.dumps({name: part.clips for name, part in self.parts.items()}).encode()).hexdigest()
 
 
 def cache_path(root: Path, config: DataConfig) -> Path:
@@ -77,15 +86,15 @@ def cache_path(root: Path, config: DataConfig) -> Path:
     return (config.cache or root) / f"bigru-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}.cache"
 
 
-def cache_key(index: Path, root: Path, clips: Iterable[IndexedClip], config: DataConfig) -> bytes:
-    """Return the digest, 32 bytes, of all that a dataset's frames depend on: what the index says, each file's place,
-    size and time of change, the settings, and how the frames are made."""
+def cache_key(index: Path, root: Path, clips: Iterable[IndexedClip], config: DataConfig) -> str:
+    """Return a digest of all that a dataset's frames depend on: the index's content, the place, size and time of
+    change of each file, the settings, and how the frames are made."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     digest = hashlib.sha256(json.dumps([FORMAT, sys.byteorder, settings]).encode())
     digest.update(hashlib.sha256(index.read_bytes()).digest())
     for clip in clips:
         digest.update(repr(_stamp(root, clip)).encode())
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def _stamp(root: Path, clip: IndexedClip) -> tuple[int, int, int] | None:
@@ -100,7 +109,7 @@ def _stamp(root: Path, clip: IndexedClip) -> tuple[int, int, int] | None:
     return None
 
 
-def write_cache(path: Path, key: bytes, frames: Frames) -> None:
+def write_cache(path: Path, key: str, frames: Frames) -> None:
     """Write the file; it appears whole or not at all.
 
     Raises:
@@ -109,27 +118,21 @@ def write_cache(path: Path, key: bytes, frames: Frames) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent, path.name, ABANDONED_S)
     described = {
-        "parts": {
-            split: {"stems": part.stems, "fps": part.fps, "lengths": part.lengths, "columns": part.frames.shape[1]}
-            for split, part in frames.parts.items()
-        },
-        "skipped": [asdict(skip) for skip in frames.skipped],
+        "key": key,
+        "clips": {split: part.clips for split, part in frames.parts.items()},
+        "skipped": [astuple(skip) for skip in frames.skipped],
     }
     header = json.dumps(described).encode()
-    blocks = [block for part in frames.parts.values() for block in (part.frames, part.present.view(np.uint8))]
-    end = PREFIX.size + len(header)
-    for block in blocks:
-        end = _aligned(end) + block.nbytes
-    prefix = PREFIX.pack(MAGIC, key, len(header), end + len(key), hashlib.sha256(header).digest())
+    header = header.ljust(-(-(LENGTH_BYTES + len(header)) // ALIGNMENT) * ALIGNMENT - LENGTH_BYTES)
+    parts = frames.parts.values()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(prefix + header)
-        for block in blocks:
-            file.write(bytes(_aligned(file.tell()) - file.tell()))
+        file.write(b"%0*d" % (LENGTH_BYTES, len(header)) + header)
+        for block in (*(part.frames for part in parts), *(part.present for part in parts)):
             file.write(np.ascontiguousarray(block).data)
-        file.write(key)
+        file.write(hashlib.sha256(header).hexdigest().encode())
 
 
-def read_cache(path: Path, key: bytes, columns: int, splits: Iterable[str], stems: set[str]) -> Frames:
+def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems: set[str]) -> Frames:
     """Map the file: its frames are read from the disk when they are first used, and shared by all who map it.
 
     Args:
@@ -150,64 +153,42 @@ def read_cache(path: Path, key: bytes, columns: int, splits: Iterable[str], stem
         raise CacheMiss("none yet") from None
     except ValueError:
         raise CacheMiss("damaged: empty") from None
-    size = len(content)
-    if size < PREFIX.size:
-        raise CacheMiss("damaged: too short")
-    magic, found, header_size, whole, digest = PREFIX.unpack(content[: PREFIX.size].tobytes())
-    if magic != MAGIC:
-        raise CacheMiss("damaged: not a file of frames")
-    if found != key:
-        raise CacheMiss("stale")
-    if whole != size or header_size > min(size, MAX_HEADER_BYTES) or content[-len(key) :].tobytes() != key:
-        raise CacheMiss("damaged: cut off")
-    header = content[PREFIX.size : PREFIX.size + header_size].tobytes()
-    if hashlib.sha256(header).digest() != digest:
-        raise CacheMiss("damaged: header")
     try:
+        start = LENGTH_BYTES + min(int(content[:LENGTH_BYTES].tobytes()), MAX_HEADER_BYTES)
+        header = content[LENGTH_BYTES:start].tobytes()
+        if content[-DIGEST_BYTES:].tobytes() != hashlib.sha256(header).hexdigest().encode():
+            raise CacheMiss("damaged: cut off or changed")
         described = json.loads(header)
-        parts, end = {}, PREFIX.size + header_size
-        for split in splits:
-            parts[split], end = _map_part(content, end, described["parts"][split], columns, stems)
-        skipped = tuple(_skip(**skip) for skip in described["skipped"])
-    # What a header that was made to deceive may lead to; its digest proves only that it is whole.
+        if described["key"] != key:
+            raise CacheMiss("stale")
+        clips = {split: tuple(_entry(stems, *entry) for entry in described["clips"][split]) for split in splits}
+        skipped = tuple(_skip(*skip) for skip in described["skipped"])
+        ends = np.cumsum([0] + [sum(clip.frames for clip in part) for part in clips.values()])
+        middle = start + int(ends[-1]) * columns * np.dtype(np.float32).itemsize
+        frames = content[start:middle].view(np.float32).reshape(ends[-1], columns)
+        # Compared, not viewed: a bool that is neither 0 nor 1 has no defined behaviour.
+        present = content[middle:-DIGEST_BYTES].reshape(ends[-1], 2) != 0
+    # Of a foreign file, an older version's, or one made to deceive: its digest proves only that it is whole.
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise CacheMiss(f"damaged: {type(error).__name__} in its header") from error
-    if end + len(key) != size:
-        raise CacheMiss("damaged: length")
+    parts = {
+        split: Part(frames[first:end], present[first:end], part)
+        for (split, part), first, end in zip(clips.items(), ends, ends[1:], strict=False)
+    }
     return Frames(parts, skipped)
 
 
-def _map_part(
-    content: np.ndarray, start: int, described: Mapping[str, Any], columns: int, stems: set[str]
-) -> tuple[Part, int]:
-    """Return one split's part, its arrays views of `content`, and where in the file it ends."""
-    names, fps, lengths = (described[name] for name in ("stems", "fps", "lengths"))
-    if described["columns"] != columns or not len(names) == len(fps) == len(lengths) or not stems.issuperset(names):
-        raise ValueError("clips")
-    if not all(type(length) is int and 0 < length <= MAX_FRAMES for length in lengths):
-        raise ValueError("lengths")
+def _entry(stems: set[str], stem: str, fps: float, frames: int, digest: str) -> Entry:
+    """Return a checked entry of the header."""
     slowest, fastest = FRAME_RATES
-    if not all(isinstance(rate, float) and slowest <= rate <= fastest for rate in fps):
-        raise ValueError("fps")
-    frames, start = _map(content, start, (sum(lengths), columns), np.dtype(np.float32))
-    present, start = _map(content, start, (sum(lengths), 2), np.dtype(np.uint8))
-    # Compared, not viewed: a bool that is neither 0 nor 1 has no defined behaviour.
-    return Part(frames, present != 0, tuple(names), tuple(fps), tuple(lengths)), start
-
-
-def _map(content: np.ndarray, start: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
-    start = _aligned(start)
-    end = start + math.prod(shape) * dtype.itemsize
-    if end > len(content):
-        raise ValueError("length")
-    return content[start:end].view(dtype).reshape(shape), end
+    if not (stem in stems and type(frames) is int and 0 < frames <= MAX_FRAMES and isinstance(digest, str)):
+        raise ValueError(stem)
+    if not (isinstance(fps, float) and slowest <= fps <= fastest):
+        raise ValueError(fps)
+    return Entry(stem, fps, frames, digest)
 
 
 def _skip(stem: str, reason: str, detail: str) -> Skipped:
     if not all(isinstance(text, str) for text in (stem, reason, detail)):
         raise TypeError("skipped")
     return Skipped(stem, reason, detail)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT

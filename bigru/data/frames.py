@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bigru.config import DataConfig
-from bigru.data.cache import CacheMiss, Frames, Part, cache_key, cache_path, read_cache, write_cache
+from bigru.data.cache import CacheMiss, Entry, Frames, Part, cache_key, cache_path, read_cache, write_cache
 from bigru.data.clips import Clip, ClipError, ClipIndex, Skipped, find_clip, read_clip
 
 SPLITS = {"train": range(1, 49), "val": range(49, 60), "test": range(60, 71)}
@@ -141,13 +142,19 @@ def split_names(config: DataConfig) -> str:
     return ", ".join(f"{split} {people[0]}-{people[-1]}" for split, people in SPLITS.items())
 
 
+def content_digest(*arrays: np.ndarray) -> str:
+    """Return a digest of what arrays hold, 128 bits in hexadecimal."""
+    digest = hashlib.sha256()
+    for values in arrays:
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()[:32]
+
+
 class _GrowingPart:
     """The frames of one split while its clips are being read, laid end to end."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.stems: list[str] = []
-        self.fps: list[float] = []
-        self.lengths: list[int] = []
+        self.clips: list[Entry] = []
         self.used = 0
         self.frames = np.empty((0, config.input_size), np.float32)
         self.present = np.empty((0, 2), np.bool_)
@@ -160,9 +167,7 @@ class _GrowingPart:
         self.frames[self.used : end] = features
         self.present[self.used : end] = present
         self.used = end
-        self.stems.append(stem)
-        self.fps.append(fps)
-        self.lengths.append(len(features))
+        self.clips.append(Entry(stem, fps, len(features), content_digest(features, present)))
 
     def _resize(self, rows: int) -> None:
         self.frames.resize((rows, self.frames.shape[1]), refcheck=False)
@@ -171,4 +176,4 @@ class _GrowingPart:
     def finish(self) -> Part:
         """Give up the frames, without a copy."""
         self._resize(self.used)
-        return Part(self.frames, self.present, tuple(self.stems), tuple(self.fps), tuple(self.lengths))
+        return Part(self.frames, self.present, tuple(self.clips))

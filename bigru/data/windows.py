@@ -156,6 +156,9 @@ class Dataset:
     index: Path
     cache: str = ""
     """What became of the file of frames, in words."""
+    digest: str = ""
+    """SHA-256, in hexadecimal, of the clips' names and rates and of every frame, by split. It does not depend on where
+    the clips lie or when they were written: two datasets with one digest train alike under the same settings."""
 
     def skip_counts(self) -> dict[str, int]:
         """Return how many clips were skipped for each reason, the most frequent first."""
@@ -200,12 +203,13 @@ def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset
         val=_windows(parts["val"], config),
         test=_windows(parts["test"], config),
         skipped=frames.skipped,
-        clips={split: len(part.stems) for split, part in parts.items()},
+        clips={split: len(part.clips) for split, part in parts.items()},
         listed=len(index.clips) + len(index.skipped),
         other_cameras=index.other_cameras,
         root=root,
         index=index.path,
         cache=cache,
+        digest=frames.digest,
     )
     _check_windows(dataset, config)
     return dataset
@@ -230,18 +234,18 @@ def _windows(part: Part, config: DataConfig) -> Windows:
     starts: list[int] = []
     clip: list[int] = []
     offset = 0
-    for number, length in enumerate(part.lengths):
-        count = window_count(length, config)
+    for number, entry in enumerate(part.clips):
+        count = window_count(entry.frames, config)
         starts += range(offset, offset + count * config.stride, config.stride)
         clip += [number] * count
-        offset += length
+        offset += entry.frames
     return Windows(
         frames=torch.from_numpy(part.frames),
         present=torch.from_numpy(part.present),
         starts=torch.tensor(starts, dtype=torch.int64),
-        fps=torch.tensor([part.fps[number] for number in clip], dtype=torch.float32),
+        fps=torch.tensor([part.clips[number].fps for number in clip], dtype=torch.float32),
         clip=torch.tensor(clip, dtype=torch.int64),
-        stems=part.stems,
+        stems=tuple(entry.stem for entry in part.clips),
         observed=config.observed,
         predicted=config.predicted,
         centre=config.centre,
