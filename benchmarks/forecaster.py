@@ -18,7 +18,7 @@ from benchmarks.machine import Machine
 from benchmarks.report import Report
 from benchmarks.rivals import BACKENDS, Entrant, Entry, compete
 from bigru import HandForecaster
-from bigru.model.forecaster import POSE_SIZE
+from bigru.layout import JOINTS_PER_HAND, POSE_SIZE
 from bigru.model.metrics import masked_mse, summarise, window_errors
 from bigru.step import Step, make_optimizer, set_rate
 
@@ -26,7 +26,6 @@ LR, WEIGHT_DECAY, GRAD_CLIP, WARMUP_EPOCHS = 1e-3, 1e-5, 1.0, 5
 """bigru.train's."""
 STRIDE = 15
 """Frames between two windows."""
-JOINTS_PER_HAND = 21
 
 
 def make_step(model: nn.Module, *, capturable: bool = False) -> Step:

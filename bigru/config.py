@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from bigru.layout import MODALITY_SIZES, POSE_SIZE
+
 log = logging.getLogger(__name__)
 
 
@@ -82,7 +84,7 @@ class DataConfig:
     @property
     def input_size(self) -> int:
         """Features per frame fed to the network: 84 for hands, then 2, 120 and 8 for the other modalities."""
-        return 84 + 2 * self.gaze + 120 * self.objects + 8 * self.surrogate
+        return POSE_SIZE + sum(size for name, size in MODALITY_SIZES.items() if getattr(self, name))
 
 
 @dataclass(frozen=True)

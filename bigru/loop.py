@@ -23,8 +23,9 @@ from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
 from bigru.distributed import Team
 from bigru.files import append_line, as_json, write_npz
+from bigru.layout import POSE_SIZE
 from bigru.model.checkpoint import Progress, save_checkpoint, save_weights
-from bigru.model.forecaster import POSE_SIZE, HandForecaster
+from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, summarise, window_errors
 from bigru.signals import Interrupted, StopRequest, on_signals
 from bigru.step import Step, capture_training, get_random_state, make_optimizer, set_rate

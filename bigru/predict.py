@@ -27,16 +27,17 @@ import tyro
 
 from bigru.config import ConfigError, DataConfig, from_mapping
 from bigru.data.clips import ClipError, read_clip
-from bigru.data.windows import CENTRED_UNIT, HAND_FEATURES, JOINTS_PER_HAND, frame_features, hands_origin
+from bigru.data.windows import frame_features, hands_origin
 from bigru.environment import pick_device
 from bigru.files import write_atomically
+from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, POSE_SIZE
 from bigru.model.checkpoint import CheckpointError, load_forecaster, modalities_of
 from bigru.model.forecaster import HandForecaster
 from bigru.report import figures
 from bigru.report.animation import gif
 from bigru.report.record import Samples
 
-IMAGE_PX = np.array([1728.0, 972.0])
+IMAGE = np.array(IMAGE_PX)
 ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
 """What positions count from, by the centring of the weights."""
 HANDS = ("left", "right")
@@ -124,7 +125,7 @@ class Forecast:
     def error_px(self) -> np.ndarray:
         """(T, 42): distance of each joint from the true one in pixels, NaN where that is not known."""
         difference = self.in_image(self.predicted) - self.in_image(self.target)
-        return np.linalg.norm(difference * IMAGE_PX, axis=-1).reshape(-1, 2 * JOINTS_PER_HAND)
+        return np.linalg.norm(difference * IMAGE, axis=-1).reshape(-1, 2 * JOINTS_PER_HAND)
 
     @property
     def mean_error_px(self) -> float:
@@ -245,9 +246,9 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
         )
     now = start + length
     if config.centre == "last":
-        last = torch.from_numpy(features[now - 1 : now, :HAND_FEATURES])
+        last = torch.from_numpy(features[now - 1 : now, :POSE_SIZE])
         origin = hands_origin(last, torch.from_numpy(present[now - 1 : now]))[0].numpy()
-        features[:, :HAND_FEATURES] -= np.tile(origin, 2 * JOINTS_PER_HAND)
+        features[:, :POSE_SIZE] -= np.tile(origin, 2 * JOINTS_PER_HAND)
         last_origin = CENTRED_UNIT * origin
     else:
         # As in training, a missing hand's wrist counts as 0.
@@ -256,7 +257,7 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
     with torch.inference_mode():
         predicted = model(torch.from_numpy(features[None, start:now]).to(device))[0].cpu().numpy()
     target = np.full_like(predicted, np.nan)
-    future = features[now : now + length, :HAND_FEATURES]
+    future = features[now : now + length, :POSE_SIZE]
     seen = present[now : now + length].repeat(2 * JOINTS_PER_HAND, axis=1)
     target[: len(future)] = np.where(seen, future, np.nan)
     return Forecast(
@@ -265,7 +266,7 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
         start=start,
         centre=config.centre,
         last_origin=last_origin,
-        observed=features[start:now, :HAND_FEATURES],
+        observed=features[start:now, :POSE_SIZE],
         observed_present=present[start:now],
         predicted=predicted,
         target=target,
@@ -312,7 +313,7 @@ def as_npz(result: Forecast) -> bytes:
         last_origin=result.last_origin,
         fps=result.fps,
         start=result.start,
-        image_px=IMAGE_PX,
+        image_px=IMAGE,
         stem=result.stem,
         origin=ORIGINS[result.centre],
     )
@@ -335,7 +336,7 @@ def as_csv(result: Forecast) -> str:
         for number in range(2 * JOINTS_PER_HAND):
             hand, joint = divmod(number, JOINTS_PER_HAND)
             ours, theirs = predicted[t, hand, joint], true[t, hand, joint]
-            numbers = (*ours, *ours * IMAGE_PX, *theirs, *theirs * IMAGE_PX, errors[t, number])
+            numbers = (*ours, *ours * IMAGE, *theirs, *theirs * IMAGE, errors[t, number])
             cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
             writer.writerow(
                 [frame, f"{time_s:.4f}", f"{ahead_s:.4f}", HANDS[hand], joint, JOINT_NAMES[joint], origin, *cells]

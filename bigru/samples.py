@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bigru.data.windows import Windows
 from bigru.files import write_npz
-from bigru.model.forecaster import POSE_SIZE, HandForecaster
-from bigru.model.metrics import JOINTS
+from bigru.layout import JOINTS, POSE_SIZE
+from bigru.model.forecaster import HandForecaster
 
 SAMPLES = {"best": 0.0, "median": 0.5, "95th percentile": 0.95, "worst": 1.0}
 """Test windows to draw: what they are called, and the share of windows with less error."""

@@ -12,12 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from bigru.config import DataConfig
 from bigru.data.clips import Clip
-from bigru.data.frames import CENTRED_UNIT, HAND_FEATURES, JOINTS_PER_HAND, frame_features
-from bigru.data.windows import hands_origin
+from bigru.data.windows import frame_features, hands_origin
+from bigru.layout import CENTRED_UNIT, JOINTS_PER_HAND, MODALITY_SHAPES, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
-
-SHAPES = {"gaze": (2,), "objects": (30, 4), "surrogate": (2, 4)}
-"""Shape of one frame of each modality besides the hands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +124,8 @@ class ForecastStream:
         origin = torch.zeros(1, 2)
         if self.config.centre == "last":
             window = window.clone()
-            origin = hands_origin(window[-1:, :HAND_FEATURES], self._present)
-            window[:, :HAND_FEATURES] -= origin.repeat(1, 2 * JOINTS_PER_HAND)
+            origin = hands_origin(window[-1:, :POSE_SIZE], self._present)
+            window[:, :POSE_SIZE] -= origin.repeat(1, 2 * JOINTS_PER_HAND)
         with torch.inference_mode():
             predicted = self.model(window.unsqueeze(0).to(self._device))[0].cpu()
         positions = CENTRED_UNIT * (predicted.unflatten(-1, (2, JOINTS_PER_HAND, 2)) + origin)
@@ -146,8 +143,8 @@ class ForecastStream:
                 raise ValueError(f"{name}: the network reads {'one' if wanted else 'none'}, got {type(given).__name__}")
             if given is not None:
                 arrays[name] = np.asarray(given, dtype=np.float32)
-                if arrays[name].shape != SHAPES[name]:
-                    raise ValueError(f"{name}: expected shape {SHAPES[name]}, got {arrays[name].shape}")
+                if arrays[name].shape != MODALITY_SHAPES[name]:
+                    raise ValueError(f"{name}: expected shape {MODALITY_SHAPES[name]}, got {arrays[name].shape}")
         for name, values in arrays.items():
             if not np.isfinite(values).all():
                 raise ValueError(f"{name}: expected finite numbers (a missing hand is all zeros), got {values}")

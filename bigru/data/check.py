@@ -25,17 +25,8 @@ from bigru.data.clips import (
     read_open_clip,
 )
 from bigru.data.frames import SPLITS, check_participant, split_frames, window_count
-from bigru.data.hdf5 import (
-    FRAME_SHAPES,
-    GAZE_DATASET,
-    OBJECT_DATASET,
-    SURROGATE_DATASET,
-    checked_dataset,
-    own_dataset,
-    read_values,
-)
+from bigru.data.hdf5 import FRAME_SHAPES, MODALITIES, checked_dataset, own_dataset, read_values
 
-MODALITIES = {"gaze": GAZE_DATASET, "objects": OBJECT_DATASET, "surrogate": SURROGATE_DATASET}
 MOST_LISTED = 50
 """Rates or datasets listed by name; a file may hold any number."""
 

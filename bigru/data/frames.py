@@ -13,14 +13,11 @@ from tqdm import tqdm
 from bigru.config import DataConfig
 from bigru.data.cache import CacheMiss, Entry, Frames, Part, cache_key, cache_path, read_cache, write_cache
 from bigru.data.clips import Clip, ClipError, ClipIndex, Skipped, find_clip, read_clip
+from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND
 
 SPLITS = {"train": range(1, 49), "val": range(49, 60), "test": range(60, 71)}
 """The published split, by participant number."""
 
-HAND_FEATURES = 84
-JOINTS_PER_HAND = 21
-CENTRED_UNIT = 0.5
-"""One unit of a centred coordinate, as a fraction of the image's width or height."""
 HELD_OUT = 0.15
 """Share of a clip's frames that `split="time"` sets aside for val, and again for test."""
 
@@ -102,7 +99,7 @@ def frame_features(clip: Clip, centre: Literal["frame", "last"] = "frame") -> np
     `Windows.batch` knows the window, and so its last observed frame.
     """
     frames = len(clip.hands)
-    joints = clip.hands[..., :2].reshape(frames, 2 * JOINTS_PER_HAND, 2)
+    joints = clip.hands[..., :2].reshape(frames, JOINTS, 2)
     if centre == "frame":
         joints = joints - 0.5 * (joints[:, :1] + joints[:, JOINTS_PER_HAND : JOINTS_PER_HAND + 1])
     hands = joints / CENTRED_UNIT

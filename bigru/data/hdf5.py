@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import h5py
 import numpy as np
 
+from bigru.layout import JOINTS_PER_HAND, MODALITY_SHAPES
+
 HAND_DATASETS = ("left_landmarks", "right_landmarks")
 GAZE_DATASET = "norm_gaze"
 OBJECT_DATASET = "rec_bboxes"
 SURROGATE_DATASET = "surrogate_hands"
+MODALITIES = {"gaze": GAZE_DATASET, "objects": OBJECT_DATASET, "surrogate": SURROGATE_DATASET}
 FRAME_SHAPES: dict[str, tuple[int, ...]] = {
-    "left_landmarks": (21, 3),
-    "right_landmarks": (21, 3),
-    GAZE_DATASET: (2,),
-    OBJECT_DATASET: (30, 4),
-    SURROGATE_DATASET: (2, 4),
+    **dict.fromkeys(HAND_DATASETS, (JOINTS_PER_HAND, 3)),
+    **{dataset: MODALITY_SHAPES[name] for name, dataset in MODALITIES.items()},
 }
 
 # The longest published clip has 1,591 frames; 100,000 are 28 minutes at 59 fps. A file that declares more is

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
 from bigru.data.frames import SPLITS
 from bigru.files import replacing
+from bigru.layout import IMAGE_PX
 
 FORMAT = 1
 """Raised whenever the same seed would give other arrays."""
@@ -53,7 +54,7 @@ SHORTEST, LONGEST = 2, 1591
 # Three windows at the published lengths, so that even the smallest dataset has windows in every split.
 LONG_ENOUGH = 150
 
-ASPECT = 1728 / 972
+ASPECT = IMAGE_PX[0] / IMAGE_PX[1]
 # Per finger, thumb to little finger: knuckle x and y, direction (radians from the palm's axis), and three bones,
 # all in lengths of a hand, of a right hand seen from its back with the fingers along +y.
 FINGERS = (

@@ -15,30 +15,10 @@ from torch import Tensor
 from bigru.config import DataConfig
 from bigru.data.cache import Part
 from bigru.data.clips import DataError, Skipped, find_index, read_index, subtask_number
-from bigru.data.frames import (
-    CENTRED_UNIT,
-    HAND_FEATURES,
-    JOINTS_PER_HAND,
-    SPLITS,
-    frame_features,
-    load_frames,
-    split_names,
-    window_count,
-)
+from bigru.data.frames import SPLITS, frame_features, load_frames, split_names, window_count
+from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND, POSE_SIZE
 
-__all__ = [
-    "CENTRED_UNIT",
-    "HAND_FEATURES",
-    "JOINTS_PER_HAND",
-    "SPLITS",
-    "Batch",
-    "Dataset",
-    "NoWindowsError",
-    "Windows",
-    "frame_features",
-    "hands_origin",
-    "load_dataset",
-]
+__all__ = ["SPLITS", "Batch", "Dataset", "NoWindowsError", "Windows", "frame_features", "hands_origin", "load_dataset"]
 
 
 class NoWindowsError(DataError):
@@ -96,12 +76,12 @@ class Windows:
         steps = torch.arange(self.observed + self.predicted, device=starts.device)
         rows = starts[:, None] + steps  # (B, observed + predicted)
         past, future = rows[:, : self.observed], rows[:, self.observed :]
-        x, target = self.frames[past], self.frames[:, :HAND_FEATURES][future]
+        x, target = self.frames[past], self.frames[:, :POSE_SIZE][future]
         if self.centre == "last":
-            origin = hands_origin(x[:, -1, :HAND_FEATURES], self.present[past[:, -1]])  # (B, 2)
-            shift = origin.repeat(1, 2 * JOINTS_PER_HAND)[:, None]
+            origin = hands_origin(x[:, -1, :POSE_SIZE], self.present[past[:, -1]])  # (B, 2)
+            shift = origin.repeat(1, JOINTS)[:, None]
             # Both are copies of their own, made by the indices.
-            x[..., :HAND_FEATURES] -= shift
+            x[..., :POSE_SIZE] -= shift
             target -= shift
         return Batch(
             x=x,

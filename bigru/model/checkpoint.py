@@ -17,12 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bigru.files import write_atomically
-from bigru.model.forecaster import POSE_SIZE, HandForecaster
+from bigru.layout import MODALITY_SIZES, POSE_SIZE
+from bigru.model.forecaster import HandForecaster
 from bigru.step import Step, get_random_state, set_random_state
 
 FORMAT = 2
-MODALITY_SIZES = {"gaze": 2, "objects": 120, "surrogate": 8}
-"""Features per frame of what may be fed beside the hands."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -7,9 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bigru.kernels.gru import BiGRU
+from bigru.layout import POSE_SIZE
 
-POSE_SIZE = 84
-"""Coordinates per frame: 2 hands x 21 joints x (x, y)."""
 PUBLISHED_SIZES = (84, 128, 2)
 """Input size, hidden size and layers of the published network."""
 PUBLISHED_PARAMETERS = 482_900

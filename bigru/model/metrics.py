@@ -20,11 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bigru.model.forecaster import POSE_SIZE
+from bigru.layout import JOINTS, POSE_SIZE, UNIT_PX
 
-JOINTS = POSE_SIZE // 2
-# Centring divides by half the image's size: 0.5 of 1728 x 972 pixels.
-PIXELS_PER_UNIT = (0.5 * 1728, 0.5 * 972)
 # Windows whose errors a CPU computes at a time: their intermediate results stay in its cache.
 _CACHED = 16
 _COLUMNS = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px", "squared_error", "joints")
@@ -123,7 +120,7 @@ def _window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = 
     else:
         joints.masked_fill_(~present[..., None], 0.0)
     error, squared = joints.norm(dim=-1).sum((1, 2)), joints.square().sum((1, 2, 3))
-    for axis, scale in enumerate(PIXELS_PER_UNIT):
+    for axis, scale in enumerate(UNIT_PX):
         joints[..., axis].mul_(scale)
     columns += [error, joints.norm(dim=-1).sum((1, 2)), squared, present.sum((1, 2)).double()]
     return torch.stack(columns, dim=1)
@@ -197,7 +194,7 @@ def joint_errors(prediction: Tensor, target: Tensor, present: Tensor | None = No
     if present is None:
         present = torch.ones(difference.shape[:-1], dtype=torch.bool, device=difference.device)
     seen = torch.where(present[..., None], difference, 0.0)
-    pixels = seen * seen.new_tensor(PIXELS_PER_UNIT)
+    pixels = seen * seen.new_tensor(UNIT_PX)
     return torch.stack([seen.norm(dim=-1), pixels.norm(dim=-1), present.double()], dim=-1).sum(0)
 
 

@@ -7,10 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from bigru.layout import IMAGE_PX
 from bigru.report.figures import BLUE, DPI, FAINT, INK, STROKE, VERMILION, WIDTH_IN, styled
 
-IMAGE_PX = np.array([1728.0, 972.0])
-"""Width and height of the image."""
 HANDS = (("left", BLUE), ("right", VERMILION))
 SNAPSHOTS = 5
 PANEL_ASPECT = 1.3

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bigru.layout import JOINTS_PER_HAND, UNIT_PX
 from bigru.report.record import RunRecord, Samples
 
 P = ParamSpec("P")
@@ -27,9 +28,6 @@ DPI = 180
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 BLUE, VERMILION, INK, FAINT = "#0072B2", "#D55E00", "#444444", "#999999"
-
-HALF_IMAGE_PX = np.array([864.0, 486.0])
-"""One centred unit in pixels of the 1728 x 972 image, along x and y."""
 
 # MediaPipe's hand as one pen stroke: five fingers from the wrist (0), then the knuckles; -1 lifts the pen.
 STROKE = np.array([*(j for tip in (4, 8, 12, 16, 20) for j in (0, *range(tip - 3, tip + 1), -1)), 5, 9, 13, 17])
@@ -219,7 +217,7 @@ def _horizon_frames(predicted: int) -> list[int]:
 
 def hand_px(frame: np.ndarray, hand: int) -> np.ndarray:
     """The joints of one hand, 0 left or 1 right, of an 84-vector in centred units: (21, 2) in pixels."""
-    return frame.reshape(2, 21, 2)[hand] * HALF_IMAGE_PX
+    return frame.reshape(2, JOINTS_PER_HAND, 2)[hand] * UNIT_PX
 
 
 def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarray) -> float:
