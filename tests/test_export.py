@@ -1,12 +1,13 @@
 """The ONNX model against the module it was made of, in onnxruntime, over several batches and lengths."""
 
 import builtins
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from support import error
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from bigru import BiGRU, HandForecaster, export_onnx
 
@@ -26,7 +27,7 @@ def session(tmp_path):
     return make
 
 
-def check(model, session, batch_first=True):
+def check(model, session, batch_first=True, tolerance=1e-6):
     """Every size that `SIZES` lists, through one session."""
     inputs = {value.name: value.shape for value in session.get_inputs()}
     for batch, steps in SIZES:
@@ -39,7 +40,7 @@ def check(model, session, batch_first=True):
         actual = session.run(None, dict(zip(inputs, (tensor.numpy() for tensor in given), strict=True)))
         for value, wanted in zip(actual, expected, strict=True):
             assert value.dtype == np.float32
-            assert error(torch.from_numpy(value), wanted) < 1e-6
+            assert error(torch.from_numpy(value), wanted) < tolerance
 
 
 @pytest.mark.parametrize("state", [True, False])
@@ -100,6 +101,134 @@ def test_parametrized_weights_as_computed(session):
     with torch.no_grad():
         gru.parametrizations.weight_hh_l0.original0.mul_(2)
     check(gru, session(gru))
+
+
+def deprecated(norm):
+    """The norms by hook, which torch deprecates and models in the wild hold."""
+
+    def apply(module, name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return norm(module, name)
+
+    return apply
+
+
+def scaled_by_a_hook(module, name):
+    """A user's own: the attribute is written before each call, and at no other time."""
+    scaled = module._parameters.pop(name)
+    module.register_parameter(f"{name}_stored", scaled)
+    setattr(module, name, scaled.detach() * 2)
+    module.register_forward_pre_hook(lambda module, _: setattr(module, name, getattr(module, f"{name}_stored") * 2))
+
+
+HOOKS = {
+    "pruning": lambda module, name: prune.l1_unstructured(module, name, 0.5),
+    "weight_norm": deprecated(torch.nn.utils.weight_norm),
+    "spectral_norm": deprecated(torch.nn.utils.spectral_norm),
+    "a user's": scaled_by_a_hook,
+}
+
+
+@pytest.mark.parametrize("where", ["gru", "forecaster's gru", "forecaster's head"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS.keys())
+def test_weights_that_a_pre_hook_writes_are_those_of_a_call(hook, where, session):
+    # The attribute is written when the module is called: after loading it is stale until then.
+    torch.manual_seed(0)
+    model = BiGRU(3, 5, batch_first=True) if where == "gru" else HandForecaster(hidden_size=6)
+    core = model if where == "gru" else model.encoder.core
+    hooked, name = (model.pose_head[2], "weight") if where == "forecaster's head" else (core, "weight_hh_l0")
+    hook(hooked, name)
+    model.load_state_dict({key: torch.rand_like(value) - 0.5 for key, value in model.state_dict().items()})
+    run = session(model)
+    check(model.eval(), run, tolerance=1e-5)  # a loaded norm may be far from 1, and its weight large
+
+
+def test_a_norm_does_not_iterate(session):
+    gru = parametrizations.spectral_norm(BiGRU(3, 5, batch_first=True), "weight_hh_l0").train()
+    before = {key: value.clone() for key, value in gru.state_dict().items()}
+    run = session(gru)
+    assert gru.training
+    assert all(torch.equal(value, before[key]) for key, value in gru.state_dict().items())
+    check(gru.eval(), run)
+
+
+class Doubled(BiGRU):
+    def forward(self, *args, **kwargs):
+        y, h_n = super().forward(*args, **kwargs)
+        return 2 * y, h_n
+
+
+def with_a_forward_of_its_own(module):
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+    return module
+
+
+def with_hook(module, register, hook):
+    getattr(module, f"register_forward_{register}")(hook)
+    return module
+
+
+def changes_input(module, args):
+    return (args[0] * 2,)
+
+
+def changes_output(module, args, y):
+    return y * 2
+
+
+LEFT_OUT = {
+    "a subclass's forward": (lambda: Doubled(3, 4), None, "model: expected the forward of BiGRU, got one of Doubled"),
+    "an instance's forward": (
+        lambda: HandForecaster(hidden_size=4),
+        lambda model: with_a_forward_of_its_own(model.encoder),
+        "encoder: expected the forward of Encoder, got one",
+    ),
+    "a forward hook": (
+        lambda: HandForecaster(hidden_size=4),
+        lambda model: with_hook(model.pose_head[1], "hook", changes_output),
+        "pose_head.1: expected no forward hooks, got changes_output",
+    ),
+    "a pre-hook that changes the input": (
+        lambda: HandForecaster(hidden_size=4),
+        lambda model: with_hook(model.encoder.core, "pre_hook", changes_input),
+        "encoder.core: expected forward pre-hooks that leave the input alone, got changes_input",
+    ),
+    "another head": (
+        lambda: HandForecaster(hidden_size=4),
+        lambda model: model.pose_head.__setitem__(1, torch.nn.Tanh()),
+        "pose_head.1: expected the forward of Dropout or Identity, got one of Tanh",
+    ),
+    "a longer head": (
+        lambda: HandForecaster(hidden_size=4),
+        lambda model: model.pose_head.append(torch.nn.Tanh()),
+        "pose_head: expected LayerNorm, Dropout and Linear, got 4 modules",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "change", "message"), LEFT_OUT.values(), ids=LEFT_OUT.keys())
+def test_what_the_graph_would_leave_out_is_refused_by_name(make, change, message, tmp_path):
+    pytest.importorskip("onnx")
+    model = make()
+    if change:
+        change(model)
+    with pytest.raises(TypeError, match=message):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_found_in_onnxruntime_is_refused(session, tmp_path):
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, y: (y[0] * 2, y[1]) if isinstance(module, BiGRU) else None
+    )
+    try:
+        with pytest.raises(RuntimeError, match=r"model: its output and the ONNX graph's differ by 0\.5"):
+            session(BiGRU(3, 4))
+    finally:
+        handle.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
