@@ -8,10 +8,11 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from bigru.kernels.layer import fused_gru_layer
@@ -104,7 +105,8 @@ class BiGRU(nn.RNNBase):
             backend, precision: as for the constructor.
 
         Raises:
-            TypeError: for a subclass, which may compute something else, or anything else.
+            TypeError: for a subclass, which may compute something else, for an instance with a forward (or any other
+                callable) of its own, or for anything else.
             ValueError: for one direction or a proj_size.
         """
         if refusal := unlike_bigru(gru):
@@ -116,10 +118,12 @@ class BiGRU(nn.RNNBase):
         """The torch.nn.GRU that computes the same, of the same Parameter objects, hooks and training mode.
 
         Raises:
-            TypeError: for a subclass, such as parametrizations make.
+            TypeError: for a subclass, such as parametrizations make, or an instance with a callable of its own.
         """
         if type(self) is not BiGRU:
             raise TypeError(f"expected a BiGRU itself, got {type(self).__name__}, a subclass")
+        if name := own_callable(self):
+            raise TypeError(f"expected a BiGRU without a {name} of its own, which would go on with its code")
         gru = _twin(self, nn.GRU)
         del gru.backend, gru.precision
         return gru
@@ -214,6 +218,27 @@ class BiGRU(nn.RNNBase):
     def extra_repr(self) -> str:
         """As torch.nn.GRU's, with backend and precision."""
         return f"{super().extra_repr()}, backend={self.backend!r}, precision={self.precision!r}"
+
+    # A compiled call belongs to the module that compiled it: in a copy it would run that one's code and weights.
+    # torch.nn.RNNBase's own __getstate__ keeps it, which torch.nn.Module's drops.
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_compiled_call_impl", None)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Parametrized modules refuse __getstate__.
+        state = vars(self).copy() if parametrize.is_parametrized(self) else self.__getstate__()
+        for name in ("_compiled_call_impl", "_flat_weight_refs"):
+            state.pop(name, None)
+        memo[id(self)] = twin = self.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()
+        vars(replica).pop("_compiled_call_impl", None)
+        return replica
 
     def _weights(self) -> list[Tensor]:
         # Read at call time, so that functional_call, weight_norm and pruning are honoured.
@@ -328,12 +353,25 @@ def unlike_bigru(gru: nn.Module) -> TypeError | ValueError | None:
         return ValueError("gru: expected bidirectional=True, got False")
     if gru.proj_size:
         return ValueError(f"gru: expected no proj_size, got {gru.proj_size}")
+    if name := own_callable(gru):
+        return TypeError(f"gru: expected a torch.nn.GRU without a {name} of its own: convert first, wrap after")
     return None
 
 
+def own_callable(module: nn.Module) -> str | None:
+    """Name of a callable that a module's instance holds, such as a `forward` that a wrapper put there, if any.
+
+    It was made for the module's class, whose code it would go on running in another. A compiled call is torch's own
+    and can be made anew: it does not count.
+    """
+    held = (name for name, value in vars(module).items() if callable(value) and name != "_compiled_call_impl")
+    return next(held, None)
+
+
 def _twin(module: nn.RNNBase, of: type[Module], **attributes: str) -> Module:
-    """A module of another class that holds all that this one holds, in containers of its own."""
+    """A module of another class that holds all that this one holds but a compiled call, in containers of its own."""
     twin = copy.copy(module)
+    vars(twin).pop("_compiled_call_impl", None)
     for name, value in vars(twin).items():
         if isinstance(value, dict | list):
             vars(twin)[name] = copy.copy(value)

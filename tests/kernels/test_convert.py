@@ -1,6 +1,7 @@
 """nn.GRU to BiGRU and back: the same parameters, hooks, modes, and who is left alone."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ class TestOneModule:
         with pytest.raises(TypeError, match="a subclass"):
             parametrized.to_gru()
 
+    def test_a_compiled_call_stays_behind(self):
+        x = torch.randn(2, 5, 3)
+        for module in (make(), BiGRU(3, 4, 2, batch_first=True)):
+            module._compiled_call_impl = lambda *_: pytest.fail("another module's code")  # as module.compile() leaves
+            twin = BiGRU.from_gru(module) if isinstance(module, nn.GRU) else module.to_gru()
+            assert twin(x)[0].shape == (2, 5, 8)
+            assert module._compiled_call_impl is not None
+
+    def test_a_forward_of_an_instance_is_refused_by_name(self):
+        for module in (make(), BiGRU(3, 4)):
+            module.forward = functools.partial(module.forward, hx=None)  # as accelerate's hooks do
+            with pytest.raises(TypeError, match="without a forward of its own"):
+                BiGRU.from_gru(module) if isinstance(module, nn.GRU) else module.to_gru()
+
 
 class TestModel:
     def test_replaces_in_place(self):
@@ -137,6 +152,18 @@ class TestModel:
             assert bigru.replace_gru(model) == []
         parametrize.remove_parametrizations(model["normed"], "weight_hh_l0")
         assert bigru.replace_gru(model) == ["normed"]
+
+    def test_a_compiled_call_is_dropped(self):
+        gru, x = make(), torch.randn(2, 5, 3)
+        gru._compiled_call_impl = lambda *_: pytest.fail("nn.GRU's code")  # as gru.compile() leaves it
+        assert bigru.replace_gru(gru) == [""]
+        assert gru(x, lengths=[5, 2])[0].shape == (2, 5, 8)
+
+    def test_a_forward_of_an_instance_is_left_and_named(self):
+        model = nn.ModuleDict({"wrapped": make(), "plain": make()})
+        model.wrapped.forward = functools.partial(model.wrapped.forward, hx=None)
+        with pytest.warns(UserWarning, match="wrapped has a forward of its own and was left"):
+            assert bigru.replace_gru(model) == ["plain"]
 
     def test_a_forecaster_has_nothing_to_replace(self):
         assert bigru.replace_gru(HandForecaster(hidden_size=4)) == []

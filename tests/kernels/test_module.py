@@ -83,6 +83,25 @@ class TestCopiesAndFiles:
                 twin.weight_ih_l0.zero_()
         assert gru.weight_ih_l0.all()
 
+    @pytest.mark.parametrize("parametrized", [False, True])
+    def test_a_copy_of_a_compiled_module_runs_its_own_weights(self, parametrized, x):
+        torch._dynamo.reset()
+        gru = BiGRU(3, 4, device=x.device)
+        if parametrized:
+            parametrizations.weight_norm(gru, "weight_hh_l0")
+        gru.compile(backend="eager")
+        before = gru(x)[0].detach()
+        copies = [copy.deepcopy(gru), torch.optim.swa_utils.AveragedModel(gru).module]
+        if not parametrized:
+            copies += [copy.copy(copy.deepcopy(gru)), pickle.loads(pickle.dumps(gru))]
+        for twin in copies:
+            assert error(twin(x)[0], before) < 1e-6
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.fill_(2)
+            assert error(twin(x)[0], before) > 0.5
+        assert torch.equal(gru(x)[0], before)
+
     def test_state_dict_both_ways(self, gru, x):
         theirs = nn_gru(gru)
         assert same(gru(x), theirs(x), 1e-5)
@@ -218,6 +237,9 @@ class TestWeightsAreReadWhenCalled:
         for name, parameter in gru.named_parameters():
             setattr(replica, name, parameter * 1)
         assert list(replica.parameters()) == []
+        gru._compiled_call_impl = gru.forward  # the replica of a compiled module runs its own tensors
+        assert gru._replicate_for_data_parallel()._compiled_call_impl is None
+        gru._compiled_call_impl = None
         assert same(gradients(gru, x, replica), gradients(gru, x))
         with pytest.raises(ValueError, match=r"input: expected torch.float32"):
             replica(x.double())
