@@ -20,7 +20,7 @@ from benchmarks.rivals import BACKENDS, Entrant, Entry, compete
 from bigru import HandForecaster
 from bigru.layout import JOINTS_PER_HAND, POSE_SIZE
 from bigru.model.metrics import masked_mse, summarise, window_errors
-from bigru.step import Step, make_optimizer, set_rate
+from bigru.training.step import TrainStep, make_optimizer, set_rate
 
 LR, WEIGHT_DECAY, GRAD_CLIP, WARMUP_EPOCHS = 1e-3, 1e-5, 1.0, 5
 """bigru.train's."""
@@ -28,9 +28,9 @@ STRIDE = 15
 """Frames between two windows."""
 
 
-def make_step(model: nn.Module, *, capturable: bool = False) -> Step:
+def make_step(model: nn.Module, *, capturable: bool = False) -> TrainStep:
     """bigru.train's step; `capturable` as a CUDA graph needs it."""
-    return Step(model, make_optimizer(model, LR, WEIGHT_DECAY, capturable=capturable), GRAD_CLIP)
+    return TrainStep(model, make_optimizer(model, LR, WEIGHT_DECAY, capturable=capturable), GRAD_CLIP)
 
 
 def make_model(path: str, row: Row, device: torch.device) -> HandForecaster:
@@ -84,7 +84,7 @@ def epoch(machine: Machine, parts: dict[str, list[Row]], report: Report, seconds
 
 
 def one_epoch(
-    training: Step, step: Callable[[Any], None], data: Any, size: int, windows: int, device: torch.device
+    training: TrainStep, step: Callable[[Any], None], data: Any, size: int, windows: int, device: torch.device
 ) -> None:
     """bigru.train's epoch over device-resident windows; the GPU is waited for once, at its end."""
     rows, losses = [], []

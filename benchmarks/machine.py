@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_record import Row
 from benchmarks.timing import Work, gpu_time_ms
-from bigru.step import capture
+from bigru.training.step import capture
 
 
 class Machine(ABC):

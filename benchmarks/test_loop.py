@@ -14,9 +14,9 @@ from benchmarks.timing import finished
 from bigru import HandForecaster
 from bigru.config import TrainConfig
 from bigru.data.windows import Dataset
-from bigru.distributed import Team
-from bigru.loop import Loop
 from bigru.model.metrics import summarise
+from bigru.training.distributed import Team
+from bigru.training.trainer import Trainer
 
 TRAIN, VAL = 4 * MAIN.batch, 2 * MAIN.batch
 """Windows: as many train to each val window as in the full dataset, 7,391 and 3,753, in a twenty-ninth of its size."""
@@ -51,7 +51,7 @@ def test_epoch(benchmark, device, windows, tmp_path):
     """A whole epoch and its validation, in turn with as many steps and forward passes of the network on one batch."""
     val = make_windows(VAL, {"input": FEATURES, "steps": STEPS}, device)[0]
     dataset = Dataset(windows, val, val, (), {"train": 1, "val": 1, "test": 1}, 1, 0, Path(), Path())
-    loop = Loop(TrainConfig(), forecaster(device), dataset, Team())
+    loop = Trainer(TrainConfig(), forecaster(device), dataset, Team())
     step, batch = make_step(forecaster(device)), windows.batch(torch.arange(MAIN.batch, device=device))
     own_s, epoch_s = [], []
 

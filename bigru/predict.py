@@ -28,14 +28,14 @@ import tyro
 from bigru.config import ConfigError, DataConfig, from_mapping
 from bigru.data.clips import ClipError, read_clip
 from bigru.data.windows import frame_features, hands_origin
-from bigru.environment import pick_device
 from bigru.files import write_atomically
 from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, POSE_SIZE
-from bigru.model.checkpoint import CheckpointError, load_forecaster, modalities_of
 from bigru.model.forecaster import HandForecaster
+from bigru.model.weights import CheckpointError, load_forecaster, modalities_of
 from bigru.report import figures
 from bigru.report.animation import gif
 from bigru.report.record import Samples
+from bigru.training.environment import pick_device
 
 IMAGE = np.array(IMAGE_PX)
 ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}

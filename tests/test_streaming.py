@@ -10,8 +10,8 @@ import torch
 from bigru.config import DataConfig, ModelConfig, TrainConfig
 from bigru.data.clips import read_clip
 from bigru.data.synthetic import clip_arrays, plan_clips, write_clip
-from bigru.model.checkpoint import save_weights
 from bigru.model.forecaster import HandForecaster
+from bigru.model.weights import save_weights
 from bigru.predict import forecast
 from bigru.streaming import ForecastStream
 

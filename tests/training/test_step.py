@@ -4,17 +4,25 @@ import copy
 
 import pytest
 import torch
-from runs import change, dataset, make_up, rows, same_weights, timeless
 from torch import nn
+from training.runs import change, dataset, make_up, rows, same_weights, timeless
 
-import bigru.train as training
-from bigru import step as steps
+import bigru.training.run as training
 from bigru.config import ConfigError, RunConfig
-from bigru.loop import Loop
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
-from bigru.step import Step, capture_training, get_random_state, make_optimizer, set_random_state, set_rate
-from bigru.train import main, resume, train
+from bigru.training import step as steps
+from bigru.training.command import main
+from bigru.training.run import resume, train
+from bigru.training.step import (
+    TrainStep,
+    capture_training,
+    get_random_state,
+    make_optimizer,
+    set_random_state,
+    set_rate,
+)
+from bigru.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -25,7 +33,7 @@ def config(tmp_path, monkeypatch):
 def make_step(amp="none", dropout=0.0, **options):
     torch.manual_seed(0)
     model = HandForecaster(hidden_size=8, dropout=dropout)
-    return Step(model, make_optimizer(model, 1e-2, 1e-5), 1.0, amp=amp, **options)
+    return TrainStep(model, make_optimizer(model, 1e-2, 1e-5), 1.0, amp=amp, **options)
 
 
 def batch():
@@ -177,13 +185,13 @@ def test_a_graphed_run_is_the_eager_one(config, monkeypatch):
     """The loop around a captured step, with a capture that a CPU can do."""
     whole = train(config)
     monkeypatch.setattr(steps, "capture", warmed_up)
-    real = Loop.__init__
+    real = Trainer.__init__
 
     def pretend(self, config, *others):
         real(self, config, *others)
         self.config = change(config, "run", graph=True)
 
-    monkeypatch.setattr(Loop, "__init__", pretend)
+    monkeypatch.setattr(Trainer, "__init__", pretend)
     folder = train(config)
     assert timeless(folder) == timeless(whole)
     assert same_weights(folder, whole)
@@ -225,11 +233,11 @@ def test_a_step_does_not_wait_for_the_gpu(config):
     device = torch.device("cuda")
     data = training.load_data(config, device)
     model, _ = training.build_model(config, device, data.train)
-    loop = Loop(config, model, data, training.current_team())
+    trainer = Trainer(config, model, data, training.current_team())
     indices = torch.arange(4, device=device)
-    loop.learn(indices)
+    trainer.learn(indices)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loop.learn(indices)
+        trainer.learn(indices)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import bigru.train as training
+import bigru.training.run as training
 from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bigru.data.clips import Skipped
 from bigru.data.windows import Dataset, Windows
@@ -65,7 +65,7 @@ def dataset():
 def make_up(root, monkeypatch):
     """A run of six epochs over five batches of four, its data and its document made up."""
     monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
-    monkeypatch.setattr(training, "write_report", lambda folder: folder.parent / "results_bigru.md")
+    monkeypatch.setattr("bigru.training.summary.write_report", lambda folder: folder.parent / "results_bigru.md")
     return TrainConfig(
         DataConfig(data_root=root, observed=FRAMES, predicted=FRAMES),
         ModelConfig(hidden_size=8),

@@ -21,14 +21,15 @@ from tqdm import tqdm
 
 from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
-from bigru.distributed import Team
 from bigru.files import append_line, as_json, write_npz
 from bigru.layout import POSE_SIZE
-from bigru.model.checkpoint import Progress, save_checkpoint, save_weights
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, summarise, window_errors
-from bigru.signals import Interrupted, StopRequest, on_signals
-from bigru.step import Step, capture_training, get_random_state, make_optimizer, set_rate
+from bigru.model.weights import save_weights
+from bigru.training.checkpoint import Progress, save_checkpoint
+from bigru.training.distributed import Team
+from bigru.training.signals import Interrupted, StopRequest, on_signals
+from bigru.training.step import TrainStep, capture_training, get_random_state, make_optimizer, set_rate
 
 log = logging.getLogger("bigru.train")
 
@@ -41,7 +42,7 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-class Loop:
+class Trainer:
     """Trains a network on its windows.
 
     Args:
@@ -80,8 +81,8 @@ class Loop:
                 f"batch_size: expected at least a window for each of {team.size} processes, got {self.batch}"
             )
         optimizer = make_optimizer(model, optim.lr, optim.weight_decay, capturable=run.graph)
-        self.step = Step(
-            model, optimizer, optim.grad_clip, amp=run.amp, reduce=team.sum_gradients if team.size > 1 else None
+        self.step = TrainStep(
+            model, optimizer, optim.grad_clip, amp=run.amp, reduce=team.all_reduce_gradients if team.size > 1 else None
         )
         self.share = team.share(self.batch)
         self.coordinates = self._count_coordinates() if team.size > 1 else None
@@ -111,7 +112,7 @@ class Loop:
             while self.progress.epoch < optim.epochs and not self.progress.stalled(optim.patience):
                 self.run_epoch(folder)
                 # The epoch has left its checkpoint.
-                if stopped := self.team.most(self.stop.signal):
+                if stopped := self.team.all_reduce_max(self.stop.signal):
                     raise Interrupted(stopped)
         # One that came after it was asked for last.
         if self.stop.signal:
@@ -212,10 +213,10 @@ class Loop:
             losses[number] = self.step.loss
             # The same in every process.
             norms[number] = self.step.norm if self.team.first else 0.0
-            stopped = self.team.most(self.stop.signal)
+            stopped = self.team.all_reduce_max(self.stop.signal)
             if stopped or number + 1 == self.steps:
                 progress.step = number + 1
-                progress.rows, progress.losses, progress.norms = map(self.team.sum, (rows, losses, norms))
+                progress.rows, progress.losses, progress.norms = map(self.team.all_reduce_sum, (rows, losses, norms))
                 # Looked at here only: a look at every batch would make the GPU wait each time.
                 self._check_finite(order, folder)
                 progress.epoch_s = time.perf_counter() - started
@@ -243,10 +244,10 @@ class Loop:
         if mine := torch.arange(len(self.val)).split(size)[self.team.rank :: self.team.size]:
             chosen = torch.cat(mine).to(rows.device)
             rows[chosen] = evaluate(self.model, self.val.batches(size, chosen), mask)
-        return self.team.sum(rows)
+        return self.team.all_reduce_sum(rows)
 
     def _save(self, folder: Path) -> None:
-        random_states = self.team.gather(get_random_state(self.step.device))
+        random_states = self.team.all_gather(get_random_state(self.step.device))
         if self.team.first:
             save_checkpoint(folder / "checkpoint.pt", self.step, self.progress, random_states)
 

@@ -6,12 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from runs import change, make_up, options, rows, same_weights, timeless
+from training.runs import change, make_up, options, rows, same_weights, timeless
 
-import bigru.train as training
-from bigru import board
 from bigru.config import ConfigError
-from bigru.train import main, resume, train
+from bigru.training import tensorboard as board
+from bigru.training.command import main
+from bigru.training.run import resume, train
+from bigru.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_watched_run_is_the_same_to_the_bit_and_shows_all(config):
 def test_a_resumed_run_goes_on_on_the_board(config, monkeypatch):
     pytest.importorskip("tensorboard")
     config = change(config, "run", tensorboard=True)
-    real = training.Loop._save
+    real = Trainer._save
 
     def killed(self, folder):
         # The board has not yet seen the second epoch's row; the checkpoint is of the first.
@@ -59,10 +60,10 @@ def test_a_resumed_run_goes_on_on_the_board(config, monkeypatch):
             raise KeyboardInterrupt
         real(self, folder)
 
-    monkeypatch.setattr(training.Loop, "_save", killed)
+    monkeypatch.setattr(Trainer, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(training.Loop, "_save", real)
+    monkeypatch.setattr(Trainer, "_save", real)
     (folder,) = config.run.out.iterdir()
     resume(folder)
     assert [scalar.step for scalar in events(folder).Scalars("mpjpe/validation")] == [1, 2, 3]
@@ -85,7 +86,7 @@ def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
 
 
 def test_it_is_not_imported_before_it_is_asked_for():
-    look = "import sys, bigru.board; sys.exit('tensorboard' in sys.modules)"
+    look = "import sys, bigru.training.tensorboard; sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", look]).returncode == 0
 
 

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from bigru.config import ConfigError, TrainConfig
 from bigru.data.windows import Dataset
-from bigru.loop import Loop
 from bigru.model.metrics import evaluate, window_error_px
 from bigru.report import figures
 from bigru.report.record import Samples, read_samples
-from bigru.samples import sample_arrays, sample_stems
+from bigru.training.example_windows import example_arrays, example_stems
+from bigru.training.trainer import Trainer
 
 # Curve in TensorBoard, by the column of metrics.jsonl.
 CURVES = {
@@ -66,7 +66,7 @@ class Board:
 
 
 @contextmanager
-def watched(config: TrainConfig, folder: Path, loop: Loop, dataset: Dataset) -> Iterator[None]:
+def watched(config: TrainConfig, folder: Path, trainer: Trainer, dataset: Dataset) -> Iterator[None]:
     """Lets TensorBoard watch what happens in the block, if the settings say so.
 
     It shows each epoch's figures, three validation windows with every gain, and after the block the test windows that
@@ -75,15 +75,15 @@ def watched(config: TrainConfig, folder: Path, loop: Loop, dataset: Dataset) -> 
     if not config.run.tensorboard:
         yield
         return
-    board, windows, centre = Board(folder / "tensorboard", loop.progress.epoch), dataset.val, config.data.centre
+    board, windows, centre = Board(folder / "tensorboard", trainer.progress.epoch), dataset.val, config.data.centre
     chosen = torch.linspace(0, len(windows) - 1, min(3, len(windows))).long()
 
     def watch(row: dict[str, Any], best: bool) -> None:
         board.epoch(row)
         if best:
-            rows = evaluate(loop.model, windows.batches(len(chosen), chosen), config.data.mask_missing)
-            arrays = sample_arrays(loop.model, windows, chosen, window_error_px(rows))
-            stems = sample_stems(windows, chosen)
+            rows = evaluate(trainer.model, windows.batches(len(chosen), chosen), config.data.mask_missing)
+            arrays = example_arrays(trainer.model, windows, chosen, window_error_px(rows))
+            stems = example_stems(windows, chosen)
             samples = Samples(
                 **{name: tensor.cpu().numpy() for name, tensor in arrays.items()},
                 stem=np.array(stems),
@@ -91,11 +91,11 @@ def watched(config: TrainConfig, folder: Path, loop: Loop, dataset: Dataset) -> 
             )
             board.picture("forecasts/validation", figures.forecasts(samples, centre), row["epoch"])
 
-    loop.watch = watch
+    trainer.watch = watch
     with closing(board.writer):
         yield
         samples = read_samples(folder / "samples.npz")
-        board.picture("forecasts/test", figures.forecasts(samples, centre), loop.progress.epoch)
+        board.picture("forecasts/test", figures.forecasts(samples, centre), trainer.progress.epoch)
 
 
 def require() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from bigru.config import ConfigError, TrainConfig, from_mapping
 from bigru.data.windows import NoWindowsError
-from bigru.distributed import current_team
-from bigru.loop import DivergedError
+from bigru.training.distributed import current_team
+from bigru.training.trainer import DivergedError
 
 log = logging.getLogger("bigru.train")
 
@@ -57,7 +57,7 @@ def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], 
     for number, (name, fed) in enumerate(MODALITIES.items(), start=1):
         wanted = replace(config, data=replace(config.data, **fed), run=replace(config.run, out=out))
         # Of several processes the first looks for all.
-        found = team.tell(str(find_run(out, wanted) or "") if team.first else None)
+        found = team.broadcast(str(find_run(out, wanted) or "") if team.first else None)
         log.info("run %d of %d: %s", number, len(MODALITIES), name)
         try:
             if found:

@@ -33,7 +33,7 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"out: expected a folder that can be written, got {nearest}")
 
 
-def start_folder(config: TrainConfig) -> Path:
+def create_run_dir(config: TrainConfig) -> Path:
     """A new folder named after this second, with the settings in it."""
     while True:
         folder = config.run.out / datetime.now().strftime(STAMP)
@@ -62,7 +62,7 @@ def start_of(folder: Path) -> datetime:
 
 
 @contextmanager
-def only_user(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Keeps other processes from training in a run's folder for as long as the block runs.
 
     The lock is the system's and goes with the process, however it ends; the file run.lock stays.
@@ -98,3 +98,18 @@ class RunLog(logging.FileHandler):
         if isinstance(error, OSError):
             raise named(error, Path(self.baseFilename)) from error
         super().handleError(record)
+
+
+@contextmanager
+def log_to(handler: logging.Handler) -> Iterator[None]:
+    """Sends the log's lines to a handler too, for as long as the block runs."""
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()

@@ -11,19 +11,19 @@ import sys
 import h5py
 import pytest
 import torch
-from runs import rows, same_weights, timeless
 from safetensors.torch import load_file
+from training.runs import rows, same_weights, timeless
 
 from bigru.config import ConfigError
 from bigru.data.synthetic import write_synthetic
-from bigru.distributed import Team, current_team
+from bigru.training.distributed import Team, current_team
 
 # Forks the processes of one run after the other, which saves each of them the imports.
 SERVER = """
 import json, os, signal, socket, sys, traceback
-from bigru import step, train
+from bigru.training import command, step, summary
 
-train.write_report = lambda folder: folder.parent / "results_bigru.md"
+summary.write_report = lambda folder: folder.parent / "results_bigru.md"
 
 for line in sys.stdin:
     order, children = json.loads(line), []
@@ -49,7 +49,7 @@ for line in sys.stdin:
 
             step.masked_mse = counted
             try:
-                code = train.main(order["argv"])
+                code = command.main(order["argv"])
             except BaseException:
                 traceback.print_exc()
                 code = 99

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import change, dataset, make_up, options, rows, same_weights, timeless
 from safetensors.torch import load_file
+from training.runs import change, dataset, make_up, options, rows, same_weights, timeless
 
-import bigru.train as training
-from bigru import folder as folders
-from bigru import loop, step
+import bigru.training.run as training
 from bigru.data.synthetic import write_synthetic
-from bigru.loop import DivergedError
-from bigru.signals import Interrupted, StopRequest, on_signals
-from bigru.train import main, resume, train
+from bigru.training import run_dir, step, trainer
+from bigru.training.command import main
+from bigru.training.run import resume, train
+from bigru.training.signals import Interrupted, StopRequest, on_signals
+from bigru.training.trainer import DivergedError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 
@@ -95,17 +95,17 @@ def test_a_signal_ends_the_run_after_its_step(config, monkeypatch, capsys, numbe
 
 
 def test_a_signal_between_two_epochs(config, monkeypatch, capsys):
-    whole, real = train(config), loop.evaluate
+    whole, real = train(config), trainer.evaluate
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "evaluate", interrupted)
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
     with pytest.raises(Interrupted) as stop:
         train(config)
     assert stop.value.signal == signal.SIGTERM
-    monkeypatch.setattr(loop, "evaluate", real)
+    monkeypatch.setattr(trainer, "evaluate", real)
     folder = only_run(config, whole)
     assert len(rows(folder)) == 1
     assert timeless(resume(folder)) == timeless(whole)
@@ -115,7 +115,7 @@ def test_a_signal_where_nothing_has_to_be_finished(config, monkeypatch, capsys):
     monkeypatch.setattr(training, "load_dataset", lambda config: os.kill(os.getpid(), signal.SIGTERM))
     assert main(options(config)) == 143
     monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
-    monkeypatch.setattr(training, "write_samples", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("bigru.training.summary.write_example_windows", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(options(config)) == 143
     assert f"--resume {only_run(config)}" in capsys.readouterr().err
 
@@ -158,7 +158,7 @@ KILLER = """
 import io, os, random, signal, sys, time
 from pathlib import Path
 import bigru.report.figures
-from bigru import train
+from bigru.training import command as train
 
 root, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 OPTIONS = ["--data-root", str(root), "--observed", "4", "--predicted", "4", "--hidden-size", "4", "--stride", "20",
@@ -361,7 +361,7 @@ def test_a_file_system_without_locks(config, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(folders.fcntl, "flock", none)
+    monkeypatch.setattr(run_dir.fcntl, "flock", none)
     assert main(options(config)) == 0
     assert "cannot be locked here" in capsys.readouterr().err
 
@@ -447,7 +447,7 @@ def test_clips_that_vanish_while_training(config, monkeypatch, tmp_path):
     root = tmp_path / "clips"
     write_synthetic(root, 24, 1)
     config = change(change(config, "data", data_root=root, stride=20), "optim", epochs=2, batch_size=32)
-    monkeypatch.setattr(training, "write_report", lambda folder: folder)
+    monkeypatch.setattr("bigru.training.summary.write_report", lambda folder: folder)
     whole = train(config)
     at_step(monkeypatch, 2, lambda: shutil.rmtree(root))
     folder = train(config)

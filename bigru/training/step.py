@@ -45,7 +45,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-class Step:
+class TrainStep:
     """What training does with a batch.
 
     Args:
@@ -131,7 +131,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     return graph.replay
 
 
-def capture_training(work: Callable[[], object], step: Step) -> Callable[[], None]:
+def capture_training(work: Callable[[], object], step: TrainStep) -> Callable[[], None]:
     """As `capture`, of work that trains: weights, optimiser and random state are as if it had not been warmed up.
 
     They are put back in place, since the graph holds their addresses.

@@ -1,13 +1,11 @@
-"""Reads and writes a run's checkpoint, and weights alone."""
+"""Reads and writes weights: safetensors, or what torch.save wrote of data alone."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,112 +17,12 @@ from torch import Tensor, nn
 from bigru.files import write_atomically
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
-from bigru.step import Step, get_random_state, set_random_state
 
-FORMAT = 2
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
     """A file of weights or a checkpoint that cannot be used; the message names it and why."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come: all that the next epoch depends on beside model, optimiser and random state."""
-
-    epoch: int = 0
-    """Epochs done."""
-    best_epoch: int = 0
-    best_mpjpe: float = float("inf")
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    """The state dict, on the CPU, of the epoch with the lowest validation MPJPE."""
-    gain_epoch: int = 0
-    """Last epoch whose gain in validation MPJPE counted towards going on."""
-    gain_mpjpe: float = float("inf")
-    elapsed_s: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """The rows of metrics.jsonl."""
-    windows: dict[str, int] = field(default_factory=dict)
-    """Windows in each split: a run cannot go on with other data."""
-    step: int = 0
-    """Steps done of the epoch under way; 0 between two epochs, where the next four hold nothing either."""
-    rows: Tensor | None = None
-    """(windows, 7) fp64 of `window_errors`, in the epoch's order; zeros beyond `step`."""
-    losses: Tensor | None = None
-    """(steps,) fp32."""
-    norms: Tensor | None = None
-    """(steps,) fp32: the gradient's norm before clipping."""
-    epoch_s: float = 0.0
-    """Seconds that those steps took."""
-
-    def update(self, mpjpe: float, min_delta: float) -> bool:
-        """Counts an epoch with this validation MPJPE; True where it is the best so far."""
-        self.epoch += 1
-        self.step, self.rows, self.losses, self.norms, self.epoch_s = 0, None, None, None, 0.0
-        if mpjpe < self.gain_mpjpe - min_delta:
-            self.gain_mpjpe, self.gain_epoch = mpjpe, self.epoch
-        if mpjpe >= self.best_mpjpe:
-            return False
-        self.best_mpjpe, self.best_epoch = mpjpe, self.epoch
-        return True
-
-    def stalled(self, patience: int) -> bool:
-        """Whether the last `patience` epochs brought no gain that counts."""
-        return self.epoch - self.gain_epoch >= patience
-
-
-def save_checkpoint(path: Path, step: Step, progress: Progress, random_states: Sequence[Tensor] = ()) -> None:
-    """Writes all that `load_checkpoint` needs to go on to the bit, atomically.
-
-    Args:
-        path: of the file.
-        step: its model, optimiser and loss scaler are saved.
-        progress: how far the run has come.
-        random_states: of every process of the run, by its number; default: of this one alone.
-    """
-    content = {
-        "format": FORMAT,
-        "model": step.model.state_dict(),
-        "optimizer": step.optimizer.state_dict(),
-        "scaler": step.scaler.state_dict(),
-        "progress": {item.name: getattr(progress, item.name) for item in fields(progress)},
-        "random_states": list(random_states) or [get_random_state(step.device)],
-    }
-    write_atomically(path, _pickled(content))
-
-
-def load_checkpoint(path: Path, step: Step, rank: int = 0) -> Progress:
-    """Restores model, optimiser, loss scaler and random state from a checkpoint, and returns the progress it holds.
-
-    Args:
-        path: of the file.
-        step: what is restored; on another kind of device than it was saved on, if need be.
-        rank: this process's number; one that was not there when the file was written keeps its random state.
-
-    Raises:
-        CheckpointError: for a file that is no checkpoint of this network, or holds more than data.
-    """
-    content = _unpickled(path)
-    try:
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {content['format']!r}")
-        progress = Progress(**content["progress"])
-        step.model.load_state_dict(content["model"])
-        # How AdamW is computed is this run's affair; the rate is set anew before every step.
-        for saved, own in zip(content["optimizer"]["param_groups"], step.optimizer.param_groups, strict=True):
-            saved |= {name: own[name] for name in ("lr", "fused", "foreach", "capturable")}
-        step.optimizer.load_state_dict(content["optimizer"])
-        if content["scaler"]:
-            step.scaler.load_state_dict(content["scaler"])
-        first, *others = content["random_states"]
-        if rank <= len(others):
-            set_random_state([first, *others][rank], step.device)
-    except CheckpointError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of this run: {error}") from error
-    return progress
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -221,7 +119,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"weights: {path} cannot be read as safetensors: {error}") from error
     if path.suffix not in (".pt", ".pth"):
         raise CheckpointError(f"weights: expected a .safetensors, .pt or .pth file, got {path}")
-    content = _unpickled(path)
+    content = read_pickle(path)
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -266,13 +164,7 @@ def _modalities(input_size: int) -> str:
     return f"{input_size} features ({', '.join(['hands', *(name for name, on in chosen.items() if on)])})"
 
 
-def _pickled(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def _unpickled(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, Any]:
     """Reads a file of torch.save, data only: a pickle that would run code is refused."""
     try:
         with warnings.catch_warnings():

@@ -8,22 +8,16 @@ import struct
 import pytest
 import torch
 
-from bigru.model.checkpoint import (
-    CheckpointError,
-    Progress,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
 from bigru.model.forecaster import HandForecaster
-from bigru.step import Step
+from bigru.model.weights import CheckpointError, load_weights, save_weights
+from bigru.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from bigru.training.step import TrainStep
 
 
 def network(**sizes):
     torch.manual_seed(0)
     model = HandForecaster(**({"hidden_size": 8} | sizes))
-    return model, Step(model, torch.optim.AdamW(model.parameters(), lr=1e-2), grad_clip=1.0)
+    return model, TrainStep(model, torch.optim.AdamW(model.parameters(), lr=1e-2), grad_clip=1.0)
 
 
 def learn(step):

@@ -13,19 +13,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from runs import COLUMNS, FRAMES, change, dataset, make_up, options, rows, same_weights, timeless, windows
 from safetensors.torch import load_file, save_file
+from training.runs import COLUMNS, FRAMES, change, dataset, make_up, options, rows, same_weights, timeless, windows
 
-import bigru.train as training
-from bigru import loop, step
+import bigru.training.run as training
+import bigru.training.summary as summaries
 from bigru.config import OptimConfig
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError, Windows
-from bigru.loop import DivergedError, learning_rate
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, mean_errors, score, score_joints, summarise
 from bigru.report.record import read_run
-from bigru.train import main, resume, train
+from bigru.training import step, trainer
+from bigru.training.command import main
+from bigru.training.run import resume, train
+from bigru.training.trainer import DivergedError, learning_rate
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def test_a_killed_run_goes_on_to_the_bit(config, monkeypatch, epoch, batch):
 
 def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
     whole = train(config)
-    real = loop.save_checkpoint
+    real = trainer.save_checkpoint
 
     def killed_in_epoch_3(path, step, progress, random_states):
         if progress.epoch == 3:
@@ -192,10 +194,10 @@ def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
             raise KeyboardInterrupt
         real(path, step, progress, random_states)
 
-    monkeypatch.setattr(loop, "save_checkpoint", killed_in_epoch_3)
+    monkeypatch.setattr(trainer, "save_checkpoint", killed_in_epoch_3)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(loop, "save_checkpoint", real)
+    monkeypatch.setattr(trainer, "save_checkpoint", real)
     (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
     # The row and the weights of epoch 3 are there, its checkpoint is not; half a line stands for a kill while writing.
     assert len(rows(folder)) == 3
@@ -208,11 +210,13 @@ def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
 
 def test_a_kill_after_the_last_epoch(config, monkeypatch):
     whole = train(config)
-    real = training.write_samples
-    monkeypatch.setattr(training, "write_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = summaries.write_example_windows
+    monkeypatch.setattr(
+        "bigru.training.summary.write_example_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(training, "write_samples", real)
+    monkeypatch.setattr("bigru.training.summary.write_example_windows", real)
     (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
     # Weights of an epoch beyond the checkpoint, say.
     save_file({"other": torch.zeros(1)}, folder / "weights.safetensors")
@@ -229,7 +233,7 @@ def test_a_finished_run_is_only_reported_again(config, monkeypatch, capsys):
     folder = train(config)
     before = {file: file.read_bytes() for file in folder.iterdir()}
     reported = []
-    monkeypatch.setattr(training, "write_report", lambda run: reported.append(run) or run / "document")
+    monkeypatch.setattr("bigru.training.summary.write_report", lambda run: reported.append(run) or run / "document")
     monkeypatch.setattr(training, "carry_out", lambda *_: pytest.fail("trained again"))
     assert main(["--resume", str(folder)]) == 0
     assert reported == [folder]
@@ -395,7 +399,9 @@ def test_a_loss_that_is_no_number(config, monkeypatch, capsys):
         train(config)
     (folder,) = config.run.out.iterdir()
     assert len(rows(folder)) == 1
-    monkeypatch.setattr(training, "train", lambda settings: (_ for _ in ()).throw(DivergedError("epoch 2")))
+    monkeypatch.setattr(
+        "bigru.training.command.train", lambda settings: (_ for _ in ()).throw(DivergedError("epoch 2"))
+    )
     assert main([]) == 1
     assert "epoch 2" in capsys.readouterr().err
 
@@ -499,7 +505,7 @@ def test_an_interrupted_run_says_how_to_go_on(config, monkeypatch, capsys):
 def test_log_handlers_are_not_left_behind(config):
     train(config)
     main(["--resume", "none"])
-    assert training.log.handlers == []
+    assert trainer.log.handlers == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

@@ -16,18 +16,18 @@ SAMPLES = {"best": 0.0, "median": 0.5, "95th percentile": 0.95, "worst": 1.0}
 """Test windows to draw: what they are called, and the share of windows with less error."""
 
 
-def write_samples(path: Path, model: HandForecaster, windows: Windows, error_px: Tensor) -> None:
+def write_example_windows(path: Path, model: HandForecaster, windows: Windows, error_px: Tensor) -> None:
     """Writes the windows that stand at `SAMPLES` in the order of their joint error, (N,) in pixels, to be drawn."""
     # Windows in which no joint was present sort last, and are no sample of anything.
     order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
     chosen = order[[round(share * (len(order) - 1)) for share in SAMPLES.values()]]
-    tensors = sample_arrays(model, windows, chosen, error_px[chosen])
+    tensors = example_arrays(model, windows, chosen, error_px[chosen])
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    write_npz(path, arrays | {"stem": sample_stems(windows, chosen), "label": list(SAMPLES)})
+    write_npz(path, arrays | {"stem": example_stems(windows, chosen), "label": list(SAMPLES)})
 
 
 @torch.inference_mode()
-def sample_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, error_px: Tensor) -> dict[str, Tensor]:
+def example_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, error_px: Tensor) -> dict[str, Tensor]:
     """What `bigru.report.record.Samples` holds, but for its texts, of the windows numbered `chosen`, (S,)."""
     was_training = model.training
     batch = windows.batch(chosen)
@@ -48,6 +48,6 @@ def sample_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, error
     }
 
 
-def sample_stems(windows: Windows, chosen: Tensor) -> list[str]:
+def example_stems(windows: Windows, chosen: Tensor) -> list[str]:
     """The names of the clips that windows are from."""
     return [windows.stems[clip] for clip in windows.clip[chosen.to(windows.clip.device)].tolist()]

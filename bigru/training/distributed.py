@@ -58,7 +58,7 @@ class Team:
         """This process's share of so many things in a row; the shares differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def sum_gradients(self, gradients: list[Tensor]) -> None:
+    def all_reduce_gradients(self, gradients: list[Tensor]) -> None:
         """Puts in every gradient's place its sum over all processes, to the bit the same in each.
 
         One message does for all: the published network's gradients are 1.9 MB, so that there is nothing to overlap.
@@ -71,7 +71,7 @@ class Team:
         for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, to the bit the same in each."""
         if self.size == 1:
             return tensor
@@ -79,7 +79,7 @@ class Team:
         dist.all_reduce(tensor)
         return tensor
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of all processes' numbers; costs a GPU nothing, the CPUs agree on it."""
         if self.size == 1:
             return number
@@ -87,7 +87,7 @@ class Team:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, of one shape, on the CPU."""
         if self.size == 1:
             return [tensor]
@@ -95,7 +95,7 @@ class Team:
         dist.all_gather(tensors, tensor)
         return tensors
 
-    def tell(self, value: Value | None) -> Value:
+    def broadcast(self, value: Value | None) -> Value:
         """What the first process has to say, in all of them."""
         values = [value]
         if self.size > 1:
@@ -103,14 +103,14 @@ class Team:
         assert values[0] is not None
         return values[0]
 
-    def in_turn(self, work: Callable[[], Value]) -> Value:
+    def first_then_others(self, work: Callable[[], Value]) -> Value:
         """Does work in the first process, and after it in the others, which find what it left on the disk.
 
         Where the first fails the others do too, and none is left waiting: the processes stay in step, whatever is done
         about the error.
         """
         if not self.first:
-            failed = self.most(0)
+            failed = self.all_reduce_max(0)
             result = work()
             if failed:
                 raise LostProcessError("the first process of this run failed where this one did not")
@@ -118,9 +118,9 @@ class Team:
         try:
             result = work()
         except Exception:
-            self.most(1)
+            self.all_reduce_max(1)
             raise
-        self.most(0)
+        self.all_reduce_max(0)
         return result
 
 

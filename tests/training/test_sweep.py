@@ -5,14 +5,15 @@ import json
 
 import pytest
 
-import bigru.train as training
+import bigru.training.run as training
 from bigru.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
-from bigru.loop import DivergedError
 from bigru.report import figures
-from bigru.sweep import MODALITIES, find_run, sweep_modalities
+from bigru.training.command import main
+from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
+from bigru.training.trainer import DivergedError
 
 SIZES = [84, 86, 204, 92, 214]
 
@@ -156,11 +157,11 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
         real(config, *rest)
 
     monkeypatch.setattr(training, "finish", finish)
-    assert training.main(command) == 130
+    assert main(command) == 130
     error = capsys.readouterr().err
     assert "run 3 of 5: hands + objects" in error
     assert "the same command goes on with the sweep" in error
-    assert training.main(command) == 0
+    assert main(command) == 0
     # Neither of the first two is trained again.
     assert finished == [*SIZES[:3], *SIZES[2:]]
     folder = tmp_path / "runs" / "sweep_modalities"
