@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.packed import Packing, checked_lengths, pack, packing_of, unpack
@@ -128,8 +128,9 @@ class BiGRU(nn.RNNBase):
         del gru.backend, gru.precision
         return gru
 
+    # `lengths` is not by name alone: the tracing ONNX exporter passes every default by position.
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | Sequence[int] | None = None
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs the GRU over a batch of sequences.
 
@@ -169,7 +170,7 @@ class BiGRU(nn.RNNBase):
         hx = self._checked_state(x, hx, x.shape[1 if time_first else 0])
         if x.shape[0 if time_first else 1] == 0:
             raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
-        backend = self.resolve_backend(x)
+        backend = self._backend_that_serves(x)
         # A compiler would unroll ATen's GRU over time, and again for every length.
         if backend == "torch" and not torch.compiler.is_compiling():
             y, h_n = torch._VF.gru(
@@ -215,6 +216,19 @@ class BiGRU(nn.RNNBase):
             )
         return "torch"
 
+    def _backend_that_serves(self, input: Tensor | PackedSequence) -> str:
+        """As `resolve_backend`; but where torch.jit traces, ATen's GRU stands for what would be frozen.
+
+        A tracer keeps the loops of the reference as they ran and the rows of a PackedSequence in the fused kernels,
+        whatever the sizes later; ATen's is one operator that takes all of them, and the only one with a rule in the
+        tracing ONNX exporter.
+        """
+        backend = self.resolve_backend(input)
+        if not torch.jit.is_tracing():
+            return backend
+        packed = isinstance(input, PackedSequence) and self.backend == "auto"
+        return "torch" if backend == "reference" or packed or torch.onnx.is_in_onnx_export() else backend
+
     def extra_repr(self) -> str:
         """As torch.nn.GRU's, with backend and precision."""
         return f"{super().extra_repr()}, backend={self.backend!r}, precision={self.precision!r}"
@@ -244,7 +258,7 @@ class BiGRU(nn.RNNBase):
         # Read at call time, so that functional_call, weight_norm and pruning are honoured.
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int) -> Tensor:
+    def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int | Tensor) -> Tensor:
         # Not read by name: every reading of a parametrized weight computes it, and may change it (spectral_norm).
         weight: Tensor | None = next(self.parameters(), None)
         if weight is None:  # in nn.DataParallel's replicas
@@ -299,18 +313,20 @@ class BiGRU(nn.RNNBase):
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         if hx is not None and hx.dim() != 3:
             raise RuntimeError(f"hx: expected 3 dimensions for a PackedSequence, got shape {tuple(hx.shape)}")
-        packing = packing_of(packed)
-        if hx is not None and packed.sorted_indices is not None and hx.shape[1] == packing.batch:
+        # A tracer follows the batch size where it stays a tensor.
+        packing = None if torch.jit.is_tracing() else packing_of(packed)
+        batch = packed.batch_sizes[0] if packing is None else packing.batch
+        if hx is not None and packed.sorted_indices is not None and hx.shape[1] == batch:
             hx = hx.index_select(1, packed.sorted_indices)
-        hx = self._checked_state(packed.data, hx, packing.batch)
-        backend = self.resolve_backend(packed)
+        hx = self._checked_state(packed.data, hx, batch)
+        backend = self._backend_that_serves(packed)
         if backend == "torch":
             y, h_n = torch._VF.gru(
                 packed.data, packed.batch_sizes, hx, self._weights(), self.bias, self.num_layers, self.dropout,
                 self.training, True,
             )  # fmt: skip
         else:
-            y, h_n = self._forward_layers(packed.data, hx, backend, packing)
+            y, h_n = self._forward_layers(packed.data, hx, backend, packing or packing_of(packed))
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
@@ -327,6 +343,11 @@ class BiGRU(nn.RNNBase):
         lengths = checked_lengths(lengths, steps, batch)
         if batch == 0:
             return self.forward(input, hx)
+        if torch.jit.is_tracing():
+            # Recorded operator by operator; `pack` reads the lengths, which a trace would keep.
+            packed = pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
+            y, h_n = self._forward_packed(packed, hx)
+            return pad_packed_sequence(y, self.batch_first, total_length=steps)[0], h_n
         packed, index = pack(input, lengths, self.batch_first)
         y, h_n = self._forward_packed(packed, hx)
         return unpack(y, index, input.shape[:2]), h_n
