@@ -1,7 +1,16 @@
-"""The documents, each a function of files alone: `results_bigru.md` of a run, `PERFORMANCE.md` of the records."""
+"""The document of a run, `results_bigru.md`, made from run folders alone."""
 
-from bigru.report.document import write_report
-from bigru.report.fields import RunError
-from bigru.report.performance import write_performance
+import os
+import sys
+from contextlib import suppress
 
-__all__ = ["RunError", "write_performance", "write_report"]
+# matplotlib reads MPLBACKEND as it is imported and stops at a backend that is not installed, such as one inherited from
+# a notebook. Figures here are drawn with Agg's own classes: the variable concerns pyplot's users alone.
+if "matplotlib" not in sys.modules:
+    _backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = _backend

@@ -1,20 +1,19 @@
-"""The Markdown document: the published sections of a run, and after them what the published document lacks."""
+"""Writes the Markdown document: the published sections of each run, and after them what the published one lacks."""
 
 from __future__ import annotations
 
+import logging
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tabulate import tabulate
 
-from bigru.files import ESCAPE, write_atomically
+from bigru.files import printable, shell_line, write_atomically
 from bigru.report import breakdown, breakdown_figures, comparison, comparison_figures, figures
-from bigru.report.fields import RunError
 from bigru.report.markdown import blocks, code, listed, plain, table
-from bigru.report.record import MEASURES, PUBLISHED_COLUMNS, RunRecord, Scores, read_run
+from bigru.report.record import METRICS, PUBLISHED, PUBLISHED_COLUMNS, RunRecord, Scores, read_run
 
 try:
     import fcntl
@@ -22,29 +21,32 @@ except ImportError:
     # Windows has none.
     fcntl = None  # type: ignore[assignment]
 
+log = logging.getLogger("bigru.report")
+
 DOCUMENT = "results_bigru.md"
 TITLE = "# BIGRU Performance"
-ALL_RUNS = "all runs"
-"""Marks the comparison of the runs in the folder."""
+ALL_RUNS = "plots/all_runs_bigru_comparison.png"
+RUN_MARK = "<!-- run "
+"""Begins each run's section, and tells this command's own documents from others of that name."""
 
 PUBLISHED_WINDOWS = {"observed": 60, "predicted": 60, "stride": 15}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes a run's section of `results_bigru.md` and its pictures, from the run folder alone.
+    """Writes `results_bigru.md` of a run and the other finished runs beside it, and the run's pictures.
 
-    The first run makes the document; a further run is appended; a run already in the document is replaced where it
-    stands, so that reporting twice changes nothing. All other text in the document is kept.
+    The document is written anew each time, from the run folders alone: a section a run in the order of their names,
+    and a comparison where there are several. A run that is not finished or damaged is named there and in the log.
 
-    Arguments:
+    Args:
         run: the folder of a finished run, `<out>/<stamp>`.
         out: folder for the document and its `plots`; default: the parent of `run`.
 
     Returns:
-        the path of the document.
+        The path of the document.
 
     Raises:
-        RunError: the folder is not a finished run, or the document's marks of this run are damaged.
+        RunError: the folder is not a finished run.
     """
     return write_files(read_run(run), out)[0]
 
@@ -54,6 +56,28 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
     out = record.folder.parent if out is None else out
     document = out / DOCUMENT
     # Drawn before the lock is taken: it takes a second, in which another run may report.
+    pictures = _draw(record)
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(document):
+        records, left_out = comparison.runs_in(record.folder.parent)
+        for other in records:
+            # Their own reports drew them, unless this is another folder.
+            if not (out / _picture(other, "forecasts")).exists():
+                pictures |= _draw(other)
+        if len(records) > 1:
+            pictures[ALL_RUNS] = figures.png(comparison_figures.comparison(records))
+        for name, content in pictures.items():
+            write_atomically(out / name, content)
+        _keep_foreign(document)
+        write_atomically(document, text(records, left_out, out).encode("utf-8"))
+    for name, reason in left_out.items():
+        if reason != comparison.NOT_FINISHED:
+            log.warning("%s: left out of %s: %s", printable(name), printable(document), printable(reason))
+    return [document, *(out / name for name in pictures)]
+
+
+def _draw(record: RunRecord) -> dict[str, bytes]:
+    """Returns the pictures of one run, as PNG, by their paths from the document."""
     drawn = {
         "learning_curves": figures.learning_curves(record),
         "forecasts": figures.forecasts(record.samples, record.config["data"].get("centre", "frame")),
@@ -62,25 +86,15 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
         drawn["horizon"] = breakdown_figures.horizon(record)
     if record.by_joint is not None:
         drawn["joints"] = breakdown_figures.joints(record)
-    pictures = {out / _picture(record, name): figures.png(figure) for name, figure in drawn.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(document):
-        # Merged first: a damaged document stops the report before any file is replaced.
-        try:
-            existing = document.read_text(encoding="utf-8") if document.exists() else ""
-        except UnicodeDecodeError as error:
-            raise RunError(f"{document}: not UTF-8 text, left as it is: {error}") from error
-        text = merge(existing, record, out)
-        records, left_out = comparison.runs_in(record.folder.parent)
-        if len(records) > 1:
-            picture = "plots/all_runs_bigru_comparison.png"
-            pictures[out / picture] = figures.png(comparison_figures.comparison(records))
-            text = merge_comparison(text, comparison.comparison(records, picture, left_out), out)
-        (out / "plots").mkdir(exist_ok=True)
-        for path, content in pictures.items():
-            write_atomically(path, content)
-        write_atomically(document, text.encode(errors=ESCAPE))
-    return [document, *pictures]
+    return {_picture(record, name): figures.png(figure) for name, figure in drawn.items()}
+
+
+def _keep_foreign(document: Path) -> None:
+    """Moves a file of the document's name that this command did not write out of its way."""
+    if document.exists() and RUN_MARK.encode() not in (content := document.read_bytes()) and content.strip():
+        kept = document.with_name(f"{document.name}.old")
+        document.replace(kept)
+        log.warning("%s was not written by bigru.report: it is now %s", printable(document), printable(kept))
 
 
 @contextmanager
@@ -89,7 +103,7 @@ def _one_at_a_time(document: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    # A file of its own, as the document is replaced; it stays, since whoever waits for it holds it open.
+    # A file of its own, as the document is replaced; it stays, since another process may wait with it open.
     with document.with_name(f".{document.name}.lock").open("a") as lock:
         # Some network file systems have no locks: a document written without one is better than none.
         with suppress(OSError):
@@ -98,68 +112,36 @@ def _one_at_a_time(document: Path) -> Iterator[None]:
         yield
 
 
-def merge(existing: str, record: RunRecord, out: Path) -> str:
-    """The text of the document with this run's section appended, or replaced where it stands.
+def text(records: Sequence[RunRecord], left_out: Mapping[str, str], out: Path) -> str:
+    """Returns the whole document.
 
-    Arguments:
-        existing: the document as it is, or an empty string.
-        record: the run.
-        out: the document's folder, from which the reprinting command is given.
-
-    Raises:
-        RunError: this run's opening and closing marks are not one pair.
+    Args:
+        records: the runs in the order of their sections; at least one. The first one's model stands in the head.
+        left_out: names of runs that are not in it, and why.
+        out: the document's folder, as seen from which paths are given.
     """
-    # The published document glues a rule to its title.
-    if not re.search(rf"^-*{TITLE}\s*$", existing, re.MULTILINE):
-        existing = f"{head(record)}\n\n{existing}".rstrip() + "\n"
-    described, _, _ = existing.partition("<!-- run ")
-    own_model = any(block not in described for block in (_total_params(record), _breakdown(record)))
-    written = section(record, out, own_model)
-
-    own = _marked(existing, f"run {record.stamp}", out)
-    if own is None:
-        rule = "---\n\n" if re.search(r"^## Run at ", existing, re.MULTILINE) else ""
-        # Before the comparison of all runs, where there is one.
-        end, _ = _marked(existing, ALL_RUNS, out) or (len(existing), 0)
-        rest = f"\n{existing[end:]}" if existing[end:] else ""
-        return f"{existing[:end].rstrip()}\n\n{rule}{written}\n{rest}"
-    return existing[: own[0]] + written + existing[own[1] :]
-
-
-def merge_comparison(existing: str, compared: str, out: Path) -> str:
-    """The text of the document with the comparison of all runs at its end, or replaced where it stands."""
-    place = _marked(existing, ALL_RUNS, out)
-    block = blocks(f"<!-- {ALL_RUNS} -->", "## All runs in this folder", compared, f"<!-- end of {ALL_RUNS} -->")
-    if place is None:
-        return f"{existing.rstrip()}\n\n{block}\n"
-    return existing[: place[0]] + block + existing[place[1] :]
-
-
-def _marked(text: str, name: str, out: Path) -> tuple[int, int] | None:
-    """Where the part of that name begins and ends, its marks included; None where there is none."""
-    opening, closing = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    starts = [match.start() for match in re.finditer(rf"^{opening}$", text, re.MULTILINE)]
-    ends = [match.end() for match in re.finditer(rf"^{closing}$", text, re.MULTILINE)]
-    if not starts and not ends:
-        return None
-    if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
-        raise RunError(
-            f"{out / DOCUMENT}: expected one '{opening}' and after it one '{closing}', found {len(starts)} and "
-            f"{len(ends)}; mend or remove them and report again"
-        )
-    return starts[0], ends[0]
+    sections = []
+    for record in records:
+        own_model = any(part(record) != part(records[0]) for part in (_total_params, _breakdown))
+        sections += ["---"] * bool(sections) + [section(record, out, own_model)]
+    if len(records) > 1 or left_out:
+        compared = [comparison.comparison(records, ALL_RUNS)] if len(records) > 1 else []
+        reasons = ", ".join(f"{plain(name)} ({plain(reason)})" for name, reason in left_out.items())
+        sections += ["<!-- all runs -->", "## All runs in this folder", *compared]
+        sections += [f"Left out: {reasons}."] * bool(left_out) + ["<!-- end of all runs -->"]
+    return blocks(head(records[0]), *sections) + "\n"
 
 
 def head(record: RunRecord) -> str:
-    """The title and the model, which the document gives once."""
+    """Returns the title and the model, which the document gives once."""
     return blocks(TITLE, _total_params(record), "## Model parameter breakdown", _breakdown(record))
 
 
 def section(record: RunRecord, out: Path, own_model: bool) -> str:
-    """A run between its marks; with its own model where that is not the one in the document's head."""
+    """Returns a run's section; with its own model where that is not the one in the document's head."""
     model = [_total_params(record), "### Model parameter breakdown", _breakdown(record)] if own_model else []
     return blocks(
-        f"<!-- run {record.stamp} -->",
+        f"{RUN_MARK}{record.stamp} -->",
         f"## Run at {record.started}",
         *model,
         f"- **Train batch size:** {record.config['optim']['batch_size']}",
@@ -188,7 +170,7 @@ def section(record: RunRecord, out: Path, own_model: bool) -> str:
 
 
 def _protocol(record: RunRecord) -> str:
-    """What was done with the data that the published protocol does not do, from the options of the run."""
+    """Lists from the run's options how its data differ from the published protocol's."""
     data = record.config["data"]
     frames, published = [data.get(name) for name in PUBLISHED_WINDOWS], [*PUBLISHED_WINDOWS.values()]
     said = {
@@ -234,7 +216,7 @@ def _epoch_table(record: RunRecord) -> str:
 
 
 def _test_results(test: Scores) -> str:
-    return f"- **MPJPE**: {test.mpjpe:.3f}\n- **ADE**:   {test.ade:.3f}\n- **FDE**:   {test.fde:.3f}"
+    return "\n".join(f"- {f'**{metric.short}**:':10} {metric.text(metric.of(test))}" for metric in PUBLISHED)
 
 
 def _modalities(record: RunRecord) -> str:
@@ -246,13 +228,13 @@ def _modalities(record: RunRecord) -> str:
 
 
 def _score_cells(scores: Scores) -> list[str]:
-    return [f"{getattr(scores, name):,.{decimals}f}" for name, _, decimals in MEASURES]
+    return [metric.text(metric.of(scores)) for metric in METRICS]
 
 
 def _comparison(record: RunRecord) -> str:
     forecasters = {"this run": record.test, **record.baselines}
     rows = [[plain(name), *_score_cells(scores)] for name, scores in forecasters.items()]
-    compared = table(["Forecast", *(label for _, label, _ in MEASURES)], rows, left=1)
+    compared = table(["Forecast", *(metric.label for metric in METRICS)], rows, left=1)
     return blocks(
         f"{record.test.windows:,} test windows. Lengths are in centred units, one of which is half the image in each "
         "axis; pixels are those of the 1728 x 972 image.",
@@ -263,16 +245,16 @@ def _comparison(record: RunRecord) -> str:
 
 
 def verdict(test: Scores, baselines: dict[str, Scores]) -> str:
-    """Says of each baseline on what the run does not beat it, or that it does on all; judged by figures as printed."""
+    """Says of each baseline which measures the run does not beat it on, if any; judged by figures as printed."""
     if not baselines:
         return "No baseline was recorded, so these figures stand alone."
     sentences = []
     for name, baseline in baselines.items():
         found: dict[str, list[str]] = {}
-        for attribute, label, decimals in MEASURES:
-            ours, theirs = (round(getattr(scores, attribute), decimals) for scores in (test, baseline))
+        for metric in METRICS:
+            ours, theirs = (round(metric.of(scores), metric.decimals) for scores in (test, baseline))
             if not ours < theirs:
-                against = f"{label} ({ours:,.{decimals}f} against {theirs:,.{decimals}f})"
+                against = f"{metric.label} ({metric.text(ours)} against {metric.text(theirs)})"
                 found.setdefault(_standing(ours, theirs), []).append(against)
         found = found or {"beats": ["every measure"]}
         sentences += [f'This run {standing} "{plain(name)}" on {listed(on)}.' for standing, on in found.items()]
@@ -311,7 +293,7 @@ def _by_frame_rate(record: RunRecord) -> str:
     ]
     if not rows:
         return "No test window was scored."
-    headers = ["fps", "horizon (s)", "windows", *(label for _, label, _ in MEASURES)]
+    headers = ["fps", "horizon (s)", "windows", *(metric.label for metric in METRICS)]
     return blocks(
         f"The {predicted} predicted frames reach further ahead the lower the frame rate.", table(headers, rows, left=0)
     )
@@ -319,7 +301,7 @@ def _by_frame_rate(record: RunRecord) -> str:
 
 def _by_subtask(record: RunRecord) -> str:
     rows = [[plain(name), f"{scores.windows:,}", *_score_cells(scores)] for name, scores in record.by_subtask]
-    return table(["subtask", "windows", *(label for _, label, _ in MEASURES)], rows, left=1)
+    return table(["subtask", "windows", *(metric.label for metric in METRICS)], rows, left=1)
 
 
 def _details(record: RunRecord, out: Path) -> str:
@@ -343,7 +325,7 @@ def _details(record: RunRecord, out: Path) -> str:
         "Wall time": f"{timing['total_s']:,.0f} s ({timing['total_s'] / 60:,.1f} min)",
         **{f"Options, {group}": _options(options) for group, options in record.config.items()},
         "Run again with": code(record.command),
-        "Report again with": f"{code(f'python -m bigru.report {_as_seen_from(record.folder, out)}')}, "
+        "Report again with": f"{code(f"python -m bigru.report {shell_line([_as_seen_from(record.folder, out)])}")}, "
         "in this document's folder",
     }
     if not record.horizon:

@@ -1,43 +1,73 @@
-"""Reads a run folder (config.json, metrics.jsonl, summary.json, samples.npz) and checks all of it."""
+"""Reads a run folder: config.json, metrics.jsonl, summary.json and samples.npz."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bigru.report.fields import Fields, RunError, parse_object, read_object
-
 FORMATS = (1, 2)
-"""The values of `format` in summary.json that are understood; 1 lacks horizon, by_joint and by_subtask."""
-
-PUBLISHED_COLUMNS = ("tr_mpjpe", "va_mpjpe", "tr_ade", "va_ade", "tr_fde", "va_fde")
-"""The metric columns of the published document, in its order."""
+"""The known values of `format` in summary.json; 1 lacks horizon, by_joint and by_subtask."""
 
 NETWORK = "this network"
-"""The run's own forecaster, among the baselines."""
-
-EPOCH_COLUMNS = (*PUBLISHED_COLUMNS, "va_joint_error", "va_joint_error_px")
-"""What every line of metrics.jsonl must hold beside its `epoch`; further entries are the trainer's own."""
-
-# (attribute of Scores, name in the document, decimals)
-MEASURES = (
-    ("mpjpe", "MPJPE (published)", 3),
-    ("ade", "ADE", 3),
-    ("fde", "FDE", 3),
-    ("joint_error", "per-joint error", 3),
-    ("joint_error_px", "per-joint error (px)", 1),
-)
+"""The key of the run's own forecaster in `horizon`, beside the baselines."""
 
 MODALITIES = ("hands", "gaze", "objects", "surrogate")
 SPLITS = ("train", "val", "test")
 ENVIRONMENT = ("device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform")
 TIMING = ("epoch_s_median", "train_windows_per_s_median", "total_s")
+JOINTS = 42
+FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.npz")
+
+
+class RunError(ValueError):
+    """A folder that cannot be reported: no run, not finished, or broken in the place that the message names."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """An error measure: its key in the run's files, its names in the document, its unit and how it is printed."""
+
+    name: str
+    label: str
+    unit: str
+    decimals: int
+    short: str = ""
+    """Its name in the published document; empty where that lacks it."""
+    curve: str = ""
+    """Its title over the learning curves."""
+
+    def of(self, scores: Scores) -> float:
+        """Returns the value in a row of scores."""
+        return float(getattr(scores, self.name))
+
+    def text(self, value: float) -> str:
+        """Returns a value as it stands in every table."""
+        return f"{value:,.{self.decimals}f}"
+
+
+METRICS = (
+    Metric("mpjpe", "MPJPE (published)", "centred units", 3, "MPJPE", "MPJPE (84-vector norm)"),
+    Metric("ade", "ADE", "centred units", 3, "ADE", "ADE (centroid)"),
+    Metric("fde", "FDE", "centred units", 3, "FDE", "FDE (centroid)"),
+    Metric("joint_error", "per-joint error", "centred units", 3),
+    Metric("joint_error_px", "per-joint error (px)", "px", 1),
+)
+"""Every measure in the order of the tables; the document, the comparison and the curves take theirs from here."""
+
+PUBLISHED = tuple(metric for metric in METRICS if metric.short)
+PUBLISHED_COLUMNS = tuple(f"{split}_{metric.name}" for metric in PUBLISHED for split in ("tr", "va"))
+"""The metric columns of the published document, in its order."""
+COLUMNS = ("epoch", *PUBLISHED_COLUMNS, "va_joint_error", "va_joint_error_px")
+"""What the report reads of each line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +79,14 @@ class Scores:
     ade: float
     fde: float
     joint_error: float
-    """The true one: distance per joint, then the mean."""
+    """Distance per joint, then the mean."""
     joint_error_px: float
     windows: int
 
 
 @dataclass(frozen=True)
 class Series:
-    """Per-joint errors one after another: of each future frame, or of each joint; NaN where nothing was scored."""
+    """Per-joint errors of each future frame, or of each joint; NaN where nothing was scored."""
 
     joint_error: tuple[float, ...]
     joint_error_px: tuple[float, ...]
@@ -72,19 +102,19 @@ class Samples:
     observed_present: np.ndarray  # (S, To, 2) bool: left hand, right hand
     target_present: np.ndarray  # (S, Tp, 2) bool
     fps: np.ndarray  # (S,)
-    error_px: np.ndarray  # (S,) true per-joint error of the whole window
+    error_px: np.ndarray  # (S,) mean per-joint error of the whole window
     stem: np.ndarray  # (S,) str
-    label: np.ndarray  # (S,) str: which of all test windows it is, "best", say; empty where that was not recorded
+    label: np.ndarray  # (S,) str: which of all test windows it is, such as "best"; empty where that was not recorded
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the report says about one finished run."""
+    """Everything that the report says about one finished run."""
 
     folder: Path
     config: dict[str, dict[str, Any]]
     metrics: dict[str, list[float]]
-    """Column -> one value an epoch: `epoch`, then `EPOCH_COLUMNS`."""
+    """One list for each of `COLUMNS`, with a value an epoch."""
     torn_line: int | None
     """Number of the unfinished last line of metrics.jsonl, which is left out."""
     stamp: str
@@ -98,9 +128,9 @@ class RunRecord:
     baselines: dict[str, Scores]
     by_frame_rate: tuple[tuple[float, Scores], ...]
     by_subtask: tuple[tuple[str, Scores], ...]
-    """Empty where the run did not record it, as the next two are."""
+    """Empty where the run did not record it, as are the next two."""
     horizon: dict[str, Series]
-    """Forecaster -> its errors at each future frame: `NETWORK`, and the baselines by name."""
+    """The errors at each future frame: of `NETWORK`, and of the baselines by name."""
     by_joint: Series | None
     """The errors of the 21 left joints, then the 21 right ones."""
     modalities: dict[str, bool]
@@ -116,57 +146,90 @@ class RunRecord:
 
 
 def read_run(run: Path) -> RunRecord:
-    """Reads and checks a finished run folder.
+    """Reads a finished run folder.
 
-    Arguments:
+    Args:
         run: the folder that the trainer wrote, `<out>/<stamp>`.
 
     Returns:
-        what the folder says, with every number in the unit that the trainer wrote.
+        The record, with every number in the unit that the trainer wrote.
 
     Raises:
-        RunError: not a run folder, one whose name the document cannot use, an unfinished run (the message says how to
-            resume it), an unknown format, or an entry that is missing, mistyped or torn; the message names the file,
-            and the line in metrics.jsonl.
+        RunError: no run folder, a name that the document cannot use, an unfinished run (the message says how to resume
+            it), an unknown format, or a file that is damaged; the message names the file and the entry or line in it.
     """
     folder = run.resolve()
     if not folder.is_dir():
         raise RunError(f"{run} is not a folder")
-    for name in ("config.json", "metrics.jsonl"):
+    for name in FILES:
         if not (folder / name).is_file():
-            raise RunError(f"{run} is not a run folder: it holds no {name}")
+            raise RunError(
+                f"{run} is not a run folder: it holds no {name}"
+                if name in FILES[:2]
+                else f"{run} holds no {name}: the run is not finished. Resume it with: "
+                f"python -m bigru.train --resume {run}"
+            )
     # The name becomes part of file names and of an HTML comment.
     if not re.fullmatch(r"\w+", folder.name, re.ASCII):
         raise RunError(f"{run}: a run folder's name should be letters, digits and underscores, got {folder.name!r}")
-    for name in ("summary.json", "samples.npz"):
-        if not (folder / name).is_file():
-            raise RunError(
-                f"{run} holds no {name}: the run is not finished. Resume it with: python -m bigru.train --resume {run}"
-            )
-    config = _read_config(folder / "config.json")
-    metrics, torn_line = _read_metrics(folder / "metrics.jsonl")
-    summary = Fields(str(folder / "summary.json"), read_object(folder / "summary.json"))
-    record = _from_summary(summary, folder, config, metrics, torn_line, read_samples(folder / "samples.npz"))
-    if not 1 <= record.best_epoch <= len(metrics["epoch"]):
-        raise RunError(
-            f"{summary.where}: best_epoch is {record.best_epoch}, but metrics.jsonl holds epochs 1 to "
-            f"{len(metrics['epoch'])}"
-        )
-    return record
+    with _damage_in(folder / "config.json") as path:
+        config = {group: dict(options) for group, options in _read_object(path).items()}
+        if missing := {"data", "model", "optim", "run"} - config.keys():
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        _count(config["optim"], "batch_size")
+        bool(config["data"]["mask_missing"])
+        predicted = _count(config["data"], "predicted")
+    with _damage_in(folder / "metrics.jsonl") as path:
+        metrics, torn_line = _read_metrics(path)
+    samples = read_samples(folder / "samples.npz")
+    with _damage_in(folder / "summary.json") as path:
+        return _from_summary(_read_object(path), folder, config, metrics, torn_line, samples, predicted)
 
 
-def _read_config(path: Path) -> dict[str, dict[str, Any]]:
-    fields = Fields(str(path), read_object(path))
-    for group in ("data", "model", "optim", "run"):
-        fields.inside(group)
-    fields.inside("optim").count("batch_size")
-    fields.inside("data").count("predicted")
-    fields.inside("data").flag("mask_missing")
-    return dict(fields.values)
+@contextmanager
+def _damage_in(path: Path) -> Iterator[Path]:
+    """Turns whatever a damaged file makes Python raise into a RunError that names the file."""
+    try:
+        yield path
+    except RunError:
+        raise
+    except KeyError as error:
+        raise RunError(f"{path}: {error.args[0]} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _parse_object(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str) -> float:
+    """Returns an entry as a number; null is NaN, which strict JSON cannot say otherwise."""
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise ValueError(f"{name} should be a number, got {value!r}")
+    return math.nan if value is None else float(value)
+
+
+def _count(values: Mapping[str, Any], name: str) -> int:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} should be a whole number, 0 or more, got {value!r}")
+    return value
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
-    """The epochs as columns, and the number of a last line torn by a kill (it has no line end), or None."""
+    """Returns the epochs as columns, and the number of a last line torn by a kill (it has no line end), or None."""
     # Broken bytes become broken JSON here, and so are reported with their line.
     *lines, tail = path.read_text(encoding="utf-8", errors="replace").split("\n")
     torn_line = None
@@ -177,128 +240,115 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
         except ValueError:
             torn_line = len(lines) + 1
     if not lines:
-        raise RunError(f"{path}: no complete epoch")
-    columns: dict[str, list[float]] = {name: [] for name in ("epoch", *EPOCH_COLUMNS)}
+        raise ValueError("no complete epoch")
+    columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for number, line in enumerate(lines, start=1):
-        fields = Fields(f"{path}:{number}", parse_object(f"{path}:{number}", line))
-        if (epoch := fields.count("epoch")) != number:
-            raise RunError(f"{path}:{number}: expected epoch {number}, got epoch {epoch}")
-        columns["epoch"].append(epoch)
-        for name in EPOCH_COLUMNS:
-            columns[name].append(fields.number(name))
+        with _damage_in(Path(f"{path}:{number}")):
+            values = _parse_object(line)
+            if values["epoch"] != number:
+                raise ValueError(f"expected epoch {number}, got epoch {values['epoch']!r}")
+            for name in COLUMNS:
+                columns[name].append(values["epoch"] if name == "epoch" else _number(values, name))
     return columns, torn_line
 
 
-def _read_scores(fields: Fields) -> Scores:
-    return Scores(
-        mpjpe=fields.number("mpjpe"),
-        ade=fields.number("ade"),
-        fde=fields.number("fde"),
-        joint_error=fields.number("joint_error"),
-        joint_error_px=fields.number("joint_error_px"),
-        windows=fields.count("windows"),
-    )
+def _scores(values: Mapping[str, Any]) -> Scores:
+    return Scores(**{metric.name: _number(values, metric.name) for metric in METRICS}, windows=_count(values, "windows"))
 
 
-def _read_frame_rate(fields: Fields) -> tuple[float, Scores]:
-    if not (fps := fields.number("fps")) > 0:
-        raise RunError(f"{fields.where}: fps should be more than 0, got {fps!r}")
-    return fps, _read_scores(fields)
-
-
-def _read_series(fields: Fields, length: int) -> Series:
-    series = Series(fields.numbers("joint_error"), fields.numbers("joint_error_px"))
-    for name, values in (("joint_error", series.joint_error), ("joint_error_px", series.joint_error_px)):
-        if len(values) != length:
-            raise RunError(f"{fields.where}: {name} should hold {length} numbers, got {len(values)}")
-    return series
+def _series(values: Mapping[str, Any], length: int) -> Series:
+    columns = []
+    for name in ("joint_error", "joint_error_px"):
+        listed = values[name]
+        if len(listed) != length:
+            raise ValueError(f"{name} should hold {length} numbers, got {len(listed)}")
+        columns.append(tuple(_number({name: value}, name) for value in listed))
+    return Series(*columns)
 
 
 def _from_summary(
-    summary: Fields,
+    summary: Mapping[str, Any],
     folder: Path,
     config: dict[str, dict[str, Any]],
     metrics: dict[str, list[float]],
     torn_line: int | None,
     samples: Samples,
+    predicted: int,
 ) -> RunRecord:
-    if (version := summary.count("format")) not in FORMATS:
-        raise RunError(
-            f"{summary.where}: format {version} is not known; this version of the report reads "
-            f"{' and '.join(map(str, FORMATS))}"
-        )
-    baselines, data = summary.inside("baselines"), summary.inside("data")
-    modalities, timing = summary.inside("modalities"), summary.inside("timing")
-    horizon = summary.inside("horizon") if version > 1 else Fields(summary.where, {})
-    environment, clips, windows = summary.inside("environment"), data.inside("clips"), data.inside("windows")
+    if (version := summary["format"]) not in FORMATS:
+        raise ValueError(f"format {version} is not known; this version of the report reads 1 and 2")
+    best, epochs = _count(summary, "best_epoch"), len(metrics["epoch"])
+    if not 1 <= best <= epochs:
+        raise ValueError(f"best_epoch is {best}, but metrics.jsonl holds epochs 1 to {epochs}")
+    rates = tuple((_number(entry, "fps"), _scores(entry)) for entry in summary["by_frame_rate"])
+    if not all(fps > 0 for fps, _ in rates):
+        raise ValueError("by_frame_rate: fps should be more than 0")
+    data, broken_down = summary["data"], version > 1
+    horizon = {name: _series(values, predicted) for name, values in summary["horizon"].items()} if broken_down else {}
+    if horizon and NETWORK not in horizon:
+        raise ValueError(f"horizon: {NETWORK} is missing")
     return RunRecord(
         folder=folder,
         config=config,
         metrics=metrics,
         torn_line=torn_line,
         stamp=folder.name,
-        started=summary.text("started"),
-        total_params=summary.count("total_params"),
-        modules=tuple((entry.text("module"), entry.count("params")) for entry in summary.objects("modules")),
-        best_epoch=summary.count("best_epoch"),
-        stopped_early=summary.flag("stopped_early"),
-        test=_read_scores(summary.inside("test")),
-        baselines={name: _read_scores(baselines.inside(name)) for name in baselines.values},
-        by_frame_rate=tuple(_read_frame_rate(entry) for entry in summary.objects("by_frame_rate")),
-        by_subtask=tuple(
-            (entry.text("subtask"), _read_scores(entry))
-            for entry in (summary.objects("by_subtask") if version > 1 else ())
-        ),
-        horizon={name: _read_series(horizon.inside(name), config["data"]["predicted"]) for name in horizon.values},
-        by_joint=_read_series(summary.inside("by_joint"), 42) if version > 1 else None,
-        modalities={name: modalities.flag(name) for name in MODALITIES},
-        source=data.text("source"),
-        split=data.text("split"),
-        clips={name: clips.count(name) for name in SPLITS},
-        windows={name: windows.count(name) for name in SPLITS},
-        skipped=data.counts("skipped"),
-        environment={name: environment.text_or_none(name) for name in ENVIRONMENT},
-        timing={name: timing.number(name) for name in TIMING},
-        command=summary.text("command"),
+        started=str(summary["started"]),
+        total_params=_count(summary, "total_params"),
+        modules=tuple((str(entry["module"]), _count(entry, "params")) for entry in summary["modules"]),
+        best_epoch=best,
+        stopped_early=bool(summary["stopped_early"]),
+        test=_scores(summary["test"]),
+        baselines={name: _scores(scores) for name, scores in summary["baselines"].items()},
+        by_frame_rate=rates,
+        by_subtask=tuple((str(row["subtask"]), _scores(row)) for row in summary["by_subtask"]) if broken_down else (),
+        horizon=horizon,
+        by_joint=_series(summary["by_joint"], JOINTS) if broken_down else None,
+        modalities={name: bool(summary["modalities"][name]) for name in MODALITIES},
+        source=str(data["source"]),
+        split=str(data["split"]),
+        clips={name: _count(data["clips"], name) for name in SPLITS},
+        windows={name: _count(data["windows"], name) for name in SPLITS},
+        skipped={name: _count(data["skipped"], name) for name in data["skipped"]},
+        environment={name: str(summary["environment"][name] or "none") for name in ENVIRONMENT},
+        timing={name: _number(summary["timing"], name) for name in TIMING},
+        command=str(summary["command"]),
         samples=samples,
     )
 
 
 def read_samples(path: Path) -> Samples:
-    """Reads samples.npz; raises RunError, naming the array that is missing or of the wrong shape or type."""
-    try:
+    """Reads samples.npz.
+
+    Raises:
+        RunError: it is no archive, or an array in it is missing or of the wrong shape or type.
+    """
+    with _damage_in(path):
         # Opened here: np.load leaves a file that is no archive open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: not a readable NumPy archive: {error}") from error
-    # Runs of format 1 have none.
-    arrays.setdefault("label", np.full(len(arrays.get("stem", ())), ""))
-    if missing := sorted(Samples.__dataclass_fields__.keys() - arrays.keys()):
-        raise RunError(f"{path}: {', '.join(missing)} missing")
-    for name in ("observed", "predicted"):
-        if arrays[name].ndim != 3 or arrays[name].size == 0:
-            raise RunError(f"{path}: {name} should be (windows, frames, 84), none of them 0, got {arrays[name].shape}")
-    count, observed, _ = arrays["observed"].shape
-    predicted = arrays["predicted"].shape[1]
-    # Shape, and kinds of dtype in NumPy's letters.
-    expected = {
-        "observed": ((count, observed, 84), "f"),
-        "predicted": ((count, predicted, 84), "f"),
-        "target": ((count, predicted, 84), "f"),
-        "observed_present": ((count, observed, 2), "b"),
-        "target_present": ((count, predicted, 2), "b"),
-        "fps": ((count,), "fiu"),
-        "error_px": ((count,), "fiu"),
-        "stem": ((count,), "U"),
-        "label": ((count,), "U"),
-    }
-    for name, (shape, kinds) in expected.items():
-        if arrays[name].shape != shape or arrays[name].dtype.kind not in kinds:
-            raise RunError(
-                f"{path}: {name} should be {shape} of kind {' or '.join(kinds)}, got {arrays[name].shape} of "
-                f"{arrays[name].dtype}"
-            )
-    if not (arrays["fps"] > 0).all():
-        raise RunError(f"{path}: fps should be more than 0, got {arrays['fps']}")
-    return Samples(**{name: arrays[name] for name in expected})
+        # Runs of format 1 have none.
+        arrays.setdefault("label", np.full(len(arrays["stem"]), ""))
+        arrays = {field.name: arrays[field.name] for field in fields(Samples)}
+        (count, observed, _), predicted = arrays["observed"].shape, arrays["predicted"].shape[1]
+        # Shape, and kinds of dtype in NumPy's letters.
+        expected = {
+            "observed": ((count, observed, 84), "f"),
+            "predicted": ((count, predicted, 84), "f"),
+            "target": ((count, predicted, 84), "f"),
+            "observed_present": ((count, observed, 2), "b"),
+            "target_present": ((count, predicted, 2), "b"),
+            "fps": ((count,), "fiu"),
+            "error_px": ((count,), "fiu"),
+            "stem": ((count,), "U"),
+            "label": ((count,), "U"),
+        }
+        for name, (shape, kinds) in expected.items():
+            array = arrays[name]
+            if array.shape != shape or array.dtype.kind not in kinds or 0 in shape:
+                raise ValueError(
+                    f"{name} should be {shape} of kind {' or '.join(kinds)}, got {array.shape} of {array.dtype}"
+                )
+        if not (arrays["fps"] > 0).all():
+            raise ValueError(f"fps should be more than 0, got {arrays['fps']}")
+        return Samples(**arrays)
