@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.cases import MODES, products
 from benchmarks.gpu_record import RIVAL, Row, mode_of
 from benchmarks.machine import Machine
-from benchmarks.report import Report
+from benchmarks.parts import Report
 from benchmarks.rivals import BACKENDS, Entrant, Entry, compete
 from bigru import HandForecaster
 from bigru.layout import JOINTS_PER_HAND, POSE_SIZE

@@ -16,7 +16,7 @@ from benchmarks.cases import MODES, Mode, products
 from benchmarks.correctness import errors_of, kernel, verdict
 from benchmarks.gpu_record import FIGURES, KERNELS, RIVAL, Row, mode_of
 from benchmarks.machine import Machine
-from benchmarks.report import Report
+from benchmarks.parts import Report
 from benchmarks.timing import Contestant, Work, figures_of, race
 from bigru import BiGRU
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks import correctness, floors, forecaster, rivals
 from benchmarks.gpu_record import Row
 from benchmarks.machine import Cpu, Gpu, Machine
-from benchmarks.report import Report
+from benchmarks.parts import Report
 
 # How each job is done: once for each part, or for all parts together.
 BY_PART: dict[str, Callable[..., list[Row]]] = {

@@ -13,9 +13,8 @@ from bigru.files import ESCAPE, write_atomically
 from bigru.report import figures
 from bigru.report.comparison import comparison
 from bigru.report.comparison_figures import comparison as comparison_figure
-from bigru.report.fields import RunError
 from bigru.report.markdown import blocks
-from bigru.report.record import read_run
+from bigru.report.record import RunError, read_run
 
 DOCUMENT, PICTURE = "comparison.md", "comparison.png"
 

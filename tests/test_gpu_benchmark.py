@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 # The benchmarks are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import correctness, gpu, plan, report, rivals, worker
+from benchmarks import correctness, gpu, plan, rivals, worker
 from benchmarks import gpu_record as record
 from benchmarks.gpu_record import Budget, Record, floor_ms, summary, write_whole
 from benchmarks.machine import Cpu, Gpu
@@ -114,7 +114,7 @@ class Heard(list):
 def serve(do, parts, **args):
     heard = Heard()
     where = machine()
-    worker.serve({"do": do, "parts": parts, "args": args}, where, report.Report(parts, where, heard.append))
+    worker.serve({"do": do, "parts": parts, "args": args}, where, parts.Report(parts, where, heard.append))
     return heard
 
 

@@ -14,3 +14,8 @@ if "matplotlib" not in sys.modules:
         os.environ["MPLBACKEND"] = _backend
         with suppress(ValueError):
             matplotlib.rcParams["backend"] = _backend
+
+from bigru.report.document import write_report
+from bigru.report.record import RunError
+
+__all__ = ["RunError", "write_report"]

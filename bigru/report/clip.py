@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from bigru.files import printable
 from bigru.layout import IMAGE_PX
 from bigru.report.figures import BLUE, DPI, FAINT, INK, STROKE, VERMILION, WIDTH_IN, styled
 
@@ -53,6 +54,7 @@ def draw_clip(name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, pre
             # Image rows are counted from the top.
             axes.invert_yaxis()
     _draw_presence(figure.add_subplot(rows[3]), seconds, present, fps, span)
+    name = printable(name)
     shown = name if len(name) <= 78 else f"{name[:77]}…"
     figure.text(0.085, 0.985, shown, fontsize=8, fontweight="bold", va="top")
     caption = f"{len(seconds):,} frames at {fps:g} per second; px of the 1728 x 972 image, y pointing down"

@@ -18,7 +18,7 @@ NOT_FINISHED = "not finished"
 
 
 def runs_in(folder: Path) -> tuple[list[RunRecord], dict[str, str]]:
-    """Returns the finished runs of a folder in the order of their names, and the names of the others with the reason."""
+    """Returns the finished runs of a folder in the order of their names, and why others were left out, by name."""
     records, left_out = [], {}
     for run in sorted(path.parent for path in folder.glob("*/config.json")):
         if not (run / "summary.json").is_file():
@@ -69,7 +69,7 @@ def comparison(records: Sequence[RunRecord], picture: str) -> str:
 def _table(records: Sequence[RunRecord], with_baselines: bool) -> str:
     settings = differing_settings(records)
     figures = [_cells(record.test) for record in records]
-    lowest = [min((value for value in column if value != "nan"), key=_as_number, default="") for column in zip(*figures, strict=True)]
+    lowest = [_lowest(column) for column in zip(*figures, strict=True)]
     rows = []
     for name, record, differing, values in zip(names(records), records, settings, figures, strict=True):
         cells = [f"**{value}**" if value == least else value for value, least in zip(values, lowest, strict=True)]
@@ -89,8 +89,9 @@ def _cells(scores: Scores) -> list[str]:
     return [metric.text(metric.of(scores)) for metric in METRICS]
 
 
-def _as_number(text: str) -> float:
-    return float(text.replace(",", ""))
+def _lowest(figures: Sequence[str]) -> str:
+    """Returns the least of figures as printed; empty where none is finite."""
+    return min((f for f in figures if f not in ("nan", "inf")), key=lambda f: float(f.replace(",", "")), default="")
 
 
 def differing_settings(records: Sequence[RunRecord]) -> list[str]:

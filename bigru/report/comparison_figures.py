@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from bigru.files import printable
 from bigru.report.comparison import differing_settings, inputs, names, same_test_windows
 from bigru.report.figures import DPI, INK, WIDTH_IN, lone_points, scale_values, styled
 from bigru.report.record import NETWORK, RunRecord, Series
@@ -74,4 +75,5 @@ def _draw(axes: Axes, x: Sequence[float], values: Sequence[float], **look: Any) 
 
 
 def _shortened(text: str, longest: int = 105) -> str:
+    text = printable(text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"

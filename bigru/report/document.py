@@ -142,7 +142,7 @@ def section(record: RunRecord, out: Path, own_model: bool) -> str:
     model = [_total_params(record), "### Model parameter breakdown", _breakdown(record)] if own_model else []
     return blocks(
         f"{RUN_MARK}{record.stamp} -->",
-        f"## Run at {record.started}",
+        f"## Run at {plain(record.started)}",
         *model,
         f"- **Train batch size:** {record.config['optim']['batch_size']}",
         "### Epoch-wise metrics",
@@ -307,6 +307,7 @@ def _by_subtask(record: RunRecord) -> str:
 def _details(record: RunRecord, out: Path) -> str:
     environment, timing, metrics = record.environment, record.timing, record.metrics
     best = record.best_epoch - 1
+    folder = shell_line([_as_seen_from(record.folder, out)])
     versions = ", ".join(f"{name} {environment[name]}" for name in ("bigru", "python", "torch", "triton", "numpy"))
     lines = {
         "Epochs run": f"{len(metrics['epoch'])}, {'stopped early' if record.stopped_early else 'not stopped early'}",
@@ -325,8 +326,7 @@ def _details(record: RunRecord, out: Path) -> str:
         "Wall time": f"{timing['total_s']:,.0f} s ({timing['total_s'] / 60:,.1f} min)",
         **{f"Options, {group}": _options(options) for group, options in record.config.items()},
         "Run again with": code(record.command),
-        "Report again with": f"{code(f"python -m bigru.report {shell_line([_as_seen_from(record.folder, out)])}")}, "
-        "in this document's folder",
+        "Report again with": f"{code(f'python -m bigru.report {folder}')}, in this document's folder",
     }
     if not record.horizon:
         lines["Not recorded"] = (

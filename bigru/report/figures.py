@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bigru.files import printable
 from bigru.layout import JOINTS_PER_HAND, UNIT_PX
 from bigru.report.record import RunRecord, Samples
 
@@ -230,7 +231,7 @@ def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarra
 
 def row_title(samples: Samples, row: int, longest: int = 58) -> str:
     """Which window it is, its clip, frame rate and error; the clip's name is cut short: its times go to 18 digits."""
-    stem, error_px, label = str(samples.stem[row]), samples.error_px[row], str(samples.label[row])
+    stem, error_px, label = printable(str(samples.stem[row])), samples.error_px[row], str(samples.label[row])
     longest -= len(label)
     name = stem if len(stem) <= longest else f"{stem[: longest - 1]}…"
     name = f"{label}: {name}" if label else name

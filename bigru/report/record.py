@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from bigru.layout import JOINTS, MODALITY_SIZES
+
 FORMATS = (1, 2)
 """The known values of `format` in summary.json; 1 lacks horizon, by_joint and by_subtask."""
 
 NETWORK = "this network"
 """The key of the run's own forecaster in `horizon`, beside the baselines."""
 
-MODALITIES = ("hands", "gaze", "objects", "surrogate")
+MODALITIES = ("hands", *MODALITY_SIZES)
 SPLITS = ("train", "val", "test")
 ENVIRONMENT = ("device", "backend", "precision", "python", "torch", "triton", "numpy", "bigru", "platform")
 TIMING = ("epoch_s_median", "train_windows_per_s_median", "total_s")
-JOINTS = 42
 FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.npz")
 
 
@@ -237,7 +238,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
         try:
             json.loads(tail)
             lines.append(tail)
-        except ValueError:
+        except (ValueError, RecursionError):
             torn_line = len(lines) + 1
     if not lines:
         raise ValueError("no complete epoch")
@@ -253,7 +254,9 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
 
 
 def _scores(values: Mapping[str, Any]) -> Scores:
-    return Scores(**{metric.name: _number(values, metric.name) for metric in METRICS}, windows=_count(values, "windows"))
+    return Scores(
+        **{metric.name: _number(values, metric.name) for metric in METRICS}, windows=_count(values, "windows")
+    )
 
 
 def _series(values: Mapping[str, Any], length: int) -> Series:

@@ -13,7 +13,7 @@ from pathlib import Path
 from bigru.config import ConfigError, parse_arguments
 from bigru.data.windows import NoWindowsError
 from bigru.model.weights import CheckpointError
-from bigru.report.fields import RunError
+from bigru.report.record import RunError
 from bigru.training.distributed import LostProcessError, is_first, joined
 from bigru.training.run import resume, train
 from bigru.training.run_dir import log_to

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from bigru.config import ConfigError, TrainConfig
 from bigru.data.windows import Dataset
@@ -18,6 +17,10 @@ from bigru.report import figures
 from bigru.report.record import Samples, read_samples
 from bigru.training.example_windows import example_arrays, example_stems
 from bigru.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    # matplotlib is imported by bigru.report first, which sees to MPLBACKEND.
+    from matplotlib.figure import Figure
 
 # Curve in TensorBoard, by the column of metrics.jsonl.
 CURVES = {

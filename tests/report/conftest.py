@@ -186,6 +186,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         summary: dict[str, Any] | None = None,
         config: dict[str, dict[str, Any]] | None = None,
         samples: dict[str, np.ndarray] | None = None,
+        windows: int = 3,
     ) -> Path:
         run = tmp_path / "runs" / stamp
         run.mkdir(parents=True)
@@ -195,7 +196,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         (run / "config.json").write_text(json.dumps(options))
         fabricated = fabricate_summary(stamp, len(rows), options["data"]["predicted"])
         (run / "summary.json").write_text(json.dumps(fabricated | (summary or {})))
-        np.savez(run / "samples.npz", **(fabricate_samples() | (samples or {})))
+        np.savez(run / "samples.npz", **(fabricate_samples(windows) | (samples or {})))
         return run
 
     return make

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigru.compare import main
-from bigru.report import comparison, comparison_figures, figures
+from bigru.report import comparison, comparison_figures, document, figures
 from bigru.report.record import NETWORK, RunRecord, Series, read_run
 
 MakeRun = Callable[..., Path]
@@ -180,7 +180,7 @@ def test_runs_of_a_folder(runs: list[Path]) -> None:
     assert [record.folder for record in found] == runs
     assert left_out["20261125_000000"] == "not finished"
     assert left_out["20261126_000000"].startswith("summary.json: not valid JSON")
-    text = comparison.comparison(found, "picture.png", left_out)
+    text = document.text(found, left_out, folder)
     assert "\n\nLeft out: 20261125_000000 (not finished), 20261126_000000 (summary.json: not valid JSON" in text
 
 

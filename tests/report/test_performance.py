@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from bigru.report import RunError, figures, write_performance
+from benchmarks.markdown import significant
+from benchmarks.measured import read_results
+from benchmarks.performance import write_performance
+from bigru.report import RunError, figures
 from bigru.report.__main__ import main
-from bigru.report.markdown import significant
-from bigru.report.measured import read_results
 
 GPU_HEADINGS = [
     "### Main workload",
@@ -586,7 +587,7 @@ def test_broken_record_beside_sound_ones(
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [str(out)]
     assert re.fullmatch(
-        r"bigru\.report: .*test-card-2026-12-02\.json: broken, left out: not valid JSON.*\n", printed.err
+        r"benchmarks\.report: .*test-card-2026-12-02\.json: broken, left out: not valid JSON.*\n", printed.err
     )
     text = out.read_text(encoding="utf-8")
     assert "Not measured yet. There are records, but none can be used: see [Records](#records)." in text

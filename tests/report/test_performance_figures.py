@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bigru.report import figures, write_performance
-from bigru.report import performance_figures as plots
-from bigru.report.measured import GpuRecord, read_results
+from benchmarks import performance_figures as plots
+from benchmarks.measured import GpuRecord, read_results
+from benchmarks.performance import write_performance
+from bigru.report import figures
 
 FOOT = ("Test Card, 2026-12-01;", "bigru 0.1.0", "triton 8.8.8", "python -m benchmarks.gpu --out DIR")
 

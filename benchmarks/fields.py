@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class RunError(ValueError):
-    """A folder that cannot be reported: not a run, not finished, or broken in the place that the message names."""
+from bigru.report.record import RunError
 
 
 def read_object(path: Path) -> dict[str, Any]:

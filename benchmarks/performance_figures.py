@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.measured import MAIN, MODES, OURS, PEER, GpuRecord, Shape, Timing
 from bigru.report.figures import BLUE, DPI, FAINT, INK, VERMILION, WIDTH_IN, scale_values, styled
-from bigru.report.measured import MAIN, MODES, OURS, PEER, GpuRecord, Shape, Timing
 
 LOOKS = {
     PEER: (INK, "s"),

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from bigru.files import ESCAPE, write_atomically
-from bigru.report import figures
-from bigru.report.markdown import blocks, code, plain, significant, table, under
-from bigru.report.measured import (
+from benchmarks.markdown import significant, under
+from benchmarks.measured import (
     MAIN,
     MODES,
     PEER,
@@ -22,7 +20,10 @@ from bigru.report.measured import (
     Results,
     read_results,
 )
-from bigru.report.performance_card import IMAGES, SECTIONS, Plots, card_sections
+from benchmarks.performance_card import IMAGES, SECTIONS, Plots, card_sections
+from bigru.files import ESCAPE, write_atomically
+from bigru.report import figures
+from bigru.report.markdown import blocks, code, plain, table
 
 NOT_MEASURED = "Not measured yet."
 HOW_TO_MEASURE = "On a machine with a GPU, `python -m benchmarks.gpu --out benchmarks/results` writes the record."

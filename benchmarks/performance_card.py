@@ -9,10 +9,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bigru.report import performance_figures as plots
-from bigru.report.markdown import blocks, code, plain, significant, table, under
-from bigru.report.measured import MEASURES, MODES, OURS, PEER, Correctness, GpuRecord, Timing, size
-from bigru.report.performance_figures import versions
+from benchmarks import performance_figures as plots
+from benchmarks.markdown import significant, under
+from benchmarks.measured import MEASURES, MODES, OURS, PEER, Correctness, GpuRecord, Timing, size
+from benchmarks.performance_figures import versions
+from bigru.report.markdown import blocks, code, plain, table
 
 IMAGES = Path("docs/images/performance")
 """Where the plots go, seen from the document's folder."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bigru.report.fields import Fields, RunError
+from benchmarks.fields import Fields, RunError
 
 SCHEMA = 1
 """The only `schema` of a GPU record that is understood."""
