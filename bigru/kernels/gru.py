@@ -167,17 +167,22 @@ class BiGRU(nn.RNNBase):
         x = input if batched else input.unsqueeze(1)
         if hx is not None and not batched:
             hx = hx.unsqueeze(1)
-        hx = self._checked_state(x, hx, x.shape[1 if time_first else 0])
-        if x.shape[0 if time_first else 1] == 0:
+        weights = self._weights()
+        steps, batch = x.shape[:2] if time_first else (x.shape[1], x.shape[0])
+        hx = self._checked_state(x, hx, weights, batch)
+        if torch.compiler.is_compiling():
+            # A length may be data, of which a graph can be told but not ask.
+            torch._check(steps != 0, lambda: "input: expected at least one time step")
+        elif steps == 0:
             raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
         backend = self._backend_that_serves(x)
         # A compiler would unroll ATen's GRU over time, and again for every length.
         if backend == "torch" and not torch.compiler.is_compiling():
             y, h_n = torch._VF.gru(
-                x, hx, self._weights(), self.bias, self.num_layers, self.dropout, self.training, True, not time_first
+                x, hx, weights, self.bias, self.num_layers, self.dropout, self.training, True, not time_first
             )
         else:
-            y, h_n = self._forward_layers(x if time_first else x.transpose(0, 1), hx, backend)
+            y, h_n = self._forward_layers(x if time_first else x.transpose(0, 1), hx, weights, backend)
             y = y if time_first else y.transpose(0, 1)
         return (y, h_n) if batched else (y.squeeze(1), h_n.squeeze(1))
 
@@ -254,36 +259,51 @@ class BiGRU(nn.RNNBase):
         vars(replica).pop("_compiled_call_impl", None)
         return replica
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("backend", "precision"):
+            check_options(**{name: value})
+        super().__setattr__(name, value)
+
     def _weights(self) -> list[Tensor]:
         # Read at call time, so that functional_call, weight_norm and pruning are honoured.
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _checked_state(self, x: Tensor, hx: Tensor | None, batch: int | Tensor) -> Tensor:
-        # Not read by name: every reading of a parametrized weight computes it, and may change it (spectral_norm).
-        weight: Tensor | None = next(self.parameters(), None)
-        if weight is None:  # in nn.DataParallel's replicas
-            weight = self._weights()[0]
-        if x.dtype != weight.dtype and not _autocast(x.device.type):
-            raise ValueError(f"input: expected {weight.dtype} like the weights, got {x.dtype}")
-        if x.device != weight.device:
-            raise RuntimeError(f"input: expected a tensor on {weight.device} like the weights, got one on {x.device}")
+    def _checked_state(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], batch: int | Tensor) -> Tensor:
+        """`hx`, or zeros, once it, the input and the weights as computed with are seen to go together."""
+        wanted, autocast = weights[0].dtype, _autocast(x.device.type)
+        if autocast and not x.dtype.is_floating_point:
+            raise RuntimeError(f"input: expected a floating dtype under autocast, got {x.dtype}")
+        if x.dtype != wanted and not autocast:
+            raise ValueError(
+                f"input: expected {wanted} like the weights, got {x.dtype}. RNN input dtype ({x.dtype}) does not match "
+                f"weight dtype ({wanted}). Convert input: input.to({wanted}), or convert model: model.to({x.dtype})"
+            )
+        if not autocast and any(weight.dtype != wanted for weight in weights):
+            dtypes = {name: weight.dtype for name, weight in zip(self._flat_weights_names, weights, strict=True)}
+            raise RuntimeError(f"weights: expected all of {wanted}, got {dtypes}")
+        if x.device != weights[0].device:
+            raise RuntimeError(
+                f"input: expected a tensor on {weights[0].device} like the weights, got one on {x.device}"
+            )
         if x.shape[-1] != self.input_size:
             raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {x.shape[-1]}")
         shape = (2 * self.num_layers, batch, self.hidden_size)
         if hx is None:
-            return torch.zeros(shape, dtype=x.dtype, device=x.device)
-        if tuple(hx.shape) != shape:
+            return x.new_zeros(shape)  # of x's class too
+        if torch.compiler.is_compiling():
+            for size, expected in zip(hx.shape, shape, strict=True):
+                torch._check(size == expected, lambda: "hx: expected shape (2 * num_layers, batch, hidden)")
+        elif tuple(hx.shape) != shape:
             raise RuntimeError(f"hx: expected shape {shape} (2 * num_layers, batch, hidden), got {tuple(hx.shape)}")
         if hx.device != x.device:
             raise RuntimeError(f"hx: expected a tensor on {x.device} like input, got one on {hx.device}")
-        if hx.dtype != x.dtype and not _autocast(x.device.type):
+        if not hx.dtype.is_floating_point or (hx.dtype != x.dtype and not autocast):
             raise RuntimeError(f"hx: expected {x.dtype} like input, got {hx.dtype}")
         return hx
 
     def _forward_layers(
-        self, x: Tensor, hx: Tensor, backend: str, packing: Packing | None = None
+        self, x: Tensor, hx: Tensor, weights: list[Tensor], backend: str, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        weights = self._weights()
         per_layer = len(weights) // self.num_layers
         device, dtype = x.device.type, x.dtype
         inside: AbstractContextManager = nullcontext()
@@ -318,15 +338,16 @@ class BiGRU(nn.RNNBase):
         batch = packed.batch_sizes[0] if packing is None else packing.batch
         if hx is not None and packed.sorted_indices is not None and hx.shape[1] == batch:
             hx = hx.index_select(1, packed.sorted_indices)
-        hx = self._checked_state(packed.data, hx, batch)
+        weights = self._weights()
+        hx = self._checked_state(packed.data, hx, weights, batch)
         backend = self._backend_that_serves(packed)
         if backend == "torch":
             y, h_n = torch._VF.gru(
-                packed.data, packed.batch_sizes, hx, self._weights(), self.bias, self.num_layers, self.dropout,
-                self.training, True,
+                packed.data, packed.batch_sizes, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
+                True,
             )  # fmt: skip
         else:
-            y, h_n = self._forward_layers(packed.data, hx, backend, packing or packing_of(packed))
+            y, h_n = self._forward_layers(packed.data, hx, weights, backend, packing or packing_of(packed))
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
@@ -358,7 +379,7 @@ def _autocast(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def check_options(backend: str, precision: str) -> None:
+def check_options(backend: str = "auto", precision: str = "fp32") -> None:
     """Raises ValueError for an unknown backend or precision."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")

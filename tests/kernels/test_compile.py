@@ -69,6 +69,27 @@ def test_left_to_itself_it_compiles_again_once(gru, kernel_device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+LENGTHS_ARE_DATA = {
+    "time": lambda gru, x, hx, n, mask: gru(x[:, : n.max().item()], hx),
+    "batch": lambda gru, x, hx, n, mask: gru(x[mask]),
+    "batch and state": lambda gru, x, hx, n, mask: gru(x[mask], hx[:, mask]),
+}
+
+
+@pytest.mark.parametrize("run", LENGTHS_ARE_DATA.values(), ids=LENGTHS_ARE_DATA.keys())
+@pytest.mark.parametrize("gru", ["torch"], indirect=True)
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_a_size_may_be_data(run, gru, kernel_device):
+    x, hx = torch.randn(3, 5, 6, device=kernel_device), torch.randn(4, 3, 4, device=kernel_device)
+    mask = torch.tensor([True, False, True], device=kernel_device)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for n in (torch.tensor([2, 4]), torch.tensor([3, 1])):
+        assert same(compiled(gru, x, hx, n, mask), run(gru, x, hx, n, mask))
+    if run is LENGTHS_ARE_DATA["time"]:
+        with pytest.raises(RuntimeError, match="at least one time step"):
+            compiled(gru, x, hx, torch.tensor([0]), mask)
+
+
 def test_export_leaves_batch_and_time_free(gru, kernel_device):
     gru.eval()
     free = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)

@@ -130,8 +130,40 @@ def test_bad_call_raises_what_nn_gru_raises(x, hx, message, backend):
         pytest.importorskip("triton")
     with pytest.raises((ValueError, RuntimeError, AttributeError)) as theirs:
         nn.GRU(3, 4, bidirectional=True)(x, hx)
-    with pytest.raises(theirs.type, match=message):
+    with pytest.raises(theirs.type, match=message) as ours:
         BiGRU(3, 4, backend=backend)(x, hx)
+    if "RNN input dtype" in str(theirs.value):  # the words that PyTorch's own module tests look for
+        assert str(theirs.value) in str(ours.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_autocast_takes_floating_numbers_alone(backend, dtype):
+    # Unembedded tokens would train; of complex numbers the imaginary part would go.
+    if backend == "triton":
+        pytest.importorskip("triton")
+    theirs, ours = nn.GRU(3, 4, bidirectional=True), BiGRU(3, 4, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        for bad in ((X.to(dtype),), (X, H0.to(dtype)), (packed(X.to(dtype)),), (packed(X), H0.to(dtype))):
+            with pytest.raises(RuntimeError):
+                theirs(*bad)
+            with pytest.raises(RuntimeError, match=f"(input|hx): expected .* got {dtype}"):
+                ours(*bad)
+
+
+def test_a_weight_of_another_dtype():
+    for module in (nn.GRU(3, 4, bidirectional=True), BiGRU(3, 4), BiGRU(3, 4, backend="reference")):
+        module.weight_hh_l0.data = module.weight_hh_l0.data.double()
+        with pytest.raises(RuntimeError):
+            module(X)
+
+
+@pytest.mark.parametrize("option", ["backend", "precision"])
+def test_an_unknown_option_later(option):
+    gru = BiGRU(3, 4)
+    with pytest.raises(ValueError, match=f"{option}: expected one of .* got 'fast'"):
+        setattr(gru, option, "fast")
+    assert (gru.backend, gru.precision) == ("auto", "fp32")
 
 
 def test_arguments_by_name():

@@ -169,6 +169,13 @@ def test_inputs_and_weights_are_left_alone(gru, x):
         assert torch.equal(tensor.detach(), values)
 
 
+class Scaled(nn.Module):
+    """Reads a weight that is stored as 64 times itself, in any dtype."""
+
+    def forward(self, weight):
+        return weight.float() / 64
+
+
 class TestWeightsAreReadWhenCalled:
     def test_functional_call(self, gru, x):
         zeros = {name: torch.zeros_like(p) for name, p in gru.named_parameters()}
@@ -205,6 +212,21 @@ class TestWeightsAreReadWhenCalled:
         Counted.calls = 0
         gru(x)
         assert Counted.calls == 2
+
+    @pytest.mark.parametrize("stored", [torch.float16, torch.int8], ids=str)
+    def test_parametrized_from_another_dtype(self, gru, x, stored):
+        # What is compared with the input is what is computed with, not what is stored.
+        theirs = nn_gru(gru)
+        for module in (gru, theirs):
+            for name in gru._flat_weights_names:
+                weight = module._parameters[name]
+                module._parameters[name] = nn.Parameter((64 * weight.data).to(stored), requires_grad=False)
+                parametrize.register_parametrization(module, name, Scaled(), unsafe=True)
+        packed = nn.utils.rnn.pack_padded_sequence(x, [3, 2])
+        assert same(gru(x), theirs(x), 1e-5)
+        assert error(gru(packed)[1], theirs(packed)[1]) < 1e-5
+        with pytest.raises(ValueError, match=r"expected torch.float32 like the weights, got torch.float16"):
+            gru(x.half())
 
     def test_pruning(self, gru, x):
         theirs = nn_gru(gru)
@@ -330,6 +352,14 @@ class TestAutograd:
 
 
 class TestWhatIsGiven:
+    def test_a_tensor_subclass_comes_back_in_every_output(self, gru, x):
+        class Marked(torch.Tensor):
+            pass
+
+        for module in (gru, nn_gru(gru)):
+            with torch.no_grad():
+                assert {type(output) for output in module(x.as_subclass(Marked))} == {Marked}
+
     def test_weights_of_other_shapes_are_refused(self, gru, x):
         other = {
             name: weight.T if weight.dim() == 2 and "hh" in name else weight for name, weight in gru.named_parameters()
