@@ -199,7 +199,10 @@ class Arguments(TrainConfig):
     config: Path | None = None
     """YAML file of settings, under our names or the reference trainer's; other options override it."""
     resume: Path | None = None
-    """Run folder to go on with; takes its settings from there, so no other option goes with it."""
+    """Run folder to go on with, with its settings; `latest`: the last one. Beside it may stand --data-root and --index
+    (where its data are now), --device, --epochs and --tensorboard."""
+    changes: tyro.conf.Suppress[dict[str, Any] | None] = None
+    """Settings that stand beside --resume."""
 
     sweep: Literal["modalities"] | None = None
     """Train once with hands alone, then with gaze, objects, surrogate and all; what is done is not done again."""
@@ -260,12 +263,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     known, others = first.parse_known_args(argv)
     asks_help = "-h" in others or "--help" in others
     if known.resume is not None and not asks_help:
-        if others or known.config is not None:
-            raise ConfigError(
-                "--resume: a run goes on with the settings it began with, so nothing may stand beside "
-                f"it, got {shlex.join(others) or '--config'}"
-            )
-        return Arguments(resume=known.resume)
+        if known.config is not None:
+            others = ["--config", *others]
+        return Arguments(resume=known.resume, changes=_resume_changes(others))
     base = read_yaml(known.config) if known.config is not None else TrainConfig()
     return tyro.cli(
         Arguments,
@@ -276,6 +276,27 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         args=others,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _resume_changes(argv: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the settings that may stand beside --resume, by name; None for none."""
+    parser = argparse.ArgumentParser(prog="python -m bigru.train --resume RUN", allow_abbrev=False)
+    parser.add_argument("--data-root", type=_path)
+    parser.add_argument("--index", type=_path)
+    parser.add_argument("--device")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction)
+    known, others = parser.parse_known_args(argv)
+    if others:
+        raise ConfigError(
+            "--resume: a run goes on with the settings it began with; only --data-root, --index, --device, --epochs "
+            f"and --tensorboard may stand beside it, got {shlex.join(others)}"
+        )
+    return {name: value for name, value in vars(known).items() if value is not None} or None
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def read_yaml(path: Path) -> TrainConfig:

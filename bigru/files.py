@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-ESCAPE = "backslashreplace"
-"""Error handler of every encoder: what it cannot encode is escaped, and nothing fails."""
+ESCAPE = "bigru.printable"
+"""Error handler of every encoder: a byte of a path that is no UTF-8 becomes \\xe4, and nothing fails."""
 # A name may have 255 bytes, and the temporary one must not be longer than that.
 LONGEST_STEM = 32
 
@@ -158,3 +159,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_escaped, error.object[error.start : error.end])), error.end
+
+
+codecs.register_error(ESCAPE, _escape)

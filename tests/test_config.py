@@ -239,9 +239,12 @@ def test_a_bad_option_ends_with_2(argv, capsys):
     assert isinstance(stop.value, ConfigError) or stop.value.code == 2
 
 
-def test_nothing_stands_beside_resume():
+def test_little_stands_beside_resume():
     assert parse_arguments(["--resume", "runs/x"]) == Arguments(resume=Path("runs/x"))
-    for others in (["--epochs", "3"], ["--config", "x.yaml"], ["--gaze"]):
+    argv = ["--resume", "runs/x", "--data-root", "~/clips", "--epochs", "9", "--device", "cpu", "--no-tensorboard"]
+    changes = {"data_root": Path("~/clips").expanduser(), "epochs": 9, "device": "cpu", "tensorboard": False}
+    assert parse_arguments(argv) == Arguments(resume=Path("runs/x"), changes=changes)
+    for others in (["--lr", "3"], ["--config", "x.yaml"], ["--gaze"]):
         with pytest.raises(ConfigError, match="--resume: a run goes on with the settings it began with"):
             parse_arguments(["--resume", "runs/x", *others])
 

@@ -80,7 +80,7 @@ def test_a_path_that_is_not_utf8_can_be_written_and_comes_back_from_json(tmp_pat
     assert os.fsencode(json.loads((tmp_path / "a.json").read_text())["path"]) == b"d\xe4ta"
     write_lines(tmp_path / "b", [NOT_UTF8])
     append_line(tmp_path / "b", NOT_UTF8)
-    assert (tmp_path / "b").read_text() == "d\\udce4ta\n" * 2
+    assert (tmp_path / "b").read_text() == "d\\xe4ta\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from bigru.config import ConfigError, parse_arguments
@@ -15,7 +16,7 @@ from bigru.data.windows import NoWindowsError
 from bigru.model.weights import CheckpointError
 from bigru.report.record import RunError
 from bigru.training.distributed import LostProcessError, is_first, joined
-from bigru.training.run import resume, train
+from bigru.training.run import Parts, read_data_digest, resume, train
 from bigru.training.run_dir import log_to
 from bigru.training.signals import interrupt, on_signals
 from bigru.training.sweep import sweep_modalities
@@ -24,7 +25,7 @@ from bigru.training.trainer import DivergedError
 log = logging.getLogger("bigru.train")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, parts: Parts = Parts()) -> int:  # noqa: B008
     """Runs the command line and returns its exit code.
 
     0; 1: diverged, or left alone by another process; 2: the user's to mend; 130 and 143: after SIGINT and SIGTERM.
@@ -42,11 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
             with joined():
                 if arguments.resume is not None:
-                    resume(arguments.resume)
+                    resume(arguments.resume, arguments.changes, parts)
                 elif arguments.sweep == "modalities":
-                    sweep_modalities(arguments.settings, train, resume)
+                    sweep_modalities(
+                        arguments.settings,
+                        partial(train, parts=parts),
+                        partial(resume, parts=parts),
+                        partial(read_data_digest, parts=parts),
+                    )
                 else:
-                    train(arguments.settings)
+                    train(arguments.settings, parts)
             return 0
         except (DivergedError, LostProcessError) as error:
             code, message = 1, str(error)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from bigru.config import ConfigError, TrainConfig
-from bigru.files import named, write_json
+from bigru.config import OWNER, ConfigError, RunConfig, TrainConfig, from_mapping
+from bigru.data.windows import SPLITS, Dataset
+from bigru.files import ESCAPE, named, printable, shell_line, write_json
+from bigru.training.checkpoint import Progress
 
 try:
     import fcntl
@@ -24,17 +29,18 @@ except ImportError:
 log = logging.getLogger("bigru.train")
 
 STAMP = "%Y%m%d_%H%M%S"
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.safetensors"
 
 
 def check_writable(out: Path) -> None:
     """Raises ConfigError where no run can begin, before the data are read."""
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ConfigError(f"out: expected a folder that can be written, got {nearest}")
+        raise ConfigError(f"out: expected a folder that can be written, got {printable(nearest)}")
 
 
-def create_run_dir(config: TrainConfig) -> Path:
-    """A new folder named after this second, with the settings in it."""
+def create(config: TrainConfig, dataset: Dataset) -> Path:
+    """Makes a folder named after this second, with the settings and the data's digest in it."""
     while True:
         folder = config.run.out / datetime.now().strftime(STAMP)
         try:
@@ -44,8 +50,135 @@ def create_run_dir(config: TrainConfig) -> Path:
             if not config.run.out.is_dir():
                 raise
             time.sleep(0.1)
+    windows = {split: len(getattr(dataset, split)) for split in SPLITS}
+    write_json(
+        folder / "data.json",
+        {"root": str(dataset.root), "index": str(dataset.index), "digest": dataset.digest, "windows": windows},
+    )
+    # Last, since it makes the folder a run.
     write_json(folder / "config.json", config.as_dict())
     return folder
+
+
+def find(folder: Path) -> Path:
+    """Returns the folder of a run that goes on, by its own name.
+
+    Args:
+        folder: as typed: of the run, or a link to it. `latest`, where nothing has that name, is the last run in the
+            folder around, or in `runs`.
+
+    Raises:
+        ConfigError: it holds no run.
+    """
+    if folder.name == "latest" and not folder.exists():
+        around = RunConfig().out if folder == Path("latest") else folder.parent
+        runs = sorted(path.parent for path in around.glob("*/config.json"))
+        if not runs:
+            raise ConfigError(f"resume: {printable(around)} holds no run")
+        folder = runs[-1]
+    if not folder.name or folder.name == ".." or folder.is_symlink():
+        folder = folder.resolve()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"resume: {printable(folder)} holds no run (no config.json in it)")
+    return folder
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """Reads a run's settings; the folder around it is `out`, since it may have moved.
+
+    Raises:
+        ConfigError: they are damaged, or the folder's name is no start.
+    """
+    path = folder / "config.json"
+    if not (folder / "summary.json").is_file():
+        # Asked now, not after the last epoch.
+        start_of(folder)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"resume: {printable(path)} is not JSON: {error}") from error
+    config = from_mapping(content, printable(path))
+    return replace(config, run=replace(config.run, out=folder.parent))
+
+
+def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """Returns the settings with other values, by name."""
+    for name, value in changes.items():
+        section = getattr(config, OWNER[name])
+        config = replace(config, **{OWNER[name]: replace(section, **{name: value})})
+    return config
+
+
+def with_absolute_data(config: TrainConfig) -> TrainConfig:
+    """Returns the settings with absolute paths of what is read, so that they hold in any working directory."""
+    paths = {name: getattr(config.data, name) for name in ("data_root", "index", "cache")}
+    data = replace(config.data, **{name: path.absolute() for name, path in paths.items() if path is not None})
+    weights = None if config.run.weights is None else config.run.weights.absolute()
+    return replace(config, data=data, run=replace(config.run, weights=weights))
+
+
+def read_digest(folder: Path) -> str | None:
+    """Returns the digest of the data that a run was trained on; None where it is not recorded."""
+    try:
+        content = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    digest = content.get("digest") if isinstance(content, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def check_data(folder: Path, dataset: Dataset) -> None:
+    """Raises ConfigError where a run was trained on data of other content."""
+    recorded = read_digest(folder)
+    if recorded is not None and recorded != dataset.digest:
+        raise ConfigError(
+            f"resume: {printable(folder)} began with other data than {printable(dataset.root)} holds now: the clips, "
+            f"their frames or their rates differ (digest {recorded[:12]}, now {dataset.digest[:12]}); --data-root "
+            "names the folder where its own data are"
+        )
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises ConfigError where epochs were finished and the checkpoint is gone, since a resume would overwrite them."""
+    if (folder / CHECKPOINT).is_file():
+        return
+    epochs = count_epochs(folder)
+    finished = [f"metrics.jsonl with {epochs} epoch{'s' * (epochs > 1)}"] * (epochs > 0)
+    finished += [WEIGHTS] * (folder / WEIGHTS).is_file()
+    if finished:
+        raise ConfigError(
+            f"resume: {printable(folder)} holds {' and '.join(finished)} but no {CHECKPOINT}, without which it cannot "
+            f"go on; copy it from where the run was trained, or begin a new run, from these weights with --weights "
+            f"{shell_line([folder / WEIGHTS])}"
+        )
+
+
+def check_progress(folder: Path, progress: Progress, epochs: int) -> None:
+    """Raises ConfigError where going on from a checkpoint would lose epochs that were finished after it.
+
+    Args:
+        folder: of the run.
+        progress: as the checkpoint holds it.
+        epochs: that the run is to have.
+    """
+    # A kill between the two files leaves one row more.
+    if (rows := count_epochs(folder)) > progress.epoch + 1:
+        raise ConfigError(
+            f"resume: {printable(folder)} holds {rows} epochs in metrics.jsonl, but its {CHECKPOINT} is an older one, "
+            f"of epoch {progress.epoch}; copy the newest from where the run was trained"
+        )
+    if epochs < progress.epoch:
+        raise ConfigError(
+            f"epochs: expected at least {progress.epoch}, which {printable(folder)} has done, got {epochs}"
+        )
+
+
+def count_epochs(folder: Path) -> int:
+    """Returns how many whole lines metrics.jsonl has."""
+    try:
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def start_of(folder: Path) -> datetime:
@@ -57,7 +190,7 @@ def start_of(folder: Path) -> datetime:
     except ValueError as error:
         raise ConfigError(
             "resume: a run's folder is named after its start, as 20250522_023917 or "
-            f"20250522_023917_copy, got {folder.name}"
+            f"20250522_023917_copy, got {printable(folder.name)}"
         ) from error
 
 
@@ -78,7 +211,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 lock.seek(0)
                 raise ConfigError(
-                    f"{folder} is in use by another run, process {lock.read().strip() or 'unknown'}; "
+                    f"{printable(folder)} is in use by another run, process {lock.read().strip() or 'unknown'}; "
                     "wait for it, or stop it first"
                 ) from error
             except OSError:
@@ -91,7 +224,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 class RunLog(logging.FileHandler):
-    """A log whose lines are written or the run stops: a disk that is full is no small matter."""
+    """A log file; a line that cannot be written, as on a full disk, stops the run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors=ESCAPE)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()

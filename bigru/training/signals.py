@@ -1,14 +1,16 @@
-"""SIGINT and SIGTERM: a run that is told to stop finishes its step, and then says how to go on."""
+"""Signals that ask a run to stop: it finishes its step, writes its checkpoint and says how to go on."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP: the terminal is gone, as when an SSH connection breaks. SIGUSR1: Slurm's warning before it ends a job.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,6 +29,7 @@ class StopRequest:
         """Number of the signal that came; 0: none."""
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
+        _leave_lost_terminal()
         if self.signal:
             raise Interrupted(number)
         self.signal = number
@@ -34,12 +37,13 @@ class StopRequest:
 
 def interrupt(number: int, frame: FrameType | None = None) -> None:
     """Raises Interrupted: nothing is under way that has to be finished."""
+    _leave_lost_terminal()
     raise Interrupted(number)
 
 
 @contextmanager
 def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Has SIGINT and SIGTERM handled for as long as the block runs.
+    """Has these signals handled for as long as the block runs.
 
     One that is ignored, as in the background of a script, stays so; threads other than the main one get no signals.
     """
@@ -56,3 +60,15 @@ def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     finally:
         for number in taken:
             signal.signal(number, before[number])
+
+
+def _leave_lost_terminal() -> None:
+    """Points stdout and stderr at nothing where they are a terminal that is gone: any write would end the run."""
+    for stream in (1, 2):
+        try:
+            # Fails on such a terminal, though nothing is written.
+            os.write(stream, b"")
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream)
+            os.close(nothing)

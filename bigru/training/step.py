@@ -1,18 +1,21 @@
 """One training step: forward, loss, backward, clipping, AdamW; the same code eager and in a CUDA graph.
 
-Nothing in it waits for a GPU: what a step made stays on the device until somebody looks.
+Nothing in it waits for a GPU: its results stay on the device until they are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bigru.model.metrics import masked_mse
 
+Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""Of prediction, target, present and coordinates, as `masked_mse`."""
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,6 +58,7 @@ class TrainStep:
         amp: "bf16" or "fp16" runs the forward pass under autocast, with a scaled loss for fp16; weights, loss and
             optimiser stay fp32. "none": everything is of the parameters' dtype.
         reduce: what is done to the gradients of a backward pass, in place: summed over several processes, say.
+        loss: to be minimised.
 
     Attributes:
         device: where the model is.
@@ -71,6 +75,7 @@ class TrainStep:
         *,
         amp: str = "none",
         reduce: Callable[[list[Tensor]], None] | None = None,
+        loss: Loss = masked_mse,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -80,6 +85,7 @@ class TrainStep:
         self._grad_clip = grad_clip
         self._amp_dtype = AMP_DTYPES.get(amp)
         self._reduce = reduce
+        self._loss = loss
 
     def __call__(
         self, x: Tensor, target: Tensor, present: Tensor | None = None, coordinates: Tensor | None = None
@@ -94,12 +100,12 @@ class TrainStep:
                 the batch; default: those of this one.
         """
         with self._autocast():
-            prediction = self.model(x)
+            prediction: Tensor = self.model(x)
         if self._amp_dtype is not None:
             prediction = prediction.float()
-        loss = masked_mse(prediction, target, present, coordinates)
+        loss = self._loss(prediction, target, present, coordinates)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self._reduce is not None:
             self._reduce([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
         self.scaler.unscale_(self.optimizer)
@@ -109,7 +115,7 @@ class TrainStep:
         self.prediction, self.loss = prediction.detach(), loss.detach()
         return prediction
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self._amp_dtype is None:
             return nullcontext()
         # No cache: a captured step has to cast the weights anew with every replay.
@@ -118,7 +124,7 @@ class TrainStep:
 
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Runs work three times to warm it up, then records it as a CUDA graph; what is returned replays it."""
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(3):

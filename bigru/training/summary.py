@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from bigru.config import TrainConfig, command_line
 from bigru.data.clips import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
-from bigru.data.windows import Dataset
 from bigru.files import write_json
-from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import (
     BASELINES,
     by_frame_rate,
@@ -28,22 +26,20 @@ from bigru.model.metrics import (
     summarise,
     window_error_px,
 )
-from bigru.report.document import write_report
 from bigru.report.record import NETWORK
-from bigru.training.checkpoint import Progress
 from bigru.training.environment import describe_environment
 from bigru.training.example_windows import write_example_windows
 from bigru.training.run_dir import start_of
+from bigru.training.trainer import Trainer
 
 log = logging.getLogger("bigru.train")
 
 SCORES = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px")
 
 
-def finish(
-    config: TrainConfig, folder: Path, model: HandForecaster, dataset: Dataset, progress: Progress, backend: str
-) -> None:
+def finish(folder: Path, trainer: Trainer, backend: str) -> None:
     """Scores the best weights and the baselines on the test split and writes samples.npz and summary.json."""
+    config, model, dataset, progress = trainer.config, trainer.model, trainer.dataset, trainer.progress
     model.load_state_dict(progress.best_weights)
     model.eval()
     windows, size, mask = dataset.test, config.optim.batch_size, config.data.mask_missing
@@ -85,7 +81,7 @@ def finish(
             "skipped": dict(dataset.skip_counts()),
             "departures": config.data.departures,
         },
-        "environment": describe_environment(next(model.parameters()).device, backend, config.run.precision),
+        "environment": describe_environment(trainer.step.device, backend, config.run.precision),
         "timing": {
             "epoch_s_median": statistics.median(epochs_s),
             "train_windows_per_s_median": statistics.median(row["train_windows_per_s"] for row in progress.history),
@@ -103,8 +99,8 @@ def describe_source(config: TrainConfig) -> str:
     return str(config.data.data_root)
 
 
-def report(folder: Path) -> None:
-    """Writes the document of a finished run and shows its test figures beside the baselines'."""
+def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
+    """Writes the document of a finished run and logs its test figures beside the baselines'."""
     document = write_report(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = {NETWORK: summary["test"], **summary["baselines"]}

@@ -6,15 +6,15 @@ given again at any time: runs that are done are only reported again, one that wa
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bigru.config import ConfigError, TrainConfig, from_mapping
+from bigru.config import ConfigError, TrainConfig
 from bigru.data.windows import NoWindowsError
+from bigru.training import run_dir
 from bigru.training.distributed import current_team
 from bigru.training.trainer import DivergedError
 
@@ -30,15 +30,21 @@ MODALITIES: dict[str, dict[str, Any]] = {
 }
 
 
-def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], resume: Callable[[Path], Path]) -> Path:
+def sweep_modalities(
+    config: TrainConfig,
+    train: Callable[[TrainConfig], Path],
+    resume: Callable[[Path], Path],
+    digest: Callable[[TrainConfig], str],
+) -> Path:
     """Trains the settings once with each choice of modalities; returns the folder of the runs.
 
     A run that diverges, or whose data lack what it needs, does not keep the others from being trained.
 
     Args:
         config: what the runs have in common; the folder of the runs is made in its `run.out`.
-        train: begins a run and returns its folder, as `bigru.train.train`.
-        resume: goes on with a run or reports a finished one, as `bigru.train.resume`.
+        train: begins a run and returns its folder, as `bigru.training.run.train`.
+        resume: goes on with a run or reports a finished one, as `bigru.training.run.resume`.
+        digest: returns the digest of the data that settings name, as `bigru.training.run.read_data_digest`.
 
     Raises:
         ConfigError: settings that only one of the runs could have.
@@ -52,12 +58,13 @@ def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], 
             f"sweep: expected no weights, which fit one choice of modalities only, got {config.run.weights}"
         )
     team = current_team()
+    config = run_dir.with_absolute_data(config)
     out = config.run.out / "sweep_modalities"
     failed: dict[str, DivergedError | NoWindowsError] = {}
     for number, (name, fed) in enumerate(MODALITIES.items(), start=1):
         wanted = replace(config, data=replace(config.data, **fed), run=replace(config.run, out=out))
         # Of several processes the first looks for all.
-        found = team.broadcast(str(find_run(out, wanted) or "") if team.first else None)
+        found = team.broadcast(str(find_run(out, wanted, digest) or "") if team.first else None)
         log.info("run %d of %d: %s", number, len(MODALITIES), name)
         try:
             if found:
@@ -79,18 +86,36 @@ def sweep_modalities(config: TrainConfig, train: Callable[[TrainConfig], Path], 
     return out
 
 
-def find_run(out: Path, wanted: TrainConfig) -> Path | None:
-    """The run of these settings in a folder, a finished one if there is one, else the last begun; None for none."""
-    matching = []
-    for settings in sorted(out.glob("*/config.json")):
+def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str]) -> Path | None:
+    """Returns the run of these settings and data in a folder: a finished one, else the last begun; None for none.
+
+    Args:
+        out: the folder of runs.
+        wanted: the settings. Where the data lie does not count, if the run recorded what they hold.
+        digest: returns the digest of the data that settings name; asked only if a run has these settings.
+    """
+    alike = []
+    for path in sorted(out.glob("*/config.json")):
         try:
-            content = from_mapping(json.loads(settings.read_text(encoding="utf-8")), str(settings))
+            config = run_dir.read_config(path.parent)
+            if not (path.parent / "summary.json").is_file():
+                run_dir.check_resumable(path.parent)
         except ValueError as error:
-            # Another version's, say, or torn: no run to go on with.
-            log.warning("%s is left alone: %s", settings.parent, error)
+            # Of another version, torn, or without its checkpoint: no run to go on with.
+            log.warning("%s is left alone: %s", path.parent, error)
             continue
-        # The folder may have been moved.
-        if replace(content, run=replace(content.run, out=wanted.run.out)) == wanted:
-            matching.append(settings.parent)
-    finished = [folder for folder in matching if (folder / "summary.json").is_file()]
-    return next(iter((finished or matching)[-1:]), None)
+        if _without_paths(config) == _without_paths(wanted):
+            alike.append((path.parent, config))
+    now = digest(wanted) if alike else ""
+    same = [
+        folder
+        for folder, config in alike
+        if now == (run_dir.read_digest(folder) or (now if config.data.data_root == wanted.data.data_root else None))
+    ]
+    finished = [folder for folder in same if (folder / "summary.json").is_file()]
+    return next(iter((finished or same)[-1:]), None)
+
+
+def _without_paths(config: TrainConfig) -> TrainConfig:
+    data = replace(config.data, data_root=None, index=None, cache=None, no_cache=False)
+    return replace(config, data=data, run=replace(config.run, out=Path()))

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bigru.config import ConfigError, TrainConfig
-from bigru.data.windows import Dataset
+from bigru.config import ConfigError
 from bigru.model.metrics import evaluate, window_error_px
 from bigru.report import figures
 from bigru.report.record import Samples, read_samples
@@ -69,16 +68,14 @@ class Board:
 
 
 @contextmanager
-def watched(config: TrainConfig, folder: Path, trainer: Trainer, dataset: Dataset) -> Iterator[None]:
-    """Lets TensorBoard watch what happens in the block, if the settings say so.
+def watched(folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Shows in TensorBoard what happens in the block.
 
-    It shows each epoch's figures, three validation windows with every gain, and after the block the test windows that
+    That is each epoch's figures, three validation windows with every gain, and after the block the test windows that
     samples.npz holds.
     """
-    if not config.run.tensorboard:
-        yield
-        return
-    board, windows, centre = Board(folder / "tensorboard", trainer.progress.epoch), dataset.val, config.data.centre
+    config, windows = trainer.config, trainer.val
+    board, centre = Board(folder / "tensorboard", trainer.progress.epoch), config.data.centre
     chosen = torch.linspace(0, len(windows) - 1, min(3, len(windows))).long()
 
     def watch(row: dict[str, Any], best: bool) -> None:

@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
-from bigru.files import append_line, as_json, write_npz
+from bigru.files import as_json, write_lines, write_npz
 from bigru.layout import POSE_SIZE
 from bigru.model.forecaster import HandForecaster
-from bigru.model.metrics import ERRORS, Metrics, evaluate, summarise, window_errors
+from bigru.model.metrics import ERRORS, Metrics, evaluate, masked_mse, summarise, window_errors
 from bigru.model.weights import save_weights
 from bigru.training.checkpoint import Progress, save_checkpoint
 from bigru.training.distributed import Team
 from bigru.training.signals import Interrupted, StopRequest, on_signals
-from bigru.training.step import TrainStep, capture_training, get_random_state, make_optimizer, set_rate
+from bigru.training.step import Loss, TrainStep, capture_training, get_random_state, make_optimizer, set_rate
 
 log = logging.getLogger("bigru.train")
 
@@ -50,6 +50,7 @@ class Trainer:
         model: the network, on its device.
         dataset: its windows, on the same device.
         team: the processes that train it together.
+        loss: to be minimised.
 
     Attributes:
         step: the training step, with model, optimiser and loss scaler.
@@ -60,8 +61,10 @@ class Trainer:
         ConfigError: for a CUDA graph without a GPU or with several processes, or a batch too small to share.
     """
 
-    def __init__(self, config: TrainConfig, model: HandForecaster, dataset: Dataset, team: Team) -> None:
-        self.config, self.model, self.team = config, model, team
+    def __init__(
+        self, config: TrainConfig, model: HandForecaster, dataset: Dataset, team: Team, loss: Loss = masked_mse
+    ) -> None:
+        self.config, self.model, self.team, self.dataset = config, model, team, dataset
         self.train, self.val = dataset.train, dataset.val
         self.progress = Progress(
             windows={"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)}
@@ -81,9 +84,8 @@ class Trainer:
                 f"batch_size: expected at least a window for each of {team.size} processes, got {self.batch}"
             )
         optimizer = make_optimizer(model, optim.lr, optim.weight_decay, capturable=run.graph)
-        self.step = TrainStep(
-            model, optimizer, optim.grad_clip, amp=run.amp, reduce=team.all_reduce_gradients if team.size > 1 else None
-        )
+        reduce = team.all_reduce_gradients if team.size > 1 else None
+        self.step = TrainStep(model, optimizer, optim.grad_clip, amp=run.amp, reduce=reduce, loss=loss)
         self.share = team.share(self.batch)
         self.coordinates = self._count_coordinates() if team.size > 1 else None
         # Where a captured step finds its windows and leaves their errors.
@@ -173,8 +175,9 @@ class Trainer:
         if self.team.first:
             if best:
                 save_weights(folder / "weights.safetensors", progress.best_weights)
-            append_line(folder / "metrics.jsonl", as_json(row))
-        self._save(folder)
+            # All of them each time: a kill leaves no torn line, and one more row than the checkpoint at most.
+            write_lines(folder / "metrics.jsonl", map(as_json, progress.history))
+        self.save(folder)
         log.info("%s", epoch_line(row, optim.epochs, best))
         if self.team.first:
             self.watch(row, best)
@@ -222,7 +225,7 @@ class Trainer:
                 progress.epoch_s = time.perf_counter() - started
             if stopped:
                 bar.close()
-                self._save(folder)
+                self.save(folder)
                 log.warning(
                     "%s: stopped after batch %d of %d of epoch %d, which the checkpoint holds",
                     signal.Signals(stopped).name,
@@ -246,7 +249,8 @@ class Trainer:
             rows[chosen] = evaluate(self.model, self.val.batches(size, chosen), mask)
         return self.team.all_reduce_sum(rows)
 
-    def _save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint, in the first process, of all of them."""
         random_states = self.team.all_gather(get_random_state(self.step.device))
         if self.team.first:
             save_checkpoint(folder / "checkpoint.pt", self.step, self.progress, random_states)

@@ -1,16 +1,19 @@
 """What the tests of the training command share: a handful of made-up windows, and what a run left behind."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-import bigru.training.run as training
 from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bigru.data.clips import Skipped
 from bigru.data.windows import Dataset, Windows
+from bigru.model.metrics import masked_mse
+from bigru.training import command, run
+from bigru.training.run import Parts
 
 FRAMES = 4
 TIMES = ("train_s", "val_s", "train_windows_per_s")
@@ -62,10 +65,40 @@ def dataset():
     )
 
 
-def make_up(root, monkeypatch):
-    """A run of six epochs over five batches of four, its data and its document made up."""
-    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
-    monkeypatch.setattr("bigru.training.summary.write_report", lambda folder: folder.parent / "results_bigru.md")
+PARTS = Parts(load=lambda config: dataset(), write_report=lambda folder: folder.parent / "results_bigru.md")
+"""Of a run whose data and document are made up."""
+
+
+def train(config, **parts):
+    return run.train(config, dataclasses.replace(PARTS, **parts))
+
+
+def resume(folder, changes=None, **parts):
+    return run.resume(folder, changes, dataclasses.replace(PARTS, **parts))
+
+
+def main(argv, **parts):
+    return command.main(argv, dataclasses.replace(PARTS, **parts))
+
+
+def at_step(number, act):
+    """Returns a loss that has something done in the middle of a step, counted from 1 over all epochs of five."""
+    calls = itertools.count(1)
+
+    def loss(*arguments):
+        if next(calls) == number:
+            act()
+        return masked_mse(*arguments)
+
+    return loss
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def make_up(root):
+    """Settings of a run of six epochs over five batches of four."""
     return TrainConfig(
         DataConfig(data_root=root, observed=FRAMES, predicted=FRAMES),
         ModelConfig(hidden_size=8),
@@ -74,25 +107,14 @@ def make_up(root, monkeypatch):
     )
 
 
+def only_run(config, *others):
+    (folder,) = (folder for folder in config.run.out.iterdir() if folder not in others)
+    return folder
+
+
 def options(config):
-    return [
-        "--data-root",
-        str(config.data.data_root),
-        "--observed",
-        "4",
-        "--predicted",
-        "4",
-        "--hidden-size",
-        "8",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "4",
-        "--out",
-        str(config.run.out),
-        "--device",
-        "cpu",
-    ]
+    text = f"--data-root {config.data.data_root} --observed 4 --predicted 4 --hidden-size 8 --epochs 1 --batch-size 4"
+    return [*text.split(), "--out", str(config.run.out), "--device", "cpu"]
 
 
 def change(config, section, **values):

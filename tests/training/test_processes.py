@@ -21,9 +21,9 @@ from bigru.training.distributed import Team, current_team
 # Forks the processes of one run after the other, which saves each of them the imports.
 SERVER = """
 import json, os, signal, socket, sys, traceback
-from bigru.training import command, step, summary
-
-summary.write_report = lambda folder: folder.parent / "results_bigru.md"
+from bigru.model.metrics import masked_mse
+from bigru.training.command import main
+from bigru.training.run import Parts
 
 for line in sys.stdin:
     order, children = json.loads(line), []
@@ -39,17 +39,17 @@ for line in sys.stdin:
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.dup2(os.open(f"{order['output']}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             os.dup2(2, 1)
-            real, calls = step.masked_mse, [0]
+            calls = [0]
 
             def counted(*arguments):
                 calls[0] += 1
                 if [rank, calls[0]] == order["at"]:
                     os.kill(os.getpid(), order["signal"])
-                return real(*arguments)
+                return masked_mse(*arguments)
 
-            step.masked_mse = counted
+            parts = Parts(loss=counted, write_report=lambda folder: folder.parent / "results_bigru.md")
             try:
-                code = command.main(order["argv"])
+                code = main(order["argv"], parts)
             except BaseException:
                 traceback.print_exc()
                 code = 99

@@ -3,50 +3,63 @@
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.runs import COLUMNS, FRAMES, change, dataset, make_up, options, rows, same_weights, timeless, windows
+from training.runs import (
+    COLUMNS,
+    FRAMES,
+    at_step,
+    change,
+    dataset,
+    killed,
+    main,
+    make_up,
+    only_run,
+    options,
+    resume,
+    rows,
+    same_weights,
+    timeless,
+    train,
+    windows,
+)
 
-import bigru.training.run as training
-import bigru.training.summary as summaries
 from bigru.config import OptimConfig
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError, Windows
 from bigru.model.forecaster import HandForecaster
-from bigru.model.metrics import BASELINES, evaluate, mean_errors, score, score_joints, summarise
+from bigru.model.metrics import BASELINES, evaluate, masked_mse, mean_errors, score, score_joints, summarise
 from bigru.report.record import read_run
-from bigru.training import step, trainer
-from bigru.training.command import main
-from bigru.training.run import resume, train
-from bigru.training.trainer import DivergedError, learning_rate
+from bigru.training import summary
+from bigru.training.trainer import Trainer, learning_rate
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    return make_up(tmp_path, monkeypatch)
+def config(tmp_path):
+    return make_up(tmp_path)
 
 
-def stop_in(monkeypatch, epoch, batch=3, error=KeyboardInterrupt):
-    """Makes training stop at a batch of an epoch, as a kill would."""
-    real, calls = step.masked_mse, [0]
+def stop_in(epoch, batch=3):
+    """Returns a loss that ends training at a batch of an epoch, as a kill would."""
+    return at_step((epoch - 1) * 5 + batch, killed)
 
-    def counted(*arguments):
-        calls[0] += 1
-        if calls[0] == (epoch - 1) * 5 + batch:
-            raise error
-        return real(*arguments)
 
-    monkeypatch.setattr(step, "masked_mse", counted)
-    return lambda: monkeypatch.setattr(step, "masked_mse", real)
+def killed_run(config, *others, **parts):
+    """Trains until a part raises KeyboardInterrupt; returns the run's folder."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, **parts)
+    return only_run(config, *others)
 
 
 def test_a_run_leaves_a_whole_folder(config):
@@ -58,6 +71,7 @@ def test_a_run_leaves_a_whole_folder(config):
         "skipped.tsv",
         "checkpoint.pt",
         "weights.safetensors",
+        "data.json",
         "summary.json",
         "samples.npz",
         "run.lock",
@@ -166,13 +180,9 @@ def test_two_runs_are_the_same_to_the_bit(config):
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(3, 3), (3, 1), (1, 2)], ids=["mid-epoch", "between", "first epoch"])
-def test_a_killed_run_goes_on_to_the_bit(config, monkeypatch, epoch, batch):
+def test_a_killed_run_goes_on_to_the_bit(config, epoch, batch):
     whole = train(config)
-    mend = stop_in(monkeypatch, epoch, batch)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    mend()
-    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+    folder = killed_run(config, whole, loss=stop_in(epoch, batch))
     assert not (folder / "summary.json").exists()
     assert len(rows(folder)) == epoch - 1
     torch.rand(17)
@@ -184,40 +194,40 @@ def test_a_killed_run_goes_on_to_the_bit(config, monkeypatch, epoch, batch):
         assert ours[name] == theirs[name], name
 
 
-def test_a_kill_between_the_files_of_an_epoch(config, monkeypatch):
-    whole = train(config)
-    real = trainer.save_checkpoint
+class KilledInEpoch3(Trainer):
+    """Is killed when the row and the weights of epoch 3 are there, and while its checkpoint is written."""
 
-    def killed_in_epoch_3(path, step, progress, random_states):
-        if progress.epoch == 3:
-            path.with_name("checkpoint.pt.partial").write_bytes(b"torn")
+    def save(self, folder):
+        if self.progress.epoch == 3:
+            (folder / ".checkpoint.pt.0123abcd.partial").write_bytes(b"torn")
             raise KeyboardInterrupt
-        real(path, step, progress, random_states)
+        super().save(folder)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", killed_in_epoch_3)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(trainer, "save_checkpoint", real)
-    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
-    # The row and the weights of epoch 3 are there, its checkpoint is not; half a line stands for a kill while writing.
+
+def test_a_kill_between_the_files_of_an_epoch(config):
+    whole = train(config)
+    folder = killed_run(config, whole, trainer=KilledInEpoch3)
     assert len(rows(folder)) == 3
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 4, "tr_')
     resume(folder)
     assert timeless(folder) == timeless(whole)
     assert same_weights(folder, whole)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_no_resume_shortens_what_is_there(config):
+    """The row of an epoch that the checkpoint does not hold stays until that epoch is trained again."""
+    folder = killed_run(config, trainer=KilledInEpoch3)
+    before = rows(folder)
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder, loss=at_step(1, killed))
+    assert rows(folder) == before
 
 
 def test_a_kill_after_the_last_epoch(config, monkeypatch):
     whole = train(config)
-    real = summaries.write_example_windows
-    monkeypatch.setattr(
-        "bigru.training.summary.write_example_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr("bigru.training.summary.write_example_windows", real)
-    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "write_example_windows", killed)
+        folder = killed_run(config, whole)
     # Weights of an epoch beyond the checkpoint, say.
     save_file({"other": torch.zeros(1)}, folder / "weights.safetensors")
     resume(folder)
@@ -229,43 +239,117 @@ def test_a_kill_after_the_last_epoch(config, monkeypatch):
     )
 
 
-def test_a_finished_run_is_only_reported_again(config, monkeypatch, capsys):
+def test_a_finished_run_is_only_reported_again(config, capsys):
     folder = train(config)
     before = {file: file.read_bytes() for file in folder.iterdir()}
     reported = []
-    monkeypatch.setattr("bigru.training.summary.write_report", lambda run: reported.append(run) or run / "document")
-    monkeypatch.setattr(training, "carry_out", lambda *_: pytest.fail("trained again"))
-    assert main(["--resume", str(folder)]) == 0
+    report = lambda run: reported.append(run) or run / "document"  # noqa: E731
+    assert main(["--resume", str(folder)], write_report=report, load=None) == 0
     assert reported == [folder]
     assert "has finished" in capsys.readouterr().err
+    assert main(["--resume", str(folder), "--epochs", "9"], write_report=report, load=None) == 2
+    assert "has finished, which epochs cannot change" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_a_moved_run_goes_on_but_not_on_other_data(config, monkeypatch, tmp_path):
-    mend = stop_in(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    mend()
-    (folder,) = config.run.out.iterdir()
+    folder = killed_run(config, loss=stop_in(2))
     moved = tmp_path / "elsewhere" / folder.name
     moved.parent.mkdir()
     folder.rename(moved)
     fewer = dataclasses.replace(dataset(), train=windows(6, 0))
-    monkeypatch.setattr(training, "load_dataset", lambda config: fewer)
-    assert main(["--resume", str(moved)]) == 2
-    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
+    assert main(["--resume", str(moved)], load=lambda config: fewer) == 2
     monkeypatch.chdir(moved)
     assert main(["--resume", "."]) == 0
     assert (moved / "summary.json").is_file()
     assert not any(config.run.out.iterdir())
 
 
-def test_a_copy_goes_on_as_a_run_of_its_own(config, monkeypatch):
-    mend = stop_in(monkeypatch, 2)
+@pytest.fixture
+def stopped(config):
+    """A run of six epochs that was killed in its third."""
+    return killed_run(config, loss=stop_in(3))
+
+
+def digested(digest):
+    return lambda config: dataclasses.replace(dataset(), digest=digest, root=config.data_root)
+
+
+def test_a_run_goes_on_with_data_of_the_same_content_only(config, tmp_path, capsys):
+    """As many windows as before, and other frames in them."""
+    folder = killed_run(config, loss=stop_in(2), load=digested("a" * 64))
+    recorded = json.loads((folder / "data.json").read_text())
+    assert recorded["digest"] == "a" * 64
+    assert main(["--resume", str(folder)], load=digested("b" * 64)) == 2
+    assert "began with other data than" in capsys.readouterr().err
+    # The same content elsewhere, which is found again by the next resume.
+    other = tmp_path / "copied"
+    assert main(["--resume", str(folder), "--data-root", str(other)], load=digested("a" * 64), loss=killed) == 130
+    assert json.loads((folder / "config.json").read_text())["data"]["data_root"] == str(other)
+    assert main(["--resume", str(folder)], load=digested("a" * 64)) == 0
+
+
+def test_a_relative_data_root_is_found_from_any_folder(config, monkeypatch, tmp_path):
+    (tmp_path / "clips").mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = killed_run(change(config, "data", data_root=Path("clips")), loss=stop_in(2))
+    assert json.loads((folder / "config.json").read_text())["data"]["data_root"] == str(tmp_path / "clips")
+
+
+def test_a_run_goes_on_with_more_epochs_elsewhere(stopped, capsys):
+    assert main(["--resume", str(stopped), "--epochs", "1"]) == 2
+    assert "epochs: expected at least 2" in capsys.readouterr().err
+    assert main(["--resume", str(stopped), "--epochs", "7", "--device", "cpu"]) == 0
+    assert len(rows(stopped)) == 7
+    assert json.loads((stopped / "config.json").read_text())["optim"]["epochs"] == 7
+
+
+@pytest.mark.parametrize("gone", [["checkpoint.pt"], ["checkpoint.pt", "metrics.jsonl"], ["checkpoint.pt", "weights"]])
+def test_a_run_without_its_checkpoint_is_left_as_it_is(stopped, capsys, gone):
+    for name in gone:
+        (stopped / name.replace("weights", "weights.safetensors")).unlink()
+    before = {file: file.read_bytes() for file in stopped.iterdir()}
+    assert main(["--resume", str(stopped)]) == 2
+    error = capsys.readouterr().err
+    assert "but no checkpoint.pt, without which it cannot go on" in error
+    assert ("metrics.jsonl with 2 epochs" in error) == ("metrics.jsonl" not in gone)
+    assert {file: file.read_bytes() for file in stopped.iterdir()} == before
+
+
+def test_an_older_checkpoint_does_not_take_epochs_back(config, capsys, tmp_path):
+    folder = killed_run(config, loss=stop_in(2))
+    older = shutil.copy(folder / "checkpoint.pt", tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        train(config)
-    mend()
-    (folder,) = config.run.out.iterdir()
+        resume(folder, loss=stop_in(3))
+    shutil.copy(older, folder)
+    before = rows(folder)
+    assert main(["--resume", str(folder)]) == 2
+    assert (
+        "holds 3 epochs in metrics.jsonl, but its checkpoint.pt is an older one, of epoch 1" in capsys.readouterr().err
+    )
+    assert rows(folder) == before
+
+
+def test_a_run_that_never_finished_an_epoch_begins_again(config):
+    whole = train(config)
+    folder = killed_run(config, whole, loss=stop_in(1))
+    assert not (folder / "checkpoint.pt").exists()
+    assert timeless(resume(folder)) == timeless(whole)
+
+
+@pytest.mark.parametrize("typed", ["runs/latest", "latest", "link"])
+def test_the_last_run_by_name_or_through_a_link(stopped, monkeypatch, tmp_path, typed):
+    monkeypatch.chdir(tmp_path)
+    (stopped.parent / "20200101_000000").mkdir()
+    (stopped.parent / "20200101_000000" / "config.json").write_text("{}")
+    if typed == "link":
+        (tmp_path / "link").symlink_to(stopped)
+    assert main(["--resume", typed]) == 0
+    assert (stopped / "summary.json").is_file()
+
+
+def test_a_copy_goes_on_as_a_run_of_its_own(config):
+    folder = killed_run(config, loss=stop_in(2))
     copy = shutil.copytree(folder, folder.with_name(f"{folder.name}_copy"))
     assert timeless(resume(copy)) == timeless(resume(folder))
     ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (copy, folder))
@@ -277,15 +361,9 @@ def test_a_copy_goes_on_as_a_run_of_its_own(config, monkeypatch):
     "name",
     ["20261399_999999", "20261123_224560", "20261123_2245", "20261123_224500-2", "20261123_224500 copy", "best_run"],
 )
-def test_a_run_with_another_name_is_refused_before_any_work(config, monkeypatch, capsys, name):
-    stop = stop_in(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    stop()
-    (folder,) = config.run.out.iterdir()
-    renamed = folder.rename(folder.with_name(name))
-    monkeypatch.setattr(training, "load_dataset", lambda config: pytest.fail("read the data"))
-    assert main(["--resume", str(renamed)]) == 2
+def test_a_run_with_another_name_is_refused_before_any_work(stopped, capsys, name):
+    renamed = stopped.rename(stopped.with_name(name))
+    assert main(["--resume", str(renamed)], load=lambda config: pytest.fail("read the data")) == 2
     error = capsys.readouterr().err
     assert f"a run's folder is named after its start, as 20250522_023917 or 20250522_023917_copy, got {name}\n" in error
 
@@ -359,13 +437,17 @@ def test_fewer_windows_than_a_batch_holds(config):
     assert len(rows(folder)) == 6
 
 
-def test_missing_hands_are_learnt_only_without_the_mask(config, monkeypatch):
-    seen, real = [], step.masked_mse
-    monkeypatch.setattr(step, "masked_mse", lambda *rest: (seen.append(rest[2]), real(*rest))[1])
-    train(change(config, "optim", epochs=1))
+def test_missing_hands_are_learnt_only_without_the_mask(config):
+    seen = []
+
+    def loss(*arguments):
+        seen.append(arguments[2])
+        return masked_mse(*arguments)
+
+    train(change(config, "optim", epochs=1), loss=loss)
     assert all(mask.shape == (4, FRAMES, 42) and not mask.all() for mask in seen)
     seen.clear()
-    train(change(change(config, "optim", epochs=1), "data", mask_missing=False))
+    train(change(change(config, "optim", epochs=1), "data", mask_missing=False), loss=loss)
     assert seen == [None] * 5
 
 
@@ -385,25 +467,6 @@ def test_missing_hands_are_scored_only_without_the_mask(config, mask):
         )
         assert scores == pytest.approx({name: expected[name] for name in scores}, rel=1e-5)
         assert scores["joint_error"] != pytest.approx(other["joint_error"], rel=1e-3)
-
-
-def test_a_loss_that_is_no_number(config, monkeypatch, capsys):
-    real, calls = step.masked_mse, [0]
-
-    def diverging(*rest):
-        calls[0] += 1
-        return real(*rest) * (float("nan") if calls[0] == 7 else 1)
-
-    monkeypatch.setattr(step, "masked_mse", diverging)
-    with pytest.raises(DivergedError, match="epoch 2, batch 2 of 5: the loss is nan"):
-        train(config)
-    (folder,) = config.run.out.iterdir()
-    assert len(rows(folder)) == 1
-    monkeypatch.setattr(
-        "bigru.training.command.train", lambda settings: (_ for _ in ()).throw(DivergedError("epoch 2"))
-    )
-    assert main([]) == 1
-    assert "epoch 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -454,7 +517,7 @@ def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--weights", "none.pt"], "weights: none.pt is not a file"),
+        (["--weights", "none.pt"], "none.pt is not a file"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["--device", "nonsense"], "device: 'nonsense' cannot be used"),
         (["--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),
@@ -470,12 +533,11 @@ def test_the_users_errors_end_with_2_and_a_sentence(config, capsys, extra, messa
 
 
 @pytest.mark.parametrize("error", [NoWindowsError("no window"), FileNotFoundError("no index"), ValueError("line 3")])
-def test_data_that_cannot_be_used_end_with_2(config, monkeypatch, capsys, error):
+def test_data_that_cannot_be_used_end_with_2(config, capsys, error):
     def broken(config):
         raise error
 
-    monkeypatch.setattr(training, "load_dataset", broken)
-    assert main(options(config)) == 2
+    assert main(options(config), load=broken) == 2
     assert f"bigru.train: {error}" in capsys.readouterr().err
 
 
@@ -495,17 +557,15 @@ def test_a_folder_without_a_run_cannot_go_on(tmp_path, capsys):
     assert "unknown setting optim.speed" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_says_how_to_go_on(config, monkeypatch, capsys):
-    stop_in(monkeypatch, 1)
-    assert main(options(config)) == 130
-    (folder,) = config.run.out.iterdir()
-    assert f"--resume {folder}" in capsys.readouterr().err
+def test_an_interrupted_run_says_how_to_go_on(config, capsys):
+    assert main(options(config), loss=stop_in(1)) == 130
+    assert f"--resume {only_run(config)}" in capsys.readouterr().err
 
 
 def test_log_handlers_are_not_left_behind(config):
     train(config)
     main(["--resume", "none"])
-    assert trainer.log.handlers == []
+    assert logging.getLogger("bigru.train").handlers == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

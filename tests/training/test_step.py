@@ -5,15 +5,28 @@ import copy
 import pytest
 import torch
 from torch import nn
-from training.runs import change, dataset, make_up, rows, same_weights, timeless
+from training.runs import (
+    PARTS,
+    at_step,
+    change,
+    dataset,
+    killed,
+    main,
+    make_up,
+    only_run,
+    resume,
+    rows,
+    same_weights,
+    timeless,
+    train,
+)
 
-import bigru.training.run as training
 from bigru.config import ConfigError, RunConfig
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
 from bigru.training import step as steps
-from bigru.training.command import main
-from bigru.training.run import resume, train
+from bigru.training.distributed import Team
+from bigru.training.run import prepare
 from bigru.training.step import (
     TrainStep,
     capture_training,
@@ -26,8 +39,8 @@ from bigru.training.trainer import Trainer
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    return make_up(tmp_path, monkeypatch)
+def config(tmp_path):
+    return make_up(tmp_path)
 
 
 def make_step(amp="none", dropout=0.0, **options):
@@ -129,21 +142,13 @@ def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config, monkeypatch)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_a_mixed_run_goes_on_to_the_bit(config, monkeypatch, amp):
+def test_a_mixed_run_goes_on_to_the_bit(config, amp):
     config = change(config, "run", amp=amp)
-    whole, real, calls = train(config), steps.masked_mse, [0]
+    whole = train(config)
     assert rows(whole)[-1]["tr_loss"] < 0.9 * rows(whole)[0]["tr_loss"]
-
-    def stopping(*arguments):
-        calls[0] += 1
-        if calls[0] == 8:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(steps, "masked_mse", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train(config)
-    (folder,) = (folder for folder in config.run.out.iterdir() if folder != whole)
+        train(config, loss=at_step(8, killed))
+    folder = only_run(config, whole)
     assert timeless(resume(folder)) == timeless(whole)
     assert same_weights(folder, whole)
     assert f"fp32, {amp} autocast" in (folder / "train.log").read_text()
@@ -185,14 +190,15 @@ def test_a_graphed_run_is_the_eager_one(config, monkeypatch):
     """The loop around a captured step, with a capture that a CPU can do."""
     whole = train(config)
     monkeypatch.setattr(steps, "capture", warmed_up)
-    real = Trainer.__init__
 
-    def pretend(self, config, *others):
-        real(self, config, *others)
-        self.config = change(config, "run", graph=True)
+    class Graphed(Trainer):
+        """Believes that it runs on a GPU."""
 
-    monkeypatch.setattr(Trainer, "__init__", pretend)
-    folder = train(config)
+        def __init__(self, config, *others):
+            super().__init__(config, *others)
+            self.config = change(config, "run", graph=True)
+
+    folder = train(config, trainer=Graphed)
     assert timeless(folder) == timeless(whole)
     assert same_weights(folder, whole)
 
@@ -231,9 +237,7 @@ def test_a_graph_on_a_gpu_trains_as_without(config, amp):
 def test_a_step_does_not_wait_for_the_gpu(config):
     config = change(config, "run", device="cuda")
     device = torch.device("cuda")
-    data = training.load_data(config, device)
-    model, _ = training.build_model(config, device, data.train)
-    trainer = Trainer(config, model, data, training.current_team())
+    trainer, _ = prepare(config, Team(), PARTS)
     indices = torch.arange(4, device=device)
     trainer.learn(indices)
     torch.cuda.set_sync_debug_mode("error")

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -16,22 +17,40 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.runs import change, dataset, make_up, options, rows, same_weights, timeless
+from training.runs import (
+    at_step,
+    change,
+    dataset,
+    main,
+    make_up,
+    only_run,
+    options,
+    resume,
+    rows,
+    same_weights,
+    timeless,
+    train,
+)
 
-import bigru.training.run as training
+from bigru.config import ConfigError
 from bigru.data.synthetic import write_synthetic
-from bigru.training import run_dir, step, trainer
-from bigru.training.command import main
-from bigru.training.run import resume, train
+from bigru.data.windows import load_dataset
+from bigru.model.metrics import masked_mse
+from bigru.training import run_dir
 from bigru.training.signals import Interrupted, StopRequest, on_signals
-from bigru.training.trainer import DivergedError
+from bigru.training.trainer import DivergedError, Trainer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    return make_up(tmp_path, monkeypatch)
+def config(tmp_path):
+    return make_up(tmp_path)
+
+
+def send(*numbers):
+    """Returns what sends this process these signals."""
+    return lambda: [os.kill(os.getpid(), number) for number in numbers]
 
 
 @pytest.fixture(autouse=True)
@@ -42,40 +61,22 @@ def signals():
     signal.signal(signal.SIGINT, before)
 
 
-def at_step(monkeypatch, number, act):
-    """Has something done in the middle of a step, counted from 1 over all epochs of five."""
-    real, calls = step.masked_mse, [0]
-
-    def counted(*arguments):
-        calls[0] += 1
-        if calls[0] == number:
-            act()
-        return real(*arguments)
-
-    monkeypatch.setattr(step, "masked_mse", counted)
-
-
-def only_run(config, *others):
-    (folder,) = (folder for folder in config.run.out.iterdir() if folder not in others)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("number", "code", "stop", "epoch", "batch"),
     [
         (signal.SIGINT, 130, 8, 1, 3),
         (signal.SIGTERM, 143, 10, 1, 5),
-        (signal.SIGTERM, 143, 1, 0, 1),
-        (signal.SIGINT, 130, 30, 5, 5),
+        (signal.SIGHUP, 129, 1, 0, 1),
+        (signal.SIGUSR1, 138, 30, 5, 5),
     ],
     ids=["mid-epoch", "last batch", "first batch", "very last batch"],
 )
-def test_a_signal_ends_the_run_after_its_step(config, monkeypatch, capsys, number, code, stop, epoch, batch):
+def test_a_signal_ends_the_run_after_its_step(config, capsys, number, code, stop, epoch, batch):
     # Dropout is on, so that the random state counts too.
     whole = train(change(config, "optim", epochs=6))
     capsys.readouterr()
-    at_step(monkeypatch, stop, lambda: os.kill(os.getpid(), number))
-    assert main([*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"]) == code
+    arguments = [*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"]
+    assert main(arguments, loss=at_step(stop, send(number))) == code
     folder = only_run(config, whole)
     error = capsys.readouterr().err
     assert f"{number.name}: stopped after batch {batch} of 5 of epoch {epoch + 1}" in error
@@ -94,42 +95,68 @@ def test_a_signal_ends_the_run_after_its_step(config, monkeypatch, capsys, numbe
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_between_two_epochs(config, monkeypatch, capsys):
-    whole, real = train(config), trainer.evaluate
+def test_a_signal_between_two_epochs(config):
+    class Signalled(Trainer):
+        def validate(self):
+            if self.progress.epoch == 0:
+                send(signal.SIGTERM)()
+            return super().validate()
 
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    whole = train(config)
     with pytest.raises(Interrupted) as stop:
-        train(config)
+        train(config, trainer=Signalled)
     assert stop.value.signal == signal.SIGTERM
-    monkeypatch.setattr(trainer, "evaluate", real)
     folder = only_run(config, whole)
     assert len(rows(folder)) == 1
     assert timeless(resume(folder)) == timeless(whole)
 
 
-def test_a_signal_where_nothing_has_to_be_finished(config, monkeypatch, capsys):
-    monkeypatch.setattr(training, "load_dataset", lambda config: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(options(config)) == 143
-    monkeypatch.setattr(training, "load_dataset", lambda config: dataset())
-    monkeypatch.setattr("bigru.training.summary.write_example_windows", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(options(config)) == 143
+def test_a_signal_where_nothing_has_to_be_finished(config, capsys):
+    def signalled(*_):
+        send(signal.SIGTERM)()
+
+    assert main(options(config), load=signalled) == 143
+    assert main(options(config), write_report=signalled) == 143
     assert f"--resume {only_run(config)}" in capsys.readouterr().err
 
 
-def test_a_second_signal_does_not_wait(config, monkeypatch):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    at_step(monkeypatch, 8, twice)
+def test_a_second_signal_does_not_wait(config):
     with pytest.raises(Interrupted):
-        train(config)
+        train(config, loss=at_step(8, send(signal.SIGINT, signal.SIGINT)))
     # The last whole checkpoint is that of epoch 1.
     assert torch.load(only_run(config) / "checkpoint.pt", weights_only=True)["progress"]["step"] == 0
+
+
+def test_a_terminal_that_is_gone_does_not_cost_the_epoch(config, tmp_path):
+    """SIGHUP comes when every write to the terminal already fails, the progress bar's among them."""
+    program = "import sys; from training.test_stops import hang_up; sys.exit(hang_up(*sys.argv[1:]))"
+    terminal, own_end = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path), str(terminal)],
+        stdin=own_end,
+        stdout=own_end,
+        stderr=own_end,
+        pass_fds=[terminal],
+        env=environment,
+    )
+    os.close(own_end)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 129
+    saved = torch.load(only_run(config) / "checkpoint.pt", weights_only=True)["progress"]
+    assert (saved["epoch"], saved["step"]) == (1, 3)
+
+
+def hang_up(root, terminal):
+    """Trains on a terminal that is closed in the eighth step."""
+    config = make_up(Path(root))
+
+    def close():
+        os.close(int(terminal))
+        send(signal.SIGHUP)()
+
+    arguments = [*options(config), "--epochs", "6"]
+    return main(arguments, loss=at_step(8, close))
 
 
 def test_an_ignored_signal_stays_ignored_and_threads_need_none():
@@ -280,10 +307,9 @@ def test_a_full_disk(config, monkeypatch, capsys, name):
 
     monkeypatch.setattr("io.open", opened)
     monkeypatch.setattr("builtins.open", opened)
-    at_step(monkeypatch, 11 if name != "samples.npz" else 30, lambda: full.__setitem__(0, True))
-    monkeypatch.setattr(training, "load_data", lambda *_: dataset())
+    loss = at_step(11 if name != "samples.npz" else 30, lambda: full.__setitem__(0, True))
     capsys.readouterr()
-    assert main([*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"]) == 2
+    assert main([*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"], loss=loss) == 2
     folder = only_run(config, whole)
     error = capsys.readouterr().err
     assert f"go on with: python -m bigru.train --resume {folder}\n" in error
@@ -291,29 +317,27 @@ def test_a_full_disk(config, monkeypatch, capsys, name):
     assert "Traceback" not in error
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["epoch"]
     assert kept == {"train.log": 3, "samples.npz": 6}.get(name, 2)
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob(".*.partial"))
     full[0] = False
     assert timeless(resume(folder)) == timeless(whole)
     assert same_weights(folder, whole)
 
 
 def test_a_folder_that_cannot_be_written(config, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(training, "load_dataset", lambda config: pytest.fail("read the data"))
     # Root may write anywhere: the system's answer is put in its mouth.
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert main(options(config)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert main(options(config), load=None) == 2
     assert f"out: expected a folder that can be written, got {tmp_path}" in capsys.readouterr().err
-    monkeypatch.undo()
     (tmp_path / "file").write_text("")
-    assert main([*options(config), "--out", str(tmp_path / "file")]) == 2
+    assert main([*options(config), "--out", str(tmp_path / "file")], load=None) == 2
     assert f"out: expected a folder that can be written, got {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 @pytest.fixture
-def stopped(config, monkeypatch, capsys):
+def stopped(config, capsys):
     """The folder of a run that was interrupted in its first epoch."""
-    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert main(options(config)) == 130
+    assert main(options(config), loss=at_step(3, send(signal.SIGINT))) == 130
     capsys.readouterr()
     return only_run(config)
 
@@ -344,16 +368,15 @@ def test_a_folder_in_use_by_another_run(stopped, capsys):
     assert main(["--resume", str(stopped)]) == 0
 
 
-def test_a_running_run_holds_its_folder(config, monkeypatch):
+def test_a_running_run_holds_its_folder(config):
     refused = []
 
     def try_to_resume():
-        with pytest.raises(training.ConfigError, match="in use by another run"):
+        with pytest.raises(ConfigError, match="in use by another run"):
             resume(only_run(config))
         refused.append(True)
 
-    at_step(monkeypatch, 3, try_to_resume)
-    train(config)
+    train(config, loss=at_step(3, try_to_resume))
     assert refused
 
 
@@ -368,28 +391,25 @@ def test_a_file_system_without_locks(config, monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("stop", [False, True], ids=["", "interrupted"])
-def test_the_batch_of_a_loss_that_is_no_number_is_kept(config, monkeypatch, value, stop):
-    real, calls, seen = step.masked_mse, [0], []
+def test_the_batch_of_a_loss_that_is_no_number_is_kept(config, capsys, value, stop):
+    seen = []
 
-    def diverging(prediction, target, present, coordinates):
-        calls[0] += 1
-        if calls[0] == 7:
-            seen.append(target)
-            if stop:
-                os.kill(os.getpid(), signal.SIGINT)
-        return real(prediction, target, present, coordinates) * (value if calls[0] == 7 else 1)
+    def diverging(prediction, target, *others):
+        seen.append(target)
+        if len(seen) == 7 and stop:
+            send(signal.SIGINT)()
+        return masked_mse(prediction, target, *others) * (value if len(seen) == 7 else 1)
 
-    monkeypatch.setattr(step, "masked_mse", diverging)
-    with pytest.raises(DivergedError) as stopped:
-        train(config)
+    assert main([*options(config), "--epochs", "6"], loss=diverging) == 1
     folder = only_run(config)
-    message = str(stopped.value)
-    assert message.startswith(f"epoch 2, batch 2 of 5: the loss is {value}; ")
+    assert len(rows(folder)) == 1
+    message = capsys.readouterr().err
+    assert f"bigru.train: epoch 2, batch 2 of 5: the loss is {value}; " in message
     assert f"the batch is in {folder / 'diverged.npz'}" in message
     assert f"the best weights so far, of epoch 1, are in {folder / 'weights.safetensors'}" in message
     with np.load(folder / "diverged.npz", allow_pickle=False) as stored:
         batch = dict(stored)
-    np.testing.assert_array_equal(batch["target"], seen[0])
+    np.testing.assert_array_equal(batch["target"], seen[6])
     again = dataset().train.batch(torch.from_numpy(batch["window"]))
     np.testing.assert_array_equal(batch["x"], again.x)
     np.testing.assert_array_equal(batch["present"], again.present)
@@ -442,15 +462,12 @@ def test_a_run_stopped_in_an_epoch_of_other_batches(stopped, capsys):
     assert main(["--resume", str(stopped)]) == 0
 
 
-def test_clips_that_vanish_while_training(config, monkeypatch, tmp_path):
-    monkeypatch.undo()
+def test_clips_that_vanish_while_training(config, tmp_path):
     root = tmp_path / "clips"
     write_synthetic(root, 24, 1)
     config = change(change(config, "data", data_root=root, stride=20), "optim", epochs=2, batch_size=32)
-    monkeypatch.setattr("bigru.training.summary.write_report", lambda folder: folder)
-    whole = train(config)
-    at_step(monkeypatch, 2, lambda: shutil.rmtree(root))
-    folder = train(config)
+    whole = train(config, load=load_dataset)
+    folder = train(config, load=load_dataset, loss=at_step(2, lambda: shutil.rmtree(root)))
     assert not root.exists()
     assert timeless(folder) == timeless(whole)
     test, other = (json.loads((run / "summary.json").read_text())["test"] for run in (folder, whole))

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-import bigru.training.run as training
 from bigru.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
 from bigru.report import figures
+from bigru.training import run
 from bigru.training.command import main
 from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
 from bigru.training.trainer import DivergedError
@@ -22,13 +23,14 @@ class Trainer:
     """Stands for training and resuming: leaves what a run leaves, and fails as it is told."""
 
     def __init__(self):
-        self.began, self.resumed, self.failures = [], [], {}
+        self.began, self.resumed, self.failures, self.digest = [], [], {}, "a"
 
     def train(self, config):
         folder = config.run.out / f"20261123_22450{len(self.began)}"
         folder.mkdir(parents=True)
         self.began.append(config.data.input_size)
         write_json(folder / "config.json", config.as_dict())
+        write_json(folder / "data.json", {"digest": self.digest})
         if error := self.failures.get(config.data.input_size):
             raise error
         write_json(folder / "summary.json", {})
@@ -50,7 +52,7 @@ def change(config, section, **values):
 
 
 def sweep(config, trainer):
-    return sweep_modalities(config, trainer.train, trainer.resume)
+    return sweep_modalities(config, trainer.train, trainer.resume, lambda config: trainer.digest)
 
 
 def test_five_runs_and_none_of_them_twice(config):
@@ -96,25 +98,50 @@ def test_other_settings_are_other_runs(config):
     assert trainer.began == SIZES * 2
 
 
+def test_runs_on_other_data_are_other_runs(config, monkeypatch, tmp_path):
+    """Two folders with the same relative data root, and one folder of runs."""
+    trainer, config = Trainer(), change(config, "data", data_root=Path("clips"))
+    for name, digest, began in (("one", "a", 5), ("other", "b", 10), ("moved", "a", 10)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        trainer.digest = digest
+        sweep(config, trainer)
+        assert len(trainer.began) == began, name
+
+
+def test_a_run_without_its_checkpoint_is_left_alone(config):
+    trainer = Trainer()
+    trainer.failures[84] = DivergedError("the loss is nan")
+    with pytest.raises(DivergedError):
+        sweep(config, trainer)
+    folder = config.run.out / "sweep_modalities" / "20261123_224500"
+    (folder / "metrics.jsonl").write_text("{}\n")
+    trainer.failures.clear()
+    sweep(config, trainer)
+    assert trainer.began == [*SIZES, 84]
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
 def test_the_finished_run_of_several_is_found(config):
+    digest = lambda config: "a"  # noqa: E731
     out = config.run.out
     for name in ("20261123_000001", "20261123_000002", "20261123_000003"):
         (out / name).mkdir(parents=True)
         write_json(out / name / "config.json", config.as_dict())
-    assert find_run(out, config) == out / "20261123_000003"
+    assert find_run(out, config, digest) == out / "20261123_000003"
     write_json(out / "20261123_000002" / "summary.json", {})
-    assert find_run(out, config) == out / "20261123_000002"
+    assert find_run(out, config, digest) == out / "20261123_000002"
     for name, content in (("20261123_000002", "{"), ("20261123_000003", '{"data": {"speed": 3}}')):
         (out / name / "config.json").write_text(content)
-    assert find_run(out, config) == out / "20261123_000001"
-    assert find_run(out / "nowhere", config) is None
+    assert find_run(out, config, digest) == out / "20261123_000001"
+    assert find_run(out / "nowhere", config, digest) is None
 
 
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         ("data", {"gaze": True, "surrogate": True}, "sweep: expected no gaze, surrogate beside it"),
-        ("run", {"weights": "w.pt"}, "sweep: expected no weights, which fit one choice of modalities only, got w.pt"),
+        ("run", {"weights": Path("w.pt")}, "sweep: expected no weights, .* only, got w.pt"),
     ],
 )
 def test_what_only_one_run_could_have_is_refused(config, section, values, message):
@@ -148,15 +175,15 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
         "--device",
         "cpu",
     ]
-    real, finished = training.finish, []
+    real, finished = run.finish, []
 
-    def finish(config, *rest):
-        finished.append(config.data.input_size)
+    def finish(folder, trainer, backend):
+        finished.append(trainer.config.data.input_size)
         if len(finished) == 3:
             raise KeyboardInterrupt
-        real(config, *rest)
+        real(folder, trainer, backend)
 
-    monkeypatch.setattr(training, "finish", finish)
+    monkeypatch.setattr(run, "finish", finish)
     assert main(command) == 130
     error = capsys.readouterr().err
     assert "run 3 of 5: hands + objects" in error

@@ -6,18 +6,16 @@ import sys
 
 import numpy as np
 import pytest
-from training.runs import change, make_up, options, rows, same_weights, timeless
+from training.runs import change, main, make_up, only_run, options, resume, rows, same_weights, timeless, train
 
 from bigru.config import ConfigError
 from bigru.training import tensorboard as board
-from bigru.training.command import main
-from bigru.training.run import resume, train
 from bigru.training.trainer import Trainer
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    return change(make_up(tmp_path, monkeypatch), "optim", epochs=3)
+def config(tmp_path):
+    return change(make_up(tmp_path), "optim", epochs=3)
 
 
 def events(folder):
@@ -49,24 +47,22 @@ def test_a_watched_run_is_the_same_to_the_bit_and_shows_all(config):
     assert picture.width == 1296
 
 
-def test_a_resumed_run_goes_on_on_the_board(config, monkeypatch):
+def test_a_resumed_run_goes_on_on_the_board(config):
     pytest.importorskip("tensorboard")
-    config = change(config, "run", tensorboard=True)
-    real = Trainer._save
 
-    def killed(self, folder):
-        # The board has not yet seen the second epoch's row; the checkpoint is of the first.
-        if self.progress.epoch == 2:
-            raise KeyboardInterrupt
-        real(self, folder)
+    class Killed(Trainer):
+        def save(self, folder):
+            # The board has not yet seen the second epoch's row; the checkpoint is of the first.
+            if self.progress.epoch == 2:
+                raise KeyboardInterrupt
+            super().save(folder)
 
-    monkeypatch.setattr(Trainer, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(Trainer, "_save", real)
-    (folder,) = config.run.out.iterdir()
-    resume(folder)
-    assert [scalar.step for scalar in events(folder).Scalars("mpjpe/validation")] == [1, 2, 3]
+        train(config, trainer=Killed)
+    folder = only_run(config)
+    # Asked for only now, it shows what comes.
+    resume(folder, {"tensorboard": True})
+    assert [scalar.step for scalar in events(folder).Scalars("mpjpe/validation")] == [2, 3]
 
 
 def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
