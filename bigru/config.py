@@ -50,6 +50,8 @@ class DataConfig:
     """Leave the joints of missing hands out of the loss and of the true per-joint error."""
     strict: bool = False
     """Stop at the first clip that cannot be used instead of counting and skipping it."""
+    nan_missing: bool = False
+    """Take a hand, a gaze or a box with NaN in it for missing; default: such a clip cannot be used."""
     resample: float | None = None
     """Frames per second, 1 to 1000, that every clip is brought to; default: each clip keeps its own."""
     centre: Literal["frame", "last"] = "frame"
@@ -79,7 +81,7 @@ class DataConfig:
         said = ["centred on the last observed frame"] * (self.centre == "last")
         if self.resample is not None:
             said.append(f"resampled to {self.resample:g} frames per second")
-        return said
+        return said + ["NaN read as missing"] * self.nan_missing
 
     @property
     def input_size(self) -> int:

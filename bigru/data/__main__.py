@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from bigru.config import ConfigError, DataConfig
-from bigru.data.check import describe, survey
-from bigru.data.hdf5 import DataError
+from bigru.data.check import MOST_SHOWN, describe, survey
+from bigru.data.hdf5 import ClipError, DataError
+from bigru.files import ESCAPE, printable, write_atomically, write_lines
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Check(DataConfig):
     data_root: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="ROOT")]] = field()
     """Folder of clips, `{subtask}/{stem}.h5`, with the index in it or beside it."""
     strict: bool = False
-    """Exit with 1 if a clip is skipped."""
+    """Exit with 1 if a clip is skipped or lies in two splits."""
+    out: Path = Path("skipped.tsv")
+    """Where the list of all such clips goes, if they are too many to be shown."""
     cache: tyro.conf.Suppress[Path | None] = None
     no_cache: tyro.conf.Suppress[bool] = True
     mask_missing: tyro.conf.Suppress[bool] = True
@@ -40,17 +44,23 @@ class Describe:
     """
 
     clip: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CLIP")]]
-    """An .h5 file named as in an index."""
+    """An .h5 file."""
     out: Path | None = None
     """Where the picture goes; default: the clip's name with .png, in the current folder."""
     observed: int = 60
     """Frames observed per window, and as many predicted."""
     stride: int = 15
     """Frames between the starts of two windows."""
+    nan_missing: bool = False
+    """Take a hand, a gaze or a box with NaN in it for missing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A path may have letters that the terminal lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
     try:
         command = tyro.cli(
             Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],
@@ -69,15 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(config: Check) -> int:
-    """Prints the survey of a dataset."""
+    """Prints the survey of a dataset, and writes the list of clips that is too long for it."""
     found = survey(config)
     print(found.text())
+    if max(found.counts.values(), default=0) > MOST_SHOWN:
+        write_lines(config.out, map("\t".join, [("stem", "reason", "detail"), *map(astuple, found.skipped)]))
+        print(f"\nall clips with a fault: {printable(config.out)}")
     return 1 if config.strict and found.skipped else 0
 
 
 def describe_and_draw(command: Describe) -> int:
     """Prints what a clip holds and writes its picture."""
-    text, clip = describe(command.clip, command.observed, command.stride)
+    try:
+        text, clip = describe(command.clip, command.observed, command.stride, command.nan_missing)
+    except ClipError as error:
+        # A clip that is missing is named already.
+        raise DataError(f"{'' if error.reason == 'missing' else printable(command.clip) + ': '}{error}") from error
     print(text)
     if clip is None:
         return 1
@@ -86,8 +103,9 @@ def describe_and_draw(command: Describe) -> int:
     from bigru.report.figures import png
 
     out = Path(f"{command.clip.stem}.png") if command.out is None else command.out
-    out.write_bytes(png(draw_clip(command.clip.stem, clip.fps, clip.seconds, clip.hands, clip.present)))
-    print(f"picture: {out}")
+    name = printable(command.clip.stem)
+    write_atomically(out, png(draw_clip(name, clip.fps, clip.seconds, clip.hands, clip.present, clip.rate)))
+    print(f"picture: {printable(out)}")
     return 0
 
 

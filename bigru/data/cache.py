@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from bigru.files import remove_partials, replacing
 
 FORMAT = 2
 """Raised whenever the same clips and settings give other frames, or the file's layout changes."""
-SETTINGS = ("observed", "predicted", "split", "gaze", "objects", "surrogate", "resample", "centre")
+SETTINGS = ("observed", "predicted", "split", "gaze", "objects", "surrogate", "resample", "centre", "nan_missing")
 """The settings that decide which frames are kept and what they hold."""
 ALIGNMENT = 64
 LENGTH_BYTES, DIGEST_BYTES = 16, 64
@@ -49,6 +49,8 @@ class Entry(NamedTuple):
     fps: float
     """Frames per second."""
     frames: int
+    assumed: str
+    """Why the rate is assumed; empty where it is measured."""
     digest: str
     """Of what its frames hold; equal for two clips of the same content."""
 
@@ -79,7 +81,9 @@ class Frames:
 
 def cache_path(root: Path, config: DataConfig) -> Path:
     """Return where the cache of a dataset read with these settings belongs."""
-    names: list[Any] = [getattr(config, name) for name in SETTINGS]
+    names: list[Any] = [getattr(config, name) for name in SETTINGS[:-1]]
+    # By default the name is that of versions without the last setting, whose file is replaced.
+    names += ["nan_missing"] * config.nan_missing
     if config.cache is not None:
         # A folder of caches may hold those of many datasets.
         names += [str(root.resolve()), str(config.index)]
@@ -162,7 +166,7 @@ def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems:
         if described["key"] != key:
             raise CacheMiss("stale")
         clips = {split: tuple(_entry(stems, *entry) for entry in described["clips"][split]) for split in splits}
-        skipped = tuple(_skip(*skip) for skip in described["skipped"])
+        skipped = tuple(Skipped(*_texts(skip)) for skip in described["skipped"])
         ends = np.cumsum([0] + [sum(clip.frames for clip in part) for part in clips.values()])
         middle = start + int(ends[-1]) * columns * np.dtype(np.float32).itemsize
         frames = content[start:middle].view(np.float32).reshape(ends[-1], columns)
@@ -178,17 +182,18 @@ def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems:
     return Frames(parts, skipped)
 
 
-def _entry(stems: set[str], stem: str, fps: float, frames: int, digest: str) -> Entry:
-    """Return a checked entry of the header."""
+def _entry(stems: set[str], stem: str, fps: float, frames: int, *texts: Any) -> Entry:
+    """Returns a checked entry of the header."""
     slowest, fastest = FRAME_RATES
-    if not (stem in stems and type(frames) is int and 0 < frames <= MAX_FRAMES and isinstance(digest, str)):
+    if not (stem in stems and type(frames) is int and 0 < frames <= MAX_FRAMES):
         raise ValueError(stem)
     if not (isinstance(fps, float) and slowest <= fps <= fastest):
         raise ValueError(fps)
-    return Entry(stem, fps, frames, digest)
+    return Entry(stem, fps, frames, *_texts(texts))
 
 
-def _skip(stem: str, reason: str, detail: str) -> Skipped:
-    if not all(isinstance(text, str) for text in (stem, reason, detail)):
-        raise TypeError("skipped")
-    return Skipped(stem, reason, detail)
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(value)
+        yield value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,13 @@ from bigru.data.hdf5 import (
     ClipError,
     DataError,
     checked_dataset,
+    h5py_errors,
     own_dataset,
     read_array,
     read_values,
     require_datasets,
 )
+from bigru.files import printable
 
 INDEX_NAME = "subtasks_byTask_time.csv"
 COLUMNS = ("participant", "camera", "task", "subtask", "start_time", "end_time", "filename")
@@ -48,6 +52,12 @@ FRAME_RATES = (1.0, 1000.0)
 # Part of a step between two frames within which a resampled frame is taken for one of the two: float32 timestamps
 # tell no less, and a clip that has the wanted rate passes unchanged.
 SNAP = 0.01
+
+# Longest step between two frames that is bridged. A hand that moves 170 px to and fro once in 1.5 s is up to 15 px off
+# the straight line within 0.2 s, and further within a longer step; a frame or two that a camera dropped take less.
+LONGEST_STEP_S = 0.2
+# A clip's own steps are no holes, however slow its camera.
+LONGEST_STEP_FRAMES = 1.5
 
 # What file systems take.
 LONGEST_NAME = 255
@@ -102,15 +112,32 @@ class Clip:
     """(F, 2, 4): the robot surrogate's hands, coded like `objects`."""
     seconds: np.ndarray
     """(F,) float64: when each frame was taken, from 0, never falling."""
+    assumed: str = ""
+    """Why `fps` is the documented rate of the participant and not measured; empty where it is measured."""
 
     @property
     def present(self) -> np.ndarray:
         """(F, 2) bool: whether the left and the right hand were seen; a missing hand is all zeros."""
-        return np.any(self.hands, axis=(2, 3))
+        seen: np.ndarray = np.any(self.hands, axis=(2, 3))
+        return seen
+
+    @property
+    def rate(self) -> str:
+        """The frame rate in words, and whether it is assumed."""
+        return f"{self.fps:g} per second" + (f" (assumed: {self.assumed})" if self.assumed else "")
+
+    @property
+    def longest_step(self) -> float:
+        """Seconds between two frames beyond which frames are lacking there."""
+        return max(LONGEST_STEP_S, LONGEST_STEP_FRAMES / self.fps)
+
+    def holes(self) -> np.ndarray:
+        """Returns the numbers, (N,), of the frames after which frames are lacking."""
+        return np.flatnonzero(np.diff(self.seconds) > self.longest_step)
 
 
 def find_index(config: DataConfig) -> Path:
-    """Locate the index file: `config.index`, else the usual name in the data root, else beside it.
+    """Locates the index file: `config.index`, else the usual name in the data root, else beside it.
 
     Raises:
         ValueError: `config.data_root` is None.
@@ -120,13 +147,21 @@ def find_index(config: DataConfig) -> Path:
     if root is None:
         raise ValueError("data_root: expected a folder of clips, got None")
     if not root.is_dir():
-        raise FileNotFoundError(f"data_root: {root} is not a folder")
-    # Resolved first, because the parent of `.` is `.` again.
-    places = [config.index] if config.index else [root / INDEX_NAME, root.resolve().parent / INDEX_NAME]
+        wrong = "is not a folder" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"data_root: the folder of clips {printable(root)} {wrong}")
+    # A link lies in one folder and leads to another; the parent of `.` is `.` again.
+    beside = [Path(os.path.abspath(root)).parent, root.resolve().parent]  # noqa: PTH100, which keeps links and drops dots
+    usual = [folder / INDEX_NAME for folder in dict.fromkeys([root, *beside])]
+    places = [config.index] if config.index else usual
     for place in places:
         if place.is_file():
             return place
-    raise FileNotFoundError(f"no index of clips: looked for {' and '.join(map(str, places))}")
+    looked = f"no index of clips: looked for {' and '.join(map(printable, places))}"
+    if config.index is not None:
+        looked += ", as index says (in a reference configuration: csv_path)"
+        there = [printable(place) for place in usual if place.is_file()]
+        looked += f"; {there[0]} is there, and is read where none is named" if there else ""
+    raise FileNotFoundError(looked)
 
 
 def read_index(path: Path) -> ClipIndex:
@@ -177,7 +212,7 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 text = "\0"
             if "\0" in text:
                 raise DataError(f"index {path}, line {line}: not text; {expected}")
-            fields = text.split("\t")
+            fields = [_unquoted(field) for field in text.split("\t")]
             if not header:
                 missing = [name for name in COLUMNS if name not in fields]
                 if missing:
@@ -195,6 +230,10 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     if not rows:
         raise DataError(f"index {path}, line 2: no row after the header; {expected}")
     return rows
+
+
+def _unquoted(field: str) -> str:
+    return field[1:-1] if len(field) > 1 and field[0] == field[-1] == '"' else field
 
 
 def _indexed_clip(row: dict[str, str]) -> IndexedClip:
@@ -230,6 +269,16 @@ def find_clip(root: Path, clip: IndexedClip) -> Path:
     raise ClipError("missing", f"no .h5 file in {root / clip.subtask} or {root}")
 
 
+def clips_below(root: Path, clips: Sequence[IndexedClip]) -> Path | None:
+    """Finds the folder in `root` that holds clips, where `root` is one folder too high; None for none."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    # Some clips may be missing there too.
+    for clip, folder in itertools.product(clips[:2000], folders):
+        if any(Path(place).is_file() for place in clip_places(str(folder), clip)):
+            return folder
+    return None
+
+
 def read_clip(path: Path, config: DataConfig, needed: int | None = None) -> Clip:
     """Read the datasets that `config` asks for from one HDF5 clip, once, and resample them if it says so.
 
@@ -237,7 +286,7 @@ def read_clip(path: Path, config: DataConfig, needed: int | None = None) -> Clip
     are not followed: a clip holds its own data or is not used.
 
     Args:
-        path: the clip, named as in the index with `.h5` for `.mp4`.
+        path: the clip; where its timestamps tell no frame rate, its name must tell the participant, as in the index.
         config: which modalities are on, how many frames a window takes, and the frame rate to bring the clip to.
         needed: frames that the clip must have; default: those of one window, observed and predicted.
 
@@ -251,23 +300,17 @@ def read_clip(path: Path, config: DataConfig, needed: int | None = None) -> Clip
 
 @contextmanager
 def open_clip(path: Path) -> Iterator[h5py.File]:
-    """Open a clip for reading; what h5py raises in the block becomes a ClipError.
+    """Opens a clip for reading.
 
     Raises:
-        ClipError: `bad name`, `missing` or `unreadable`.
+        ClipError: `missing` or `unreadable`.
     """
-    if CLIP_NAME.fullmatch(f"{path.stem}.mp4") is None:
-        raise ClipError("bad name", f"{path.name[:100]!r} is not like p01-{CAMERA}-TASK_XY-SUBTASK-START_END.h5")
     if not path.is_file():
-        raise ClipError("missing", f"no file {path}")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except ClipError:
-        raise
-    # What h5py raises for a damaged file depends on where the damage is.
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ClipError("unreadable", str(error).splitlines()[0] if str(error) else repr(error)) from error
+        raise ClipError("missing", f"no file {printable(path)}")
+    with h5py_errors():
+        file = h5py.File(path, "r")
+    with file:
+        yield file
 
 
 def read_open_clip(file: h5py.File, config: DataConfig, needed: int) -> Clip:
@@ -283,20 +326,22 @@ def read_open_clip(file: h5py.File, config: DataConfig, needed: int) -> Clip:
     # Before anything is read, where the clip's own frames are what counts.
     if frames < (needed if config.resample is None else 1):
         raise ClipError("short", f"{frames} frames, {max(1, needed)} needed")
-    fps, seconds = _frame_times(file, frames)
+    fps, seconds, assumed = _frame_times(file, frames)
     if config.resample is not None:
         length = resampled_length(seconds, config.resample)
         if length < needed:
             raise ClipError("short", f"{length} frames at {config.resample:g} per second, {needed} needed")
         if length > MAX_FRAMES:
             raise ClipError("too long", f"its timestamps span {length:,} frames at {config.resample:g} per second")
+    values = {name: read_values(dataset, config.nan_missing) for name, dataset in datasets.items()}
     clip = Clip(
         fps=fps,
-        hands=np.stack([read_values(datasets[name]) for name in HAND_DATASETS], axis=1),
-        gaze=read_values(datasets[GAZE_DATASET]) if config.gaze else None,
-        objects=read_values(datasets[OBJECT_DATASET]) if config.objects else None,
-        surrogate=read_values(datasets[SURROGATE_DATASET]) if config.surrogate else None,
+        hands=np.stack([values[name] for name in HAND_DATASETS], axis=1),
+        gaze=values.get(GAZE_DATASET),
+        objects=values.get(OBJECT_DATASET),
+        surrogate=values.get(SURROGATE_DATASET),
         seconds=seconds,
+        assumed=assumed,
     )
     return clip if config.resample is None else resampled(clip, config.resample)
 
@@ -312,27 +357,34 @@ def published_frame_rate(participant: int) -> float:
     return 23.0 if participant <= 28 else 59.0
 
 
-def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray]:
-    """Return frames per second and each frame's time, (F,) seconds from 0.
+def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray, str]:
+    """Returns frames per second, each frame's time, (F,) seconds from 0, and why the rate is assumed, if it is.
 
-    From the timestamps, the rate from their median step; evenly at the published rate where they tell none.
+    The rate is that of the timestamps' median step. Where they tell none it is the published one.
 
     Raises:
-        ClipError: `bad timestamps`, they tell a rate that cannot be; or `frame counts differ`.
+        ClipError: `bad timestamps`, they tell a rate that cannot be, or none, and the clip's name tells no participant
+            either; or `frame counts differ`.
     """
-    published = published_frame_rate(int(Path(file.filename).name[1:3]))
-    evenly = published, np.arange(frames) / published
     dataset = own_dataset(file, "timestamps")
-    if dataset is None or dataset.dtype.kind not in "fiu" or dataset.ndim != 1:
-        return evenly
+    if dataset is None:
+        return _assumed_times(file, np.arange(frames), "no timestamps")
+    if dataset.dtype.kind not in "fiu":
+        return _assumed_times(file, np.arange(frames), "timestamps are no numbers")
+    if dataset.ndim != 1:
+        return _assumed_times(file, np.arange(frames), f"timestamps of shape {dataset.shape}, expected (F,)")
     if dataset.shape[0] != frames:
         raise ClipError("frame counts differ", f"timestamps {dataset.shape[0]}, {HAND_DATASETS[0]} {frames}")
-    if frames < 2:
-        return evenly
     seconds = read_array(dataset, np.dtype(np.float64))
     steps = np.diff(seconds)
-    if not np.isfinite(steps).all() or steps.min() < 0 or np.median(steps) == 0:
-        return evenly
+    if not np.isfinite(seconds).all() or not np.isfinite(steps).all():
+        return _assumed_times(file, np.arange(frames), "timestamps are not finite")
+    if frames < 2:
+        return _assumed_times(file, np.arange(frames), "a single frame")
+    if steps.min() < 0 or np.median(steps) == 0:
+        return _assumed_times(file, np.arange(frames), "timestamps do not rise")
+    if np.median(steps) == 1 and np.array_equal(seconds, np.rint(seconds)):
+        return _assumed_times(file, seconds, "timestamps are frame numbers")
     # Python's division, as NumPy's warns where the quotient overflows.
     fps = 1 / float(np.median(steps))
     slowest, fastest = FRAME_RATES
@@ -340,7 +392,16 @@ def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray]:
         expected = f"expected seconds, {slowest:g} to {fastest:,g} frames each"
         raise ClipError("bad timestamps", f"they tell {fps:.3g} frames per second, {expected}")
     # float32 seconds resolve a step to about 1e-4 of its length: one decimal keeps clips of one rate together.
-    return round(fps, 1), seconds - seconds[0]
+    return round(fps, 1), seconds - seconds[0], ""
+
+
+def _assumed_times(file: h5py.File, numbers: np.ndarray, why: str) -> tuple[float, np.ndarray, str]:
+    """Returns the published frame rate, the times of the frames so numbered, and why the rate is assumed."""
+    match = CLIP_NAME.fullmatch(f"{Path(file.filename).stem}.mp4")
+    if match is None:
+        raise ClipError("bad timestamps", f"{why}, and the clip's name tells no participant, whose rate is documented")
+    fps = published_frame_rate(int(match[1][1:]))
+    return fps, (numbers - numbers[0]) / fps, why
 
 
 def resampled_length(seconds: np.ndarray, rate: float) -> int:
@@ -350,31 +411,43 @@ def resampled_length(seconds: np.ndarray, rate: float) -> int:
 
 
 def resampled(clip: Clip, rate: float) -> Clip:
-    """Return the clip at `rate` frames per second, between its frames by linear interpolation on their times.
+    """Returns the clip at `rate` frames per second, between its frames by linear interpolation on their times.
 
     A hand or a gaze that is missing in either of the two frames it would lie between is missing: nothing is blended
-    with zeros. Boxes are those of the nearest frame, since nothing says that a box keeps its place in the list.
+    with zeros. Boxes are those of the nearest frame, since nothing says that a box keeps its place in the list. Within
+    a step longer than `clip.longest_step` everything is missing.
     """
     seconds, frames = clip.seconds, len(clip.seconds)
     times = np.arange(resampled_length(seconds, rate)) / rate
     after = np.searchsorted(seconds, times, side="right").clip(min(1, frames - 1), frames - 1)
     before = np.maximum(after - 1, 0)
     gap = seconds[after] - seconds[before]
-    share = np.divide(times - seconds[before], gap, out=np.ones_like(times), where=gap > 0)
+    since = times - seconds[before]
+    # Of a hole SNAP would be many steps.
+    near = SNAP / clip.fps
+    hole = (gap > clip.longest_step) & (since > near) & (gap - since > near)
+    share = np.divide(since, gap, out=np.ones_like(times), where=gap > 0)
     share = np.where(share < SNAP, 0, np.where(share > 1 - SNAP, 1, share))
     nearest = np.where(share < 0.5, before, after)
 
+    def per_frame(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return values.reshape(-1, *[1] * (len(shape) - 1))
+
     def between(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Interpolate (F, ...) where `seen`, (F, ...), says that there is something on both sides."""
-        later = share.reshape(-1, *[1] * (values.ndim - 1))
-        known = (seen[before] | (later == 1)) & (seen[after] | (later == 0))
+        """Interpolates (F, ...) where `seen`, (F, ...), says that there is something on both sides."""
+        later = per_frame(share, values.shape)
+        known = (seen[before] | (later == 1)) & (seen[after] | (later == 0)) & ~per_frame(hole, values.shape)
         return np.where(known, values[before] * (1 - later) + values[after] * later, 0).astype(np.float32)
+
+    def nearby(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else np.where(per_frame(hole, values.shape), np.float32(0), values[nearest])
 
     return Clip(
         fps=rate,
         hands=between(clip.hands, clip.present[..., None, None]),
         gaze=None if clip.gaze is None else between(clip.gaze, np.any(clip.gaze, axis=(1,))[:, None]),
-        objects=None if clip.objects is None else clip.objects[nearest],
-        surrogate=None if clip.surrogate is None else clip.surrogate[nearest],
+        objects=nearby(clip.objects),
+        surrogate=nearby(clip.surrogate),
         seconds=times,
+        assumed=clip.assumed,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +13,16 @@ from tqdm import tqdm
 
 from bigru.config import DataConfig
 from bigru.data.cache import CacheMiss, Entry, Frames, Part, cache_key, cache_path, read_cache, write_cache
-from bigru.data.clips import Clip, ClipError, ClipIndex, Skipped, find_clip, read_clip
+from bigru.data.clips import Clip, ClipIndex, Skipped, clips_below, find_clip, read_clip
+from bigru.data.hdf5 import ClipError
+from bigru.files import printable
 from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND
 
 SPLITS = {"train": range(1, 49), "val": range(49, 60), "test": range(60, 71)}
 """The published split, by participant number."""
 
+ASSUMED = "frame rates assumed, as documented for the participant"
+IN_TWO_SPLITS = "in two splits"
 HELD_OUT = 0.15
 """Share of a clip's frames that `split="time"` sets aside for val, and again for test."""
 
@@ -44,6 +49,8 @@ def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool
     except OSError as error:
         missed = f"unreadable: {error.strerror}"
     frames = _read_frames(index, root, config, progress)
+    if not any(part.clips for part in frames.parts.values()):
+        return frames, ""
     try:
         write_cache(path, key, frames)
     except OSError as error:
@@ -81,7 +88,7 @@ def _read_frames(index: ClipIndex, root: Path, config: DataConfig, progress: boo
             continue
         features, present = frame_features(clip, config.centre), clip.present
         for split, (start, stop) in split_frames(len(features), row.participant, config).items():
-            parts[split].add(row.stem, clip.fps, features[start:stop], present[start:stop])
+            parts[split].add(clip, row.stem, features[start:stop], present[start:stop])
     return Frames({split: part.finish() for split, part in parts.items()}, tuple(skipped))
 
 
@@ -147,6 +154,37 @@ def content_digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
+def counted(reasons: Counter[str]) -> str:
+    """Returns how often each reason occurs, the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "none"
+
+
+def folder_hint(root: Path, index: ClipIndex, skipped: Sequence[Skipped]) -> str:
+    """Returns where the clips lie, in words, where none of them was found; else nothing."""
+    if not index.clips or sum(skip.reason == "missing" for skip in skipped) < len(index.clips):
+        return ""
+    below = clips_below(root, index.clips)
+    return "" if below is None else f"clips lie in {printable(below.name)}/: give {printable(below)} instead"
+
+
+def leaks(clips: Iterable[tuple[str, str, str]]) -> list[Skipped]:
+    """Finds clips that lie in two splits under two names.
+
+    Args:
+        clips: split, name and digest of the content of each clip in which a hand is seen.
+
+    Returns:
+        each clip of the content of one in an earlier split, which its `detail` names.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    found = []
+    for split, stem, digest in clips:
+        other_split, other = first.setdefault(digest, (split, stem))
+        if other_split != split and other != stem:
+            found.append(Skipped(stem, IN_TWO_SPLITS, f"in {split}, its hands are those of {other} in {other_split}"))
+    return found
+
+
 class _GrowingPart:
     """The frames of one split while its clips are being read, laid end to end."""
 
@@ -156,7 +194,7 @@ class _GrowingPart:
         self.frames = np.empty((0, config.input_size), np.float32)
         self.present = np.empty((0, 2), np.bool_)
 
-    def add(self, stem: str, fps: float, features: np.ndarray, present: np.ndarray) -> None:
+    def add(self, clip: Clip, stem: str, features: np.ndarray, present: np.ndarray) -> None:
         end = self.used + len(features)
         if end > len(self.frames):
             # Grown in place and by a quarter: a list of clips joined at the end would take the memory twice.
@@ -164,7 +202,8 @@ class _GrowingPart:
         self.frames[self.used : end] = features
         self.present[self.used : end] = present
         self.used = end
-        self.clips.append(Entry(stem, fps, len(features), content_digest(features, present)))
+        digest = content_digest(features, present)
+        self.clips.append(Entry(stem, clip.fps, len(features), clip.assumed, digest))
 
     def _resize(self, rows: int) -> None:
         self.frames.resize((rows, self.frames.shape[1]), refcheck=False)

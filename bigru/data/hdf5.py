@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import h5py
 import numpy as np
@@ -60,6 +61,24 @@ class ClipError(DataError):
         self.detail = detail
 
 
+@contextmanager
+def h5py_errors() -> Iterator[None]:
+    """Turns what h5py raises for a damaged file, which depends on where the damage is, into an `unreadable` clip."""
+    try:
+        yield
+    except ClipError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ClipError("unreadable", str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+@h5py_errors()
+def dataset_names(file: h5py.File) -> list[str]:
+    """Returns the names of all that a file holds at its top, in alphabetical order."""
+    return sorted(file)
+
+
+@h5py_errors()
 def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
     """Return a dataset stored in the file itself, None if there is none of that name."""
     key = name.encode()
@@ -76,14 +95,21 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
     return dataset
 
 
+@h5py_errors()
+def lacking_datasets(file: h5py.File, names: Iterable[str]) -> list[str]:
+    """Returns those of the names under which a file holds nothing, not even a link."""
+    return [name for name in names if not file.id.links.exists(name.encode())]
+
+
 def require_datasets(file: h5py.File, names: Sequence[str]) -> None:
-    """Refuse a clip that lacks some of the named datasets, all of which the message names."""
-    lacking = [name for name in names if not file.id.links.exists(name.encode())]
+    """Refuses a clip that lacks some of the named datasets, all of which the message names."""
+    lacking = lacking_datasets(file, names)
     if lacking:
-        older = not {OBJECT_DATASET, SURROGATE_DATASET}.isdisjoint(lacking) and file.id.links.exists(b"bboxes")
+        older = not {OBJECT_DATASET, SURROGATE_DATASET}.isdisjoint(lacking) and not lacking_datasets(file, ["bboxes"])
         raise ClipError("missing dataset", ", ".join(lacking) + (" (the older layout, bboxes only)" if older else ""))
 
 
+@h5py_errors()
 def checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """Return a dataset whose type and shape, (F, *FRAME_SHAPES[name]), are as expected; nothing is read yet."""
     dataset = own_dataset(file, name)
@@ -100,14 +126,32 @@ def checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def read_values(dataset: h5py.Dataset) -> np.ndarray:
-    """Read a whole dataset as float32 and check its values."""
+def read_values(dataset: h5py.Dataset, nan_missing: bool = False) -> np.ndarray:
+    """Reads a whole dataset as float32 and checks its values.
+
+    Args:
+        dataset: as `checked_dataset` gives it.
+        nan_missing: take a hand, a gaze or a box with a NaN in it for missing, which is coded as zeros.
+
+    Returns:
+        (F, *FRAME_SHAPES[name]) finite values; a landmark's z that is not finite is 0, since nothing reads it.
+
+    Raises:
+        ClipError: `unreadable`, `wrong dtype`, `packed`, `non-finite` or `out of range`.
+    """
     name = _name(dataset)
     values = read_array(dataset, np.dtype(np.float32))
+    if name in HAND_DATASETS:
+        values[..., 2] = np.nan_to_num(values[..., 2], nan=0, posinf=0, neginf=0)
+    unknown = np.isnan(values)
+    if nan_missing and unknown.any():
+        # A hand is missing whole, boxes one by one.
+        values[unknown.any(axis=(1, 2) if name in HAND_DATASETS else -1)] = 0
     finite = np.isfinite(values)
     if not finite.all():
         frame = int(np.argwhere(~finite)[0, 0])
-        raise ClipError("non-finite", f"{name} in frame {frame}")
+        cure = "; zeros mean missing, and with --nan-missing NaN does too" if unknown[frame].any() else ""
+        raise ClipError("non-finite", f"{name} in frame {frame}{cure}")
     coordinates = values[..., : IMAGE_COORDINATES.get(name, 0)]
     far = np.abs(coordinates) > FARTHEST
     if far.any():
@@ -117,6 +161,7 @@ def read_values(dataset: h5py.Dataset) -> np.ndarray:
     return values
 
 
+@h5py_errors()
 def read_array(dataset: h5py.Dataset, dtype: np.dtype) -> np.ndarray:
     """Read a whole dataset of numbers as `dtype`, whatever the values."""
     # Bits in another order than any machine's, which h5py calls by the nearest name.
@@ -131,7 +176,7 @@ def read_array(dataset: h5py.Dataset, dtype: np.dtype) -> np.ndarray:
 
 
 def _name(dataset: h5py.Dataset) -> str:
-    return dataset.name.lstrip("/")
+    return str(dataset.name).lstrip("/")
 
 
 def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:

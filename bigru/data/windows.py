@@ -14,8 +14,19 @@ from torch import Tensor
 
 from bigru.config import DataConfig
 from bigru.data.cache import Part
-from bigru.data.clips import DataError, Skipped, find_index, read_index, subtask_number
-from bigru.data.frames import SPLITS, frame_features, load_frames, split_names, window_count
+from bigru.data.clips import ClipIndex, Skipped, find_index, read_index, subtask_number
+from bigru.data.frames import (
+    ASSUMED,
+    SPLITS,
+    counted,
+    folder_hint,
+    frame_features,
+    leaks,
+    load_frames,
+    split_names,
+    window_count,
+)
+from bigru.data.hdf5 import DataError
 from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND, POSE_SIZE
 
 __all__ = ["SPLITS", "Batch", "Dataset", "NoWindowsError", "Windows", "frame_features", "hands_origin", "load_dataset"]
@@ -59,6 +70,8 @@ class Windows:
     predicted: int
     centre: Literal["frame", "last"] = "frame"
     """Origin of the hands: each frame's own, or one for the whole window, from its last observed frame."""
+    assumed_fps: tuple[bool, ...] = ()
+    """Of each clip whether its frame rate is assumed and not measured; empty: none is."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -67,6 +80,12 @@ class Windows:
     def subtask(self) -> Tensor:
         """(N,) int64: each window's subtask, an index into `bigru.data.clips.SUBTASKS`, -1 for one not among them."""
         of_clip = torch.tensor([subtask_number(stem) for stem in self.stems], dtype=torch.int64)
+        return of_clip.to(self.clip.device)[self.clip]
+
+    @property
+    def fps_is_assumed(self) -> Tensor:
+        """(N,) bool: whether each window's frame rate is assumed and not measured."""
+        of_clip = torch.tensor(self.assumed_fps or [False] * len(self.stems), dtype=torch.bool)
         return of_clip.to(self.clip.device)[self.clip]
 
     def batch(self, indices: Tensor) -> Batch:
@@ -136,6 +155,8 @@ class Dataset:
     index: Path
     cache: str = ""
     """What became of the file of frames, in words."""
+    warnings: tuple[str, ...] = ()
+    """What makes the data doubtful, in words."""
     digest: str = ""
     """SHA-256, in hexadecimal, of the clips' names and rates and of every frame, by split. It does not depend on where
     the clips lie or when they were written: two datasets with one digest train alike under the same settings."""
@@ -151,7 +172,8 @@ class Dataset:
         for split, clips in self.clips.items():
             lines.append(f"{split:<5} {clips:>6,} clips {len(getattr(self, split)):>7,} windows")
         lines += [self.cache] * bool(self.cache)
-        return "\n".join(lines + _skip_lines(self.skipped))
+        lines += _skip_lines(self.skipped)
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
 def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset:
@@ -189,9 +211,10 @@ def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset
         root=root,
         index=index.path,
         cache=cache,
+        warnings=tuple(_warnings(parts)),
         digest=frames.digest,
     )
-    _check_windows(dataset, config)
+    _check_windows(dataset, config, index)
     return dataset
 
 
@@ -229,7 +252,28 @@ def _windows(part: Part, config: DataConfig) -> Windows:
         observed=config.observed,
         predicted=config.predicted,
         centre=config.centre,
+        assumed_fps=tuple(bool(entry.assumed) for entry in part.clips),
     )
+
+
+def _warnings(parts: dict[str, Part]) -> Iterator[str]:
+    """Yields what makes the frames that were read doubtful."""
+    reasons: Counter[str] = Counter()
+    seen = []
+    for split, part in parts.items():
+        if part.clips and not part.present.any():
+            yield f"no hand is seen in any frame of {split}"
+        start = 0
+        for clip in part.clips:
+            if part.present[start : start + clip.frames].any():
+                seen.append((split, clip.stem, clip.digest))
+            start += clip.frames
+            reasons[clip.assumed] += 1
+    del reasons[""]
+    if reasons:
+        yield f"{ASSUMED}: {counted(reasons)}"
+    if same := leaks(seen):
+        yield f"{len(same):,} clips lie in two splits, under two names; the first, {same[0].stem}: {same[0].detail}"
 
 
 def _skip_lines(skipped: tuple[Skipped, ...]) -> list[str]:
@@ -246,7 +290,7 @@ def _skip_lines(skipped: tuple[Skipped, ...]) -> list[str]:
     return lines
 
 
-def _check_windows(dataset: Dataset, config: DataConfig) -> None:
+def _check_windows(dataset: Dataset, config: DataConfig, index: ClipIndex) -> None:
     """Raise NoWindowsError, naming every split that is empty, if one is."""
     empty = [split for split in SPLITS if not len(getattr(dataset, split))]
     if not empty:
@@ -256,6 +300,8 @@ def _check_windows(dataset: Dataset, config: DataConfig) -> None:
         f"(split by {config.split}: {split_names(config)}; stride {config.stride})",
         dataset.describe(),
     ]
+    if hint := folder_hint(dataset.root, index, dataset.skipped):
+        lines.append(hint)
     if len(empty) < len(SPLITS):
         if config.split == "participant":
             lines.append("hint: --split time cuts every clip into train, val and test")

@@ -17,7 +17,9 @@ PANEL_ASPECT = 1.3
 
 
 @styled
-def draw_clip(name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, present: np.ndarray) -> Figure:
+def draw_clip(
+    name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, present: np.ndarray, rate: str | None = None
+) -> Figure:
     """A clip's hands over time: both as skeletons at five moments, the wrists' x and y, and when each hand was seen.
 
     Args:
@@ -26,6 +28,7 @@ def draw_clip(name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, pre
         seconds: (F,) time of each frame, F > 0.
         hands: (F, 2, 21, 3) left and right hand's joints, x and y as parts of the image.
         present: (F, 2) bool: whether the hand was seen; one that was not is not drawn.
+        rate: `fps` in words, such as "23 per second (assumed: no timestamps)".
     """
     joints_px = np.where(present[..., None, None], hands[..., :2] * IMAGE_PX, np.nan)  # (F, 2, 21, 2)
     figure = Figure(figsize=(WIDTH_IN, 4.5), dpi=DPI)
@@ -57,7 +60,7 @@ def draw_clip(name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, pre
     name = printable(name)
     shown = name if len(name) <= 78 else f"{name[:77]}…"
     figure.text(0.085, 0.985, shown, fontsize=8, fontweight="bold", va="top")
-    caption = f"{len(seconds):,} frames at {fps:g} per second; px of the 1728 x 972 image, y pointing down"
+    caption = f"{len(seconds):,} frames at {rate or f'{fps:g} per second'}; px of the 1728 x 972 image, y pointing down"
     figure.text(0.085, 0.945, caption, fontsize=7.5, color=INK, va="top")
     figure.legend(
         handles=[Line2D([], [], color=colour, label=f"{hand} hand") for hand, colour in HANDS],

@@ -247,6 +247,7 @@ def set_clip(**values):
         pytest.param(set_clip(fps=float("nan")), id="nan-fps"),
         pytest.param(set_clip(fps=0.0), id="no-fps"),
         pytest.param(set_clip(digest=None), id="no-digest"),
+        pytest.param(set_clip(assumed=False), id="assumed-no-text"),
         pytest.param(lambda described: described["clips"].update(train=None), id="null"),
         pytest.param(lambda described: described["clips"].update(train=[]), id="no-clip"),
         pytest.param(lambda described: described.update(skipped=[["a"]]), id="skip-without-reason"),

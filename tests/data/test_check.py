@@ -1,15 +1,19 @@
 """`python -m bigru.data check` and `describe`: what they count, what they list, and how they exit."""
 
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pytest
 from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 
-from bigru.data import load_dataset
+from bigru.config import DataConfig
+from bigru.data import ClipError, NoWindowsError, load_dataset
 from bigru.data.__main__ import main
 from bigru.data.check import survey
+from bigru.data.clips import read_clip
 from bigru.data.synthetic import write_clip
 from bigru.report.clip import draw_clip
 
@@ -55,7 +59,7 @@ def test_check_counts_what_training_will_use(root, capsys):
     assert table["windows"] == [str(len(getattr(dataset, split))) for split in splits] == ["3", "1", "5"]
     assert table["participants"] == ["2", "1", "1"]
     assert table["frames"] == ["20", "8", "20"]
-    assert table["clips at frames per second"] == ["2 at 23", "1 at 59", "1 at 30"]
+    assert table["clips at frames per second"] == ["2 at 23 (assumed)", "1 at 59 (assumed)", "1 at 30"]
     # 3 of 20 frames, all 8, none; 6 of 8.
     assert table["left hand missing"] == ["15.0 %", "0.0 %", "0.0 %"]
     assert table["right hand missing"] == ["0.0 %", "100.0 %", "0.0 %"]
@@ -71,6 +75,7 @@ def test_check_lists_every_skipped_clip_with_its_reason(root, capsys):
     assert any(line.startswith(f"{stem_of(61)}: missing: no .h5 file in ") for line in lines)
     assert f"6 clips listed in {root / 'subtasks_byTask_time.csv'}, read from {root}" in lines
     assert "skipped: 1 short, 1 missing" in lines
+    assert "frame rates assumed, as documented for the participant: 3 no timestamps" in lines
 
 
 def test_check_names_all_that_an_older_clip_lacks_where_it_is_asked_for(root, capsys):
@@ -82,9 +87,47 @@ def test_check_names_all_that_an_older_clip_lacks_where_it_is_asked_for(root, ca
 
 @pytest.mark.parametrize(("strict", "bad", "code"), [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)], ids=str)
 def test_strict_decides_the_exit_code(tmp_path, capsys, strict, bad, code):
-    write_dataset(tmp_path, {stem_of(p): clip_arrays(8 - bad) for p in (1, 49, 60)})
+    write_dataset(tmp_path, {stem_of(p): clip_arrays(8 - bad, seed=p) for p in (1, 49, 60)})
     assert main(["check", str(tmp_path), *SMALL, *["--strict"] * strict]) == code
     assert ("skipped: 3 short" if bad else "skipped: none") in capsys.readouterr().out
+
+
+def test_check_of_a_folder_too_high_shows_a_few_and_says_where_the_clips_lie(tmp_path, capsys):
+    clips = {stem_of(p): clip_arrays(8, seed=p) for p in range(1, 10)}
+    write_dataset(tmp_path / "clips", clips)
+    (tmp_path / "clips" / "subtasks_byTask_time.csv").rename(tmp_path / "subtasks_byTask_time.csv")
+    out = tmp_path / "list.tsv"
+    assert main(["check", str(tmp_path), *SMALL, "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(": missing: " in line for line in lines) == 5
+    assert "and 4 more: missing" in lines
+    assert f"clips lie in clips/: give {tmp_path / 'clips'} instead" in lines
+    assert lines[-1] == f"all clips with a fault: {out}"
+    header, *rows = [line.split("\t") for line in out.read_text().splitlines()]
+    assert header == ["stem", "reason", "detail"]
+    assert [(stem, reason) for stem, reason, _ in rows] == [(stem, "missing") for stem in clips]
+    with pytest.raises(NoWindowsError, match=r"clips lie in clips/: give .*clips instead"):
+        load_dataset(config_for(tmp_path))
+    assert list(tmp_path.glob("*.cache")) == []
+
+
+def test_content_in_two_splits_is_named(tmp_path, capsys):
+    """A copy under another participant's name; clips without hands are alike without being copies."""
+    copied, empty = clip_arrays(8, seed=1), clip_arrays(8, seed=2)
+    for name in ("left_landmarks", "right_landmarks"):
+        empty[name][:] = 0
+    stems = [stem_of(1), stem_of(2), stem_of(49), stem_of(60), stem_of(61)]
+    write_dataset(tmp_path, dict(zip(stems, (copied, empty, empty, copied, copied), strict=True)))
+    assert main(["check", str(tmp_path), *SMALL, "--strict"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for stem in (stem_of(60), stem_of(61)):
+        assert f"{stem}: in two splits: in test, its hands are those of {stem_of(1)} in train" in lines
+    assert "skipped: none" in lines
+    assert "in two splits, under two names: 2" in lines
+    for _ in ("read", "mapped"):
+        warnings = load_dataset(config_for(tmp_path)).warnings
+        assert any(warning.startswith("2 clips lie in two splits, under two names; the first") for warning in warnings)
+        assert "no hand is seen in any frame of val" in warnings
 
 
 def test_check_leaves_no_file(root):
@@ -105,7 +148,7 @@ def test_broken_gaze_is_no_fault_where_gaze_is_off(tmp_path):
     write_dataset(tmp_path, {stem_of(1): arrays})
     found = survey(config_for(tmp_path))
     assert (found.splits["train"].clips, found.splits["train"].gaze_frames, found.skipped) == (1, 0, [])
-    assert "gaze missing                      -" in found.text()
+    assert table_of(found.text())["gaze missing"] == ["-"] * 3
     assert [skip.reason for skip in survey(config_for(tmp_path, gaze=True)).skipped] == ["non-finite"]
 
 
@@ -114,22 +157,24 @@ def test_check_after_resampling(tmp_path, capsys):
     main(["check", str(tmp_path), *SMALL, "--resample", "10"])
     table = table_of(capsys.readouterr().out)
     assert table["frames"][1] == "10"
-    assert table["clips at frames per second"][1] == "1 at 10"
+    assert table["clips at frames per second"][1] == "1 at 10 (assumed)"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["check", "nowhere"], "data_root: nowhere is not a folder"),
+        (["check", "nowhere"], "data_root: the folder of clips nowhere does not exist"),
+        (["check", "file"], "data_root: the folder of clips file is not a folder"),
         (["check", "."], "no index of clips: looked for "),
         (["check", ".", "--observed", "3"], "predicted: expected 3"),
-        (["describe", "nowhere.h5"], "bad name: 'nowhere.h5' is not like p01-CAM_AV-"),
-        (["describe", f"{stem_of(1)}.h5"], "missing: no file "),
+        (["describe", "nowhere.h5"], "missing: no file nowhere.h5"),
+        (["describe", "file"], "file: unreadable: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
     try:
         code = main(arguments)
     except SystemExit as stopped:
@@ -144,13 +189,15 @@ def test_describe_one_clip(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["describe", str(root / "BHO" / f"{stem_of(2)}.h5"), "--observed", "2", "--stride", "2"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"{stem_of(2)}\n9 frames at 23 per second, 0.35 s; both hands missing in 0.0 %\n")
+    assert text.startswith(
+        f"{stem_of(2)}\n9 frames at 23 per second (assumed: no timestamps), 0.35 s; both hands missing in 0.0 %\n"
+    )
     assert "3 windows of 2 + 2 frames, one every 2\n" in text
     rows = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in text.splitlines() if "float32" in line}
     assert rows["left_landmarks"] == "9 x 21 x 3 float32 33.3 %"
     assert rows["right_landmarks"] == "9 x 21 x 3 float32 0.0 %"
     assert rows["bboxes"] == "9 x 36 x 4 float32"
-    assert "lacks: rec_bboxes (for --objects), surrogate_hands (for --surrogate)\n" in text
+    assert "lacks: rec_bboxes (for --objects), surrogate_hands (for --surrogate), timestamps\n" in text
     picture = tmp_path / f"{stem_of(2)}.png"
     assert text.endswith(f"picture: {picture.name}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -161,6 +208,44 @@ def test_describe_takes_a_clip_too_short_for_a_window(root, tmp_path, capsys):
     assert main(["describe", str(root / "BHO" / f"{stem_of(1)}.h5"), "--out", str(out)]) == 0
     assert "0 windows of 60 + 60 frames, one every 15 (120 frames needed)" in capsys.readouterr().out
     assert out.is_file()
+
+
+def test_describe_of_a_clip_without_frames_says_what_training_says(tmp_path, capsys):
+    path = tmp_path / "BHO" / f"{stem_of(1)}.h5"
+    write_clip(path, clip_arrays(0))
+    assert main(["describe", str(path)]) == 1
+    assert "cannot be used: short: 0 frames, 120 needed" in capsys.readouterr().out
+    with pytest.raises(ClipError, match=r"^short: 0 frames, 120 needed"):
+        read_clip(path, DataConfig())
+
+
+def test_describe_tells_of_holes_and_reads_nan_where_asked_to(tmp_path, capsys):
+    """Of a clip with a name of its own."""
+    path = tmp_path / "mine.h5"
+    seconds = np.arange(12) / 23 + np.where(np.arange(12) > 6, 30, 0)
+    arrays = clip_arrays(12) | {"timestamps": seconds}
+    arrays["left_landmarks"][:3] = np.nan
+    write_clip(path, arrays)
+    assert main(["describe", str(path)]) == 1
+    assert "zeros mean missing, and with --nan-missing NaN does too" in capsys.readouterr().out
+    assert main(["describe", str(path), "--nan-missing", "--out", str(tmp_path / "x.png")]) == 0
+    text = capsys.readouterr().out
+    assert "12 frames at 23 per second, 30.48 s;" in text
+    assert "1 of its steps in time longer than 0.2 s, the longest 30.04 s; after --resample the hands" in text
+    assert " ".join(next(line for line in text.splitlines() if "left" in line).split()).endswith("float32 25.0 %")
+
+
+def test_terminal_without_the_letters_of_a_path(tmp_path, capsys):
+    root = tmp_path / os.fsdecode(b"d\xe4ta")
+    write_dataset(root, {stem_of(1): clip_arrays(8)})
+    shown = subprocess.run(
+        [sys.executable, "-m", "bigru.data", "check", str(root), *SMALL],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"read from {tmp_path}/d\\xe4ta" in shown.stdout
 
 
 def test_describe_says_what_is_wrong_with_each_dataset_and_draws_nothing(tmp_path, capsys):

@@ -1,11 +1,13 @@
 """The index and single clips: what is read, and by which name every unusable clip is refused."""
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
 from data.dataset import clip_arrays as clip_datasets
 
-from bigru.config import DataConfig
+from bigru.config import DataConfig, read_yaml
 from bigru.data.clips import (
     COLUMNS,
     INDEX_NAME,
@@ -23,6 +25,7 @@ from bigru.data.synthetic import write_clip, write_index
 STEM = "p01-CAM_AV-BIAH_RB-BHO-0.0007253558395636801_1.4222339664428545"
 LATE_STEM = "p29-CAM_AV-TOWER_MS-RPP-0_3.5"
 FRAMES = 8
+NAN_PLACES = {"left_landmarks": (5, 1, 0), "norm_gaze": (4, 1), "rec_bboxes": (3, 7, 2), "surrogate_hands": (2, 1, 3)}
 SHORT = DataConfig(observed=2, predicted=2)
 ALL = DataConfig(observed=2, predicted=2, gaze=True, objects=True, surrogate=True)
 
@@ -122,6 +125,46 @@ def test_frame_rate(tmp_path, stem, timestamps, fps):
     assert read_clip(tmp_path / f"{stem}.h5", SHORT).fps == fps
 
 
+@pytest.mark.parametrize(
+    ("timestamps", "assumed"),
+    [
+        pytest.param(np.arange(FRAMES) / 29.97, "", id="measured"),
+        pytest.param(None, "no timestamps", id="absent"),
+        pytest.param(np.array([b"0.1"] * FRAMES), "timestamps are no numbers", id="text"),
+        pytest.param(np.arange(FRAMES)[:, None] / 23, "timestamps of shape (8, 1), expected (F,)", id="column"),
+        pytest.param(np.full(FRAMES, np.nan), "timestamps are not finite", id="nan"),
+        pytest.param(-np.arange(FRAMES) / 23, "timestamps do not rise", id="backwards"),
+        pytest.param(np.zeros(FRAMES), "timestamps do not rise", id="standing-still"),
+        pytest.param(np.arange(FRAMES), "timestamps are frame numbers", id="whole"),
+        pytest.param(np.arange(5.0, FRAMES + 5), "timestamps are frame numbers", id="floats-from-5"),
+    ],
+)
+def test_assumed_frame_rate_is_called_so(tmp_path, timestamps, assumed):
+    arrays = clip_arrays()
+    del arrays["timestamps"]
+    if timestamps is not None:
+        arrays["timestamps"] = timestamps
+    write_clip(tmp_path / f"{STEM}.h5", arrays)
+    clip = read_clip(tmp_path / f"{STEM}.h5", SHORT)
+    assert clip.assumed == assumed
+    if assumed:
+        assert clip.fps == 23
+        assert clip.rate == f"23 per second (assumed: {assumed})"
+        np.testing.assert_allclose(clip.seconds, np.arange(FRAMES) / 23)
+    # A name of one's own tells no participant whose rate could be assumed.
+    write_clip(tmp_path / "mine.h5", arrays)
+    if assumed:
+        expected = f"{assumed}, and the clip's name tells no participant, whose rate is documented"
+        assert refusal(tmp_path / "mine.h5") == ("bad timestamps", expected)
+    else:
+        assert read_clip(tmp_path / "mine.h5", SHORT).fps == 30
+
+
+def test_frame_numbers_tell_which_frames_are_lacking(path):
+    write_clip(path, clip_arrays() | {"timestamps": np.array([0, 1, 2, 3, 9, 10, 11, 12])})
+    np.testing.assert_allclose(read_clip(path, SHORT).seconds, np.array([0, 1, 2, 3, 9, 10, 11, 12]) / 23)
+
+
 def test_published_frame_rate_changes_after_participant_28():
     assert [published_frame_rate(p) for p in (1, 28, 29, 70)] == [23.0, 23.0, 59.0, 59.0]
 
@@ -136,7 +179,7 @@ def test_published_frame_rate_changes_after_participant_28():
         pytest.param(23 / 0.99, "they tell 0.99 frames per second, ", id="just-too-slow"),
         pytest.param(23 / 1001, "they tell 1e+03 frames per second, ", id="just-too-fast"),
         pytest.param(23 / 1000, None, id="fastest"),
-        pytest.param(23, None, id="slowest"),
+        pytest.param(22.9, None, id="slowest"),
     ],
 )
 def test_timestamps_that_tell_an_impossible_rate(path, scale, told):
@@ -230,7 +273,39 @@ def test_non_finite_values(path, name, value):
     arrays = clip_arrays()
     arrays[name][5, 1] = value
     write_clip(path, arrays)
-    assert refusal(path, ALL) == ("non-finite", f"{name} in frame 5")
+    cure = "; zeros mean missing, and with --nan-missing NaN does too" if np.isnan(value) else ""
+    assert refusal(path, ALL) == ("non-finite", f"{name} in frame 5{cure}")
+    if not np.isnan(value):
+        assert refusal(path, dataclasses.replace(ALL, nan_missing=True))[0] == "non-finite"
+
+
+def test_nan_read_as_missing(path):
+    """One NaN makes a hand or a gaze missing whole, boxes one by one."""
+    arrays = clip_arrays()
+    for name, place in NAN_PLACES.items():
+        arrays[name][place] = np.nan
+    write_clip(path, arrays)
+    clip = read_clip(path, dataclasses.replace(ALL, nan_missing=True))
+    arrays["left_landmarks"][5] = arrays["norm_gaze"][4] = 0
+    arrays["rec_bboxes"][3, 7] = arrays["surrogate_hands"][2, 1] = 0
+    np.testing.assert_array_equal(clip.hands[:, 0], arrays["left_landmarks"])
+    np.testing.assert_array_equal(clip.gaze, arrays["norm_gaze"])
+    np.testing.assert_array_equal(clip.objects, arrays["rec_bboxes"])
+    np.testing.assert_array_equal(clip.surrogate, arrays["surrogate_hands"])
+    assert clip.present.sum() == 2 * FRAMES - 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_depth_that_nothing_reads_is_no_reason_to_refuse(path, value):
+    """Nor does it make a hand present."""
+    arrays = clip_arrays()
+    arrays["left_landmarks"][5, :, 2] = value
+    arrays["left_landmarks"][6] = 0, 0, value
+    write_clip(path, arrays)
+    clip = read_clip(path, SHORT)
+    np.testing.assert_array_equal(clip.hands[:6, 0, :, :2], arrays["left_landmarks"][:6, :, :2])
+    assert np.isfinite(clip.hands).all()
+    np.testing.assert_array_equal(clip.present[:, 0], np.arange(FRAMES) != 6)
 
 
 @pytest.mark.parametrize("value", [-10.5, 10.5, 1728.0, -3e38])
@@ -331,12 +406,6 @@ def test_links_are_not_followed(path, kind):
     assert detail.startswith("right_landmarks")
 
 
-def test_clip_with_another_name(tmp_path):
-    write_clip(tmp_path / "clip.h5", clip_arrays())
-    expected = "'clip.h5' is not like p01-CAM_AV-TASK_XY-SUBTASK-START_END.h5"
-    assert refusal(tmp_path / "clip.h5") == ("bad name", expected)
-
-
 def test_index_rows_in_order_and_times_as_text(tmp_path):
     index = read_index(write_index(tmp_path, [STEM, LATE_STEM]))
     assert index.clips == (IndexedClip(STEM, 1, "BHO"), IndexedClip(LATE_STEM, 29, "RPP"))
@@ -348,6 +417,12 @@ def test_index_with_other_column_order_bom_and_windows_line_ends(tmp_path):
     lines = ["\t".join(row[i] for i in order) for row in (COLUMNS, row_of(STEM))]
     path = tmp_path / INDEX_NAME
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    assert read_index(path).clips == (IndexedClip(STEM, 1, "BHO"),)
+
+
+def test_index_with_every_field_quoted(tmp_path):
+    rows = [[f'"{field}"' for field in row] for row in (COLUMNS, row_of(STEM))]
+    path = write_rows(tmp_path / INDEX_NAME, rows[1], header=rows[0])
     assert read_index(path).clips == (IndexedClip(STEM, 1, "BHO"),)
 
 
@@ -429,6 +504,26 @@ def test_index_in_the_root_then_beside_it_then_an_error_naming_both(tmp_path):
     assert find_index(config).samefile(tmp_path / INDEX_NAME)
     write_index(root, [STEM])
     assert find_index(config) == root / INDEX_NAME
+
+
+def test_index_beside_a_link_to_the_root_or_beside_what_it_leads_to(tmp_path):
+    (tmp_path / "disk" / "clips").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    root = tmp_path / "home" / "clips"
+    root.symlink_to(tmp_path / "disk" / "clips")
+    far = write_index(tmp_path / "disk", [STEM])
+    assert find_index(DataConfig(data_root=root)).samefile(far)
+    near = write_index(tmp_path / "home", [STEM])
+    assert find_index(DataConfig(data_root=root)) == near
+
+
+def test_index_that_a_reference_configuration_names_in_vain(tmp_path):
+    write_index(tmp_path, [STEM])
+    settings = tmp_path / "reference.yaml"
+    settings.write_text(f"data: {{csv_path: gone.csv, h5_dir: {tmp_path}}}")
+    with pytest.raises(FileNotFoundError, match=r"gone\.csv, as index says \(in a reference.*: csv_path\)") as caught:
+        find_index(read_yaml(settings).data)
+    assert str(caught.value).endswith(f"; {tmp_path / INDEX_NAME} is there, and is read where none is named")
 
 
 def test_named_index_root_and_their_absence(tmp_path):

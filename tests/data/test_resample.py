@@ -1,5 +1,7 @@
 """Clips brought to one frame rate: between their frames in time, and never between something and nothing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,20 @@ def test_boxes_are_those_of_the_nearest_frame():
     nearest = np.floor(np.arange(len(again.objects)) * 20 / 50 + 0.5).astype(int)
     np.testing.assert_array_equal(again.objects, clip.objects[nearest])
     np.testing.assert_array_equal(again.surrogate, clip.surrogate[nearest])
+
+
+def test_hole_in_the_timestamps_is_not_bridged():
+    """30 s after the sixth frame; steps of up to 0.2 s are bridged, and the slow camera's own steps are no holes."""
+    seconds = np.arange(FRAMES) / 23 + np.where(np.arange(FRAMES) > 5, 30, 0) + np.where(np.arange(FRAMES) > 8, 0.15, 0)
+    again = resampled(clip_at(seconds), 23.0)
+    inside = (again.seconds > seconds[5] + 1e-3) & (again.seconds < seconds[6] - 1e-3)
+    assert inside.sum() >= 689
+    np.testing.assert_array_equal(again.present.all(axis=1), ~inside)
+    for values in (again.hands, again.gaze, again.objects, again.surrogate):
+        np.testing.assert_array_equal(values.reshape(len(values), -1).any(axis=1), ~inside)
+    slow = dataclasses.replace(clip_at(np.arange(FRAMES) / 2), fps=2.0)
+    assert resampled(slow, 10.0).present.all()
+    assert slow.holes().tolist() == []
 
 
 @pytest.mark.parametrize("frames", [1, 2])

@@ -265,7 +265,7 @@ def test_description_stays_short_with_thousands_of_missing_clips(tmp_path):
     dataset = load_dataset(config_for(tmp_path, no_cache=True))
     assert dataset.skip_counts() == {"missing": 3000}
     lines = dataset.describe().splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 11
     assert "  missing: 3,000" in lines
     assert "    and 2,998 more" in lines
 
