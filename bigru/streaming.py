@@ -78,7 +78,7 @@ class ForecastStream:
         Raises:
             CheckpointError, ConfigError: for weights or settings that cannot be used.
         """
-        from bigru.predict import load_model
+        from bigru.model.prediction import load_model
 
         return cls(*load_model(Path(weights), device=device, backend=backend))
 

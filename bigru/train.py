@@ -11,8 +11,15 @@ diverged.npz with the batch where the loss broke, and, once it has finished, sam
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from bigru.training.command import main
+from bigru.command import run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    return run("train", argv)
+
 
 if __name__ == "__main__":
     sys.exit(main())

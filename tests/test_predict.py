@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bigru import predict
 from bigru.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_clip
+from bigru.model import prediction as predict
 from bigru.model.forecaster import HandForecaster
-from bigru.predict import COLUMNS, JOINT_NAMES, forecast, main
+from bigru.model.prediction import COLUMNS, JOINT_NAMES, forecast, main
 from bigru.report import animation, figures
 
 T = 4

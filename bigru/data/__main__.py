@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bigru.command import prepare_console
 from bigru.config import ConfigError, DataConfig
 from bigru.data.check import MOST_SHOWN, describe, survey
 from bigru.data.hdf5 import ClipError, DataError
@@ -110,4 +111,5 @@ def describe_and_draw(command: Describe) -> int:
 
 
 if __name__ == "__main__":
+    prepare_console()
     sys.exit(main())

@@ -4,6 +4,10 @@ import os
 import sys
 from contextlib import suppress
 
+from bigru.command import require_forecaster
+
+require_forecaster(__name__)
+
 # matplotlib reads MPLBACKEND as it is imported and stops at a backend that is not installed, such as one inherited from
 # a notebook. Figures here are drawn with Agg's own classes: the variable concerns pyplot's users alone.
 if "matplotlib" not in sys.modules:
@@ -15,7 +19,7 @@ if "matplotlib" not in sys.modules:
         with suppress(ValueError):
             matplotlib.rcParams["backend"] = _backend
 
-from bigru.report.document import write_report
-from bigru.report.record import RunError
+from bigru.report.document import write_report  # noqa: E402
+from bigru.report.record import RunError  # noqa: E402
 
 __all__ = ["RunError", "write_report"]

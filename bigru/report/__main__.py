@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigru.command import prepare_console
 from bigru.files import printable
 from bigru.report.document import write_files
 from bigru.report.record import RunError, read_run
@@ -56,4 +57,5 @@ def performance(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    prepare_console()
     sys.exit(main())

@@ -21,6 +21,7 @@ import torch
 from bigru.config import ConfigError, DataConfig, TrainConfig
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import SPLITS, Dataset, NoWindowsError, load_dataset
+from bigru.environment import device_name, pick_device
 from bigru.files import printable, remove_partials, shell_line, write_json, write_lines
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
@@ -29,7 +30,6 @@ from bigru.report.document import write_report
 from bigru.training import run_dir, tensorboard
 from bigru.training.checkpoint import load_checkpoint
 from bigru.training.distributed import Team, current_team
-from bigru.training.environment import device_name, pick_device
 from bigru.training.step import Loss
 from bigru.training.summary import count_parameters, finish, report
 from bigru.training.trainer import DivergedError, Trainer

@@ -105,7 +105,7 @@ class TrainStep:
             prediction = prediction.float()
         loss = self._loss(prediction, target, present, coordinates)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         if self._reduce is not None:
             self._reduce([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
         self.scaler.unscale_(self.optimizer)
@@ -124,7 +124,7 @@ class TrainStep:
 
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Runs work three times to warm it up, then records it as a CUDA graph; what is returned replays it."""
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(3):

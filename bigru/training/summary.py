@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bigru.config import TrainConfig, command_line
 from bigru.data.clips import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
+from bigru.environment import describe_environment
 from bigru.files import write_json
 from bigru.model.metrics import (
     BASELINES,
@@ -27,7 +28,6 @@ from bigru.model.metrics import (
     window_error_px,
 )
 from bigru.report.record import NETWORK
-from bigru.training.environment import describe_environment
 from bigru.training.example_windows import write_example_windows
 from bigru.training.run_dir import start_of
 from bigru.training.trainer import Trainer

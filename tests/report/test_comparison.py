@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigru.compare import main
 from bigru.report import comparison, comparison_figures, document, figures
+from bigru.report.compare import main
 from bigru.report.record import NETWORK, RunRecord, Series, read_run
 
 MakeRun = Callable[..., Path]
