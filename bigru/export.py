@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigru.kernels.decompositions import gates_zrh
 from bigru.kernels.gru import BiGRU
 from bigru.model.forecaster import Encoder, HandForecaster
 
@@ -244,10 +245,10 @@ class _Graph:
         last: list[str | Tensor] = []
         for layer, h0 in enumerate(states):
             names = [f"l{layer}", f"l{layer}_reverse"]
-            w, r = (torch.stack([_gates_zrh(getattr(gru, f"weight_{side}_{n}")) for n in names]) for side in SIDES)
+            w, r = (torch.stack([gates_zrh(getattr(gru, f"weight_{side}_{n}")) for n in names]) for side in SIDES)
             bias: str | Tensor = ""
             if gru.bias:
-                of_both = [[_gates_zrh(getattr(gru, f"bias_{side}_{n}")) for side in SIDES] for n in names]
+                of_both = [[gates_zrh(getattr(gru, f"bias_{side}_{n}")) for side in SIDES] for n in names]
                 bias = torch.stack([torch.cat(pair) for pair in of_both])
             options: dict[str, Any] = {"direction": "bidirectional", "hidden_size": hidden, "linear_before_reset": 1}
             # The fifth input would be the sequences' lengths.
@@ -260,9 +261,3 @@ class _Graph:
             (x,) = self.node("Transpose", [x], perm=[1, 0, 2])
         (h_n,) = self.node("Concat", last, axis=0)
         return x, h_n
-
-
-def _gates_zrh(weight: Tensor) -> Tensor:
-    """(3H, ...) rows in torch's order r, z, n to ONNX's z, r, h."""
-    r, z, n = weight.chunk(3)
-    return torch.cat([z, r, n])

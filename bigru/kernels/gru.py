@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from bigru.kernels.decompositions import onnx_gru_layer
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.packed import Packing, checked_lengths, pack, packing_of, unpack
 from bigru.kernels.reference import gru_layer, gru_recurrence
@@ -222,17 +223,19 @@ class BiGRU(nn.RNNBase):
         return "torch"
 
     def _backend_that_serves(self, input: Tensor | PackedSequence) -> str:
-        """As `resolve_backend`; but where torch.jit traces, ATen's GRU stands for what would be frozen.
+        """As `resolve_backend`, but for what exports to ONNX and for what torch.jit traces.
 
         A tracer keeps the loops of the reference as they ran and the rows of a PackedSequence in the fused kernels,
-        whatever the sizes later; ATen's is one operator that takes all of them, and the only one with a rule in the
-        tracing ONNX exporter.
+        whatever the sizes later; ATen's GRU is one operator that takes all of them, and the only one with a rule in the
+        tracing ONNX exporter. For the other exporter "onnx" writes ONNX's own operator. What a machine without a GPU
+        exports may run on one: no backend is refused here.
         """
+        tracing = torch.jit.is_tracing()
+        if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+            return "torch" if tracing else "onnx"
         backend = self.resolve_backend(input)
-        if not torch.jit.is_tracing():
-            return backend
         packed = isinstance(input, PackedSequence) and self.backend == "auto"
-        return "torch" if backend == "reference" or packed or torch.onnx.is_in_onnx_export() else backend
+        return "torch" if tracing and (backend == "reference" or packed) else backend
 
     def extra_repr(self) -> str:
         """As torch.nn.GRU's, with backend and precision."""
@@ -319,7 +322,9 @@ class BiGRU(nn.RNNBase):
         with inside:
             for layer in range(self.num_layers):
                 own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
-                if backend == "reference":
+                if backend == "onnx":
+                    x, h_n = onnx_gru_layer(x, h0, own)
+                elif backend == "reference":
                     x, h_n = gru_layer(x.to(dtype), h0.to(dtype), [w.to(dtype) for w in own], recurrence)
                 else:
                     family = KERNELS.get(backend, "plain")

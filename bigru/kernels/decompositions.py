@@ -1,0 +1,91 @@
+"""The operators in other people's terms: a whole model's ONNX graph, and programs for converters that know ATen alone.
+
+A converter that meets `bigru::gru_forward` has no rule for it. `torch.onnx.export` of a module gets ONNX's own GRU
+operator instead, by itself; the programs of `torch.export` are rewritten by `decompositions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Returns what a program of torch.export that holds a BiGRU can be rewritten with, for inference.
+
+    The recurrence becomes ATen operators: unrolled where the number of time steps is fixed, else inside
+    `torch.ops.higher_order.scan`, with batch and time as free as in the program.
+
+    Example:
+        >>> program = torch.export.export(model.eval(), (x,))
+        >>> program = program.run_decompositions(bigru.decompositions())
+    """
+    from bigru.kernels import recurrence  # noqa: F401, defines the operators
+
+    return {torch.ops.bigru.gru_forward.default: _gru_forward}
+
+
+def _gru_forward(
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(gi.dtype, torch.float32)
+    rows, w, h = gi.to(wide), w_hh.to(wide), h0.to(wide)
+    bias = h.new_zeros(h.shape[0], h.shape[2]) if b_hn is None else b_hn.to(wide)
+    ys, h_n = [], []
+    for d in range(2):
+        in_steps = rows[:, :, d].flip(0) if d else rows[:, :, d]
+        if isinstance(gi.shape[0], int):
+            last, states = h[d], []
+            for i in in_steps.unbind():
+                last, _ = _step(last, i, w[d], bias[d])
+                states.append(last)
+            y = torch.stack(states)
+        else:
+            last, y = torch.ops.higher_order.scan(_step, [h[d]], [in_steps], (w[d], bias[d]))
+        ys.append(y.flip(0) if d else y)
+        h_n.append(last)
+    # Gates are for a backward pass, which a program for inference has none of.
+    return torch.stack(ys, 2).to(gi.dtype), torch.stack(h_n).to(gi.dtype), gi.new_empty(0)
+
+
+def _step(h: Tensor, i: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
+    """Runs one time step of one direction; returns the state (B, H) for a scan to carry, and again to keep."""
+    hidden = h.shape[1]
+    gh = h @ w.T
+    r, z = torch.sigmoid(i[:, : 2 * hidden] + gh[:, : 2 * hidden]).split(hidden, 1)
+    n = torch.tanh(i[:, 2 * hidden :] + r * (gh[:, 2 * hidden :] + bias))
+    h = n + z * (h - n)
+    return [h, h.clone()]
+
+
+def onnx_gru_layer(x: Tensor, h0: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Writes one layer as ONNX's GRU operator into the graph of `torch.onnx.export`; nothing is computed.
+
+    Args:
+        x: (T, B, I) input.
+        h0: (2, B, H) initial states.
+        weights: w_ih, w_hh and, with biases, b_ih, b_hh of the first direction, then of the second.
+
+    Returns:
+        y (T, B, 2H) and h_n (2, B, H).
+    """
+    half, hidden = len(weights) // 2, h0.shape[2]
+    w, r, *biases = (torch.stack([gates_zrh(weights[d + k]) for d in (0, half)]) for k in range(half))
+    bias = torch.cat(biases, 1) if biases else None
+    y, h_n = torch.onnx.ops.symbolic_multi_out(
+        "GRU",
+        [x, w, r, bias, None, h0],  # the fifth would be the sequences' lengths
+        {"direction": "bidirectional", "hidden_size": hidden, "linear_before_reset": 1},
+        dtypes=[x.dtype, x.dtype],
+        shapes=[(x.shape[0], 2, x.shape[1], hidden), h0.shape],
+    )
+    return y.transpose(1, 2).flatten(2), h_n
+
+
+def gates_zrh(weight: Tensor) -> Tensor:
+    """(3H, ...) rows in torch's order r, z, n to ONNX's z, r, h."""
+    r, z, n = weight.chunk(3)
+    return torch.cat([z, r, n])

@@ -1,0 +1,65 @@
+"""Whole models through torch's own exporters: ONNX's GRU operator, and ATen operators for other converters."""
+
+import pytest
+import torch
+from torch import nn
+
+import bigru
+from bigru import BiGRU
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+SIZES = [(4, 2), (1, 1), (6, 5)]  # T, B
+FREE = ({0: torch.export.Dim("time"), 1: torch.export.Dim("batch")},)
+
+
+class Whole(nn.Module):
+    """A model with a GRU inside."""
+
+    def __init__(self, gru):
+        super().__init__()
+        self.gru, self.head = gru, nn.Linear(8, 2)
+
+    def forward(self, x):
+        y, h_n = self.gru(x)
+        return self.head(y), h_n
+
+
+def whole(backend, **options):
+    torch.manual_seed(0)
+    return Whole(BiGRU(3, 4, 2, backend=backend, **options)).eval()
+
+
+def check(run, model, sizes=SIZES):
+    model.gru.backend = "torch"
+    for steps, batch in sizes:
+        x = torch.randn(steps, batch, 3)
+        with torch.no_grad():
+            for ours, wanted in zip(run(x), model(x), strict=True):
+                torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backend", "bias"), [("triton", True), pytest.param("reference", False, marks=pytest.mark.slow)]
+)
+def test_onnx_gets_its_own_operator(backend, bias, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = whole(backend, bias=bias)
+    program = torch.onnx.export(model, (torch.randn(4, 2, 3),), dynamo=True, dynamic_shapes=FREE, verbose=False)
+    assert sum(node.op_type == "GRU" for node in program.model_proto.graph.node) == 2
+    assert {opset.domain for opset in program.model_proto.opset_import} == {""}
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model)
+
+
+@pytest.mark.parametrize(("free", "bias"), [(True, True), (False, False)])
+def test_a_program_becomes_aten_operators(free, bias):
+    model = whole("torch", bias=bias)
+    program = torch.export.export(model, (torch.randn(4, 2, 3),), dynamic_shapes=FREE if free else None)
+    program = program.run_decompositions(bigru.decompositions())
+    namespaces = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
+    assert namespaces == ({"aten", "higher_order"} if free else {"aten"})
+    check(program.module(), model, SIZES if free else SIZES[:1])
