@@ -18,7 +18,7 @@ SECTIONS = ("correctness", "checks", "timings", "left_out")
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 FIGURES = ("gpu_ms", "eager_ms", "graph_ms")
 RIVAL = "nn.GRU"
-KERNELS = ("portable", "resident", "cooperative")
+KERNELS = ("triton", "resident", "cooperative")
 LOSS = 0.95
 """nn.GRU's time over ours, below which nn.GRU wins."""
 FLOOR_HIDDEN, FLOOR_ROWS = 128, 8

@@ -16,6 +16,8 @@ import torch
 
 from benchmarks.gpu_record import Row
 from benchmarks.timing import Work, gpu_time_ms
+from bigru.kernels import registry
+from bigru.kernels.config import Call, describe
 from bigru.training.step import capture
 
 
@@ -32,9 +34,9 @@ class Machine(ABC):
     def describe(self) -> Row:
         """The record's "machine" and "versions"."""
 
-    @abstractmethod
     def refusal(self, kernel: str, hidden: int, dtype: torch.dtype, precision: str) -> str | None:
-        """Why a kernel cannot serve, or None."""
+        """Returns the reason why a kernel cannot serve, or None."""
+        return registry.get(kernel).refusal(Call(describe(self.device), dtype, hidden, precision))
 
     @abstractmethod
     def finish(self) -> None:
@@ -83,11 +85,6 @@ class Gpu(Machine):
         }
         return {"machine": machine | _cpu(), "versions": _versions()}
 
-    def refusal(self, kernel: str, hidden: int, dtype: torch.dtype, precision: str) -> str | None:
-        from bigru.kernels import launch
-
-        return launch.refusal(kernel, hidden, dtype, precision, launch.describe(self.device))
-
     def finish(self) -> None:
         torch.cuda.synchronize(self.device)
 
@@ -123,9 +120,6 @@ class Cpu(Machine):
     def describe(self) -> Row:
         machine = dict.fromkeys(("card", "capability", "processors", "memory_gib", "driver"))
         return {"machine": machine | _cpu(), "versions": _versions()}
-
-    def refusal(self, kernel: str, hidden: int, dtype: torch.dtype, precision: str) -> str | None:
-        return None if kernel == "portable" else "the kernel needs a GPU: it does not run in Triton's interpreter"
 
     def finish(self) -> None:
         """Everything is done already."""

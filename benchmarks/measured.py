@@ -24,7 +24,7 @@ SCHEMA = 1
 
 PEER = "nn.GRU"
 """The path that all others are compared with."""
-OURS = ("portable", "resident", "cooperative")
+OURS = ("triton", "resident", "cooperative")
 """The paths that are this package's kernels."""
 MODES = ("fp32", "tf32", "bf16", "fp16")
 """What a precision is called: that of the products where storage is fp32, else the storage."""

@@ -23,7 +23,7 @@ from bigru.report.figures import BLUE, DPI, FAINT, INK, VERMILION, WIDTH_IN, sca
 
 LOOKS = {
     PEER: (INK, "s"),
-    "portable": (BLUE, "o"),
+    "triton": (BLUE, "o"),
     "resident": (VERMILION, "^"),
     "cooperative": ("#009E73", "D"),
     "torch.compile": ("#CC79A7", "v"),

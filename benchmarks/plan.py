@@ -15,7 +15,7 @@ PRECISIONS = {
     "fp16": ("float16", "-"),
 }
 """A mode's dtype and precision of products, as the record names them."""
-CHECKED_HIDDEN = {"portable": (128, 256), "resident": (128,), "cooperative": (256,)}
+CHECKED_HIDDEN = {"triton": (128, 256), "resident": (128,), "cooperative": (256,)}
 """Where each kernel's checks other than the grid run; the portable kernel has two forms."""
 
 
@@ -125,7 +125,7 @@ class Plan:
                 ("planted defect", ("fp32",)),
                 ("graph capture", ("fp32", "bf16")),
             ]
-            named += [("ragged batch", self.modes)] if kernel == "portable" else []
+            named += [("ragged batch", self.modes)] if kernel == "triton" else []
             for hidden in widths:
                 for name, modes in named:
                     rows = [self._grid_row(kernel, mode, hidden, *self.odd, True) for mode in modes]

@@ -20,7 +20,7 @@ from benchmarks.parts import Report
 from benchmarks.timing import Contestant, Work, figures_of, race
 from bigru import BiGRU
 
-BACKENDS = {"portable": "triton", "resident": "resident", "cooperative": "cooperative", "torch.compile": "reference"}
+BACKENDS = {"triton": "triton", "resident": "resident", "cooperative": "cooperative", "torch.compile": "reference"}
 """BiGRU's backend behind each path of ours; what torch.compile gets is the reference loop."""
 
 

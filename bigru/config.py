@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from bigru.kernels.registry import Backend
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class RunConfig:
     """Seed of the weights, of dropout and of the order of the windows."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    backend: Literal["auto", "triton", "resident", "cooperative", "torch", "reference"] = "auto"
+    backend: Backend = "auto"
     """Which implementation of the GRU to run."""
     precision: Literal["fp32", "tf32"] = "fp32"
     """Products of the recurrence: fp32 (error below 1e-5) or tf32."""

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigru.kernels import reference
+from bigru.kernels.config import Call, describe
 
 # Norm-relative error against the fp64 reference, by storage dtype and precision. Loosening a row is a changelog line.
 TOLERANCE = {
@@ -64,3 +66,29 @@ def expected(inputs, upstream):
     return outputs_and_gradients(
         lambda *args: reference.gru_recurrence(*args)[:2], wide, [x.double() for x in upstream]
     )
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operators that run: to a layer it looks like a compiler or a tracer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def run_kernel(kernel, inputs, upstream, precision="fp32", config=None, y=None, gates=None):
+    """y, h_n, dgi, dh0 and db_hn of a kernel itself, and its gates; backward from y and gates if they are given."""
+    gi, w_hh, _, h0 = inputs
+    call = Call(describe(gi.device), gi.dtype, h0.shape[2], precision)
+    rows, hidden = gi.shape[:3], h0.shape[2]
+    results = gi.new_empty(*rows, hidden), torch.empty_like(h0), gi.new_empty(kernel.gates_shape(rows, hidden))
+    kernel.forward(*inputs, *results, call, None, config)
+    y, gates = results[0] if y is None else y, results[2] if gates is None else gates
+    dgi, dq, dh0 = torch.empty_like(gi), torch.empty_like(y), torch.empty_like(h0)
+    kernel.backward(*upstream, y, gates, h0, w_hh, dgi, dq, dh0, None, call, None, config)
+    named = {"y": results[0], "h_n": results[1], "dgi": dgi, "dh0": dh0, "db_hn": dq.sum((0, 1))}
+    return named, results[2]

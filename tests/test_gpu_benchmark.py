@@ -120,10 +120,10 @@ def serve(do, parts, **args):
 
 class TestTheFile:
     def test_is_whole_after_a_kill_while_it_is_written(self, kept, monkeypatch):
-        kept.add("checks", [{"name": "memcheck", "kernel": "portable", "status": "passed", "message": None}])
+        kept.add("checks", [{"name": "memcheck", "kernel": "triton", "status": "passed", "message": None}])
         kept.save()
         before = kept.path.read_bytes()
-        kept.add("checks", [{"name": "racecheck", "kernel": "portable", "status": "passed", "message": None}])
+        kept.add("checks", [{"name": "racecheck", "kernel": "triton", "status": "passed", "message": None}])
 
         def killed(*_):
             raise KeyboardInterrupt
@@ -155,7 +155,7 @@ class TestTheFile:
 
 class TestWorkersThatFail:
     def job(self, *paths):
-        return layer_job(Shape(), "fp32", paths or ("nn.GRU", "portable", "resident"), 1.0)
+        return layer_job(Shape(), "fp32", paths or ("nn.GRU", "triton", "resident"), 1.0)
 
     def test_a_part_that_kills_its_worker_costs_no_other(self, kept, budget):
         hired = []
@@ -163,7 +163,7 @@ class TestWorkersThatFail:
         def answer(order):
             for line in done(order):
                 yield line
-                if line.get("start") == "portable":
+                if line.get("start") == "triton":
                     yield None
 
         def hire():
@@ -171,8 +171,8 @@ class TestWorkersThatFail:
             return hired[-1]
 
         carry_out_all([self.job()], [Post(hire)], kept, budget)
-        assert statuses(kept) == {"nn.GRU": "measured", "portable": "failed", "resident": "measured"}
-        assert "SIGKILL" in next(row["message"] for row in kept.rows["timings"] if row["path"] == "portable")
+        assert statuses(kept) == {"nn.GRU": "measured", "triton": "failed", "resident": "measured"}
+        assert "SIGKILL" in next(row["message"] for row in kept.rows["timings"] if row["path"] == "triton")
         assert len(hired) == 2
         assert hired[0].closed
 
@@ -188,19 +188,19 @@ class TestWorkersThatFail:
     def test_a_part_that_leaves_the_device_dead_costs_no_other(self, kept, budget):
         def answer(order):
             for line in done(order):
-                if line.get("part") == "portable":
+                if line.get("part") == "triton":
                     failed = [row | {"status": "failed", "message": "illegal access"} for row in line["rows"]]
-                    yield {"part": "portable", "rows": failed}
+                    yield {"part": "triton", "rows": failed}
                     yield None
                 yield line
 
         carry_out_all([self.job()], [Post(lambda: Scripted(answer))], kept, budget)
-        assert statuses(kept) == {"nn.GRU": "measured", "portable": "failed", "resident": "measured"}
-        assert [row["message"] for row in kept.rows["timings"] if row["path"] == "portable"] == ["illegal access"] * 2
+        assert statuses(kept) == {"nn.GRU": "measured", "triton": "failed", "resident": "measured"}
+        assert [row["message"] for row in kept.rows["timings"] if row["path"] == "triton"] == ["illegal access"] * 2
 
     def test_a_hanging_part_is_given_up(self, kept, budget):
-        answer = lambda order: [{"start": "portable"}, 1e9]  # noqa: E731
-        carry_out_all([self.job("portable")], [Post(lambda: Scripted(answer, budget._now))], kept, budget)
+        answer = lambda order: [{"start": "triton"}, 1e9]  # noqa: E731
+        carry_out_all([self.job("triton")], [Post(lambda: Scripted(answer, budget._now))], kept, budget)
         (row, _) = kept.rows["timings"]
         assert (row["status"], row["message"]) == ("failed", "no answer for 60 s")
 
@@ -215,10 +215,10 @@ class TestWorkersThatFail:
 
         carry_out_all([self.job()], [Post(lambda: Scripted(answer))], kept, budget)
         assert asked == ["nn.GRU", "resident"]
-        assert statuses(kept)["portable"] == "failed"
+        assert statuses(kept)["triton"] == "failed"
         assert "T=5 B=17: error above" in kept.rows["timings"][0]["message"]
         # Wrong in fp32 says nothing of bf16.
-        assert kept.wrong("portable", 128, "bfloat16", "-") is None
+        assert kept.wrong("triton", 128, "bfloat16", "-") is None
 
     def test_a_real_process_answers_and_dies(self):
         process = Process({"TRITON_INTERPRET": "1"}, cpu=True)
@@ -257,15 +257,15 @@ class TestTheBudget:
 
     def test_a_job_cut_short_by_the_end_is_out_of_time(self, kept):
         budget = Budget(30.0, Clock())
-        answer = lambda order: [{"start": "portable"}, 1e9]  # noqa: E731
-        job = layer_job(Shape(), "fp32", ("portable",), 1.0)
+        answer = lambda order: [{"start": "triton"}, 1e9]  # noqa: E731
+        job = layer_job(Shape(), "fp32", ("triton",), 1.0)
         carry_out_all([job], [Post(lambda: Scripted(answer, budget._now))], kept, budget)
-        assert statuses(kept) == {"portable": "out of time"}
+        assert statuses(kept) == {"triton": "out of time"}
         assert budget.left() == 0
 
     def test_nothing_is_begun_within_the_reserve(self, kept, budget):
         budget._now.seconds = 96.0
-        job = layer_job(Shape(), "fp32", ("portable",), 1.0)
+        job = layer_job(Shape(), "fp32", ("triton",), 1.0)
         assert carry_out_all([job], [Post(lambda: pytest.fail("hired"))], kept, budget, reserve_s=5.0) == [job]
 
     def test_rivals_that_compile_too_long_are_out_of_time(self, kept, budget):
@@ -282,11 +282,11 @@ class TestTheBudget:
 
         hired.answer = answer
         with pytest.raises(KeyboardInterrupt):
-            carry_out_all([layer_job(Shape(), "fp32", ("portable",), 1.0)], [Post(lambda: hired)], kept, budget)
+            carry_out_all([layer_job(Shape(), "fp32", ("triton",), 1.0)], [Post(lambda: hired)], kept, budget)
         assert hired.closed
 
 
-def grid_row(hidden=16, kernel="portable", mode="fp32", size=(3, 9)):
+def grid_row(hidden=16, kernel="triton", mode="fp32", size=(3, 9)):
     return SMOKE._grid_row(kernel, mode, hidden, *size, True)
 
 
@@ -358,7 +358,7 @@ class TestCorrectness:
         assert (row["status"], row["message"]) == ("refused", "too wide")
         rows = serve(
             "recurrence",
-            {"portable": timing_rows("recurrence", "portable", SMOKE.main, "fp32", ("forward", "backward"))},
+            {"triton": timing_rows("recurrence", "triton", SMOKE.main, "fp32", ("forward", "backward"))},
             seconds=0.0,
         ).rows()
         assert [row["status"] for row in rows] == ["refused", "refused"]
@@ -412,9 +412,9 @@ class TestTimings:
         return layer_job(tiny, "fp32", paths, 0.0).parts
 
     def test_every_path_gets_its_three_figures(self):
-        rows = serve("layer", self.parts("nn.GRU", "portable"), seconds=0.0).rows()
+        rows = serve("layer", self.parts("nn.GRU", "triton"), seconds=0.0).rows()
         assert [(row["path"], row["work"]) for row in rows] == [
-            (path, work) for path in ("nn.GRU", "portable") for work in ("forward", "forward+backward")
+            (path, work) for path in ("nn.GRU", "triton") for work in ("forward", "forward+backward")
         ]
         for row in rows:
             assert row["status"] == "measured"
@@ -426,15 +426,15 @@ class TestTimings:
 
         def wrong(path, nn_gru, mode):
             gru = real(path, nn_gru, mode)
-            if path == "portable":
+            if path == "triton":
                 with torch.no_grad():
                     gru.bias_hh_l0 += 0.1
             return gru
 
         monkeypatch.setattr(rivals, "make_path", wrong)
-        rows = serve("layer", self.parts("nn.GRU", "portable"), seconds=0.0).rows()
-        assert {row["path"]: row["status"] for row in rows} == {"nn.GRU": "measured", "portable": "failed"}
-        assert all(row["gpu_ms"] is None for row in rows if row["path"] == "portable")
+        rows = serve("layer", self.parts("nn.GRU", "triton"), seconds=0.0).rows()
+        assert {row["path"]: row["status"] for row in rows} == {"nn.GRU": "measured", "triton": "failed"}
+        assert all(row["gpu_ms"] is None for row in rows if row["path"] == "triton")
 
     def test_a_path_without_a_graph_keeps_its_other_figures(self, monkeypatch):
         def no_capture(self, work):
@@ -453,7 +453,7 @@ class TestTimings:
 
     def test_the_epoch_says_how_it_was_done(self):
         shape = Shape(steps=2, batch=3, hidden=16)
-        parts = {path: timing_rows("epoch", path, shape, "fp32", ("epoch",)) for path in ("nn.GRU", "portable")}
+        parts = {path: timing_rows("epoch", path, shape, "fp32", ("epoch",)) for path in ("nn.GRU", "triton")}
         rows = serve("epoch", parts, seconds=0.0, windows=7).rows()
         assert [row["status"] for row in rows] == ["measured", "measured"]
         assert all(row["message"].startswith("7 generated windows on the device") for row in rows)
@@ -485,11 +485,7 @@ class TestWhatIsMadeOfTheRows:
     def test_a_loss_is_listed_with_its_numbers(self, kept):
         kept.add(
             "timings",
-            [
-                self.timing("nn.GRU", gpu_ms=0.5),
-                self.timing("portable", gpu_ms=2.0),
-                self.timing("resident", gpu_ms=1.0),
-            ],
+            [self.timing("nn.GRU", gpu_ms=0.5), self.timing("triton", gpu_ms=2.0), self.timing("resident", gpu_ms=1.0)],
         )
         (loss,) = kept.losses()
         assert (loss["path"], loss["ratio"]["gpu_ms"]) == ("resident", 0.5)
@@ -497,7 +493,7 @@ class TestWhatIsMadeOfTheRows:
         assert "layer forward resident fp32 T=60 B=64 H=128: gpu_ms 1.0000 against 0.5000" in summary(kept)
 
     def test_a_win_is_not(self, kept):
-        kept.add("timings", [self.timing("nn.GRU", gpu_ms=0.96), self.timing("portable", gpu_ms=1.0)])
+        kept.add("timings", [self.timing("nn.GRU", gpu_ms=0.96), self.timing("triton", gpu_ms=1.0)])
         assert kept.losses() == []
 
     def test_proven_is_what_passed_throughout(self, kept):
@@ -509,7 +505,7 @@ class TestWhatIsMadeOfTheRows:
         }.items():
             kept.add("correctness", [grid_row(hidden) | {"status": status, "message": None} for status in found])
         assert [(entry["kernel"], entry["hidden"], entry["dtype"], entry["capability"]) for entry in kept.proven()] == [
-            ("portable", 16, "float32", [9, 0])
+            ("triton", 16, "float32", [9, 0])
         ]
         assert [row["hidden"] for row in kept.failures()] == [32]
 

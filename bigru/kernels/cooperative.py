@@ -16,161 +16,58 @@ finished becomes NaN: y from that step on and h_n, or dgi and dq from that step 
 nothing has to ask the GPU whether all went well.
 
 Products have batch rows as their short side: h[N, H] @ W_hh^T[H, S] and da[N, S] @ W_hh[S, H]. For fp32 storage their
-factors are scaled fp16, two parts of each for precision "fp32" (as in `bigru.kernels.portable`) and one for "tf32",
+factors are scaled fp16, two parts of each for precision "fp32" (as in `bigru.kernels.cell`) and one for "tf32",
 which has TF32's ten bits of mantissa at half its bytes. State, accumulation and element-wise arithmetic are fp32.
 Offsets inside one time step are 32-bit, the step's own offset is 64-bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bigru.kernels.portable import (
+from bigru.kernels.cell import (
+    TRITON_VERSION,
     _cell,
     _cell_backward,
-    _dot,
     _load_gates_in,
-    _parts,
     _peak,
     _row,
     _store_gate_gradients,
     _store_gates,
 )
+from bigru.kernels.config import (
+    ONE_PROCESSOR,
+    Call,
+    CooperativeConfig,
+    choose_cooperative,
+    cooperative_configs,
+    gpu_refusal,
+)
+from bigru.kernels.exchange import (
+    _arrive,
+    _load_exchanged,
+    _load_rows,
+    _load_state,
+    _multiply,
+    _operand,
+    _publish_state,
+    _state_product,
+    _wait,
+)
+from bigru.kernels.kernel import Kernel
+from bigru.kernels.proven import Proven, proven_for
+from bigru.kernels.varlen import Varlen
 
-if TYPE_CHECKING:
-    from bigru.kernels.launch import Device, Precision
-
-SMALLEST = 129
-"""First hidden size served: up to 128, W_hh fits one multiprocessor."""
-ABANDONED = tl.constexpr(1 << 48)
-"""Added to a group's count of arrivals by a program that gives up; more than all arrivals."""
-NEWER_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
-"""Whether triton is newer than 3.6, under which every size compiles without a spill."""
-MOST_WIDE = 640 * 16
-"""Most weights of one gate in a program for fp32 storage under a newer triton: with more, triton 3.9's code spills."""
 SIZES = ("T", "B", "first_b", "first_d")
-"""Arguments that a kernel is not compiled anew for, as in `portable`."""
+"""Arguments that a kernel is not compiled anew for, as in `cell`."""
 COUNTER = tl.constexpr(16)
 """64-bit integers from one group's count to the next: each in a cache line of its own."""
-
-
-@triton.jit
-def _arrive(arrivals_ptr):
-    # The barrier puts every thread's stores (and loads, of what will be overwritten next) before the addition, which
-    # one thread makes; its release puts them all before whatever follows an acquire that sees the addition.
-    tl.debug_barrier()
-    tl.atomic_add(arrivals_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _wait(arrivals_ptr, arrivals, MAX_POLLS: tl.constexpr):
-    """Waits for so many arrivals; true if the wait was given up, here or in any other program of the group.
-
-    Who gives up adds ABANDONED to the count: that ends all waits of the group, now and later.
-    The caller makes its state NaN and carries on: it never leaves the time loop early and never waits for long again.
-    """
-    # Additions of zero, which the compiler makes acquiring loads, and not tl.load: one thread asks and all get its
-    # answer, so that all take the same branch.
-    count = tl.atomic_add(arrivals_ptr, 0, sem="acquire", scope="gpu")
-    polls = 1
-    while (count < arrivals) & (polls < MAX_POLLS):
-        count = tl.atomic_add(arrivals_ptr, 0, sem="acquire", scope="gpu")
-        polls += 1
-    if count < arrivals:
-        tl.atomic_add(arrivals_ptr, ABANDONED, sem="relaxed", scope="gpu")
-    # The acquire was one thread's; the barrier puts it before every thread's loads.
-    tl.debug_barrier()
-    return (count < arrivals) | (count >= ABANDONED)
-
-
-@triton.jit
-def _load_exchanged(x):
-    # From the L2 cache: a line of the L1 cache may be two steps old. (The acquire alone would do.)
-    return tl.load(x, cache_modifier=".cg")
-
-
-@triton.jit
-def _operand(x, scale, OPERAND: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr):
-    # A factor of a product, as high and low part; without SPLIT both are the same.
-    if SCALED:
-        x *= scale
-    if SPLIT:
-        high, low = _parts(x, SPLIT)
-    else:
-        high = x.to(OPERAND)
-        low = high
-    return high, low
-
-
-@triton.jit
-def _multiply(x_high, x_low, w_high, w_low, acc, SPLIT: tl.constexpr):
-    if SPLIT:
-        # fp16x3: the product of the two low parts is below the rounding of the others.
-        acc = _dot(x_low, w_high, acc, "tf32")
-        acc = _dot(x_high, w_low, acc, "tf32")
-    return _dot(x_high, w_high, acc, "tf32")
-
-
-@triton.jit
-def _load_rows(w, unit, k, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows `unit` of one gate's W_hh: high and low parts, both in chunks of the columns `k`, and the largest number."""
-    SCALED: tl.constexpr = w.dtype.element_ty == tl.float32
-    OPERAND: tl.constexpr = tl.float16 if SCALED else w.dtype.element_ty
-    peak = 1.0
-    scale = 1.0
-    if SCALED:
-        peak = 1e-30
-        for c in tl.static_range(CHUNKS):
-            column = c * CHUNK + k
-            peak = tl.maximum(peak, _peak(tl.load(w + unit * H + column, (unit < H) & (column < H), 0.0), None))
-        scale = 1024.0 / peak
-    highs: tl.tuple = ()
-    lows: tl.tuple = ()
-    for c in tl.static_range(CHUNKS):
-        column = c * CHUNK + k
-        x = tl.load(w + unit * H + column, (unit < H) & (column < H), 0.0)
-        high, low = _operand(x, scale, OPERAND, SCALED, SPLIT)
-        highs += (high,)
-        lows += (low,)
-    return highs, lows, peak
-
-
-@triton.jit
-def _publish_state(state, h, scale, PART: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr):
-    high, low = _operand(h, scale, state.dtype.element_ty, SCALED, SPLIT)
-    tl.store(state, high)
-    if SPLIT:
-        tl.store(state + PART, low)
-
-
-@triton.jit
-def _load_state(state, PART: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr):
-    highs: tl.tuple = ()
-    lows: tl.tuple = ()
-    for c in tl.static_range(CHUNKS):
-        x = _load_exchanged(state + c * CHUNK)
-        highs += (x,)
-        if SPLIT:
-            x = _load_exchanged(state + PART + c * CHUNK)
-        lows += (x,)
-    return highs, lows
-
-
-@triton.jit
-def _state_product(
-    x, w, WARPS: tl.constexpr, N: tl.constexpr, S: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr
-):
-    acc = tl.zeros([WARPS, N, S], tl.float32)
-    for c in tl.static_range(CHUNKS):
-        acc = _multiply(x[0][c], x[1][c], w[0][c], w[1][c], acc, SPLIT)
-    return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -276,7 +173,7 @@ def gru_forward_cooperative_kernel(
 
 @triton.jit
 def _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i, b, T, B, H: tl.constexpr):
-    # As in `portable`, but rows by units. s counts backward steps: at the last one the state before it is h0; past it
+    # As in `cell`, but rows by units. s counts backward steps: at the last one the state before it is h0; past it
     # there is nothing to load.
     rows = B - b0
     mask_i = (i < H)[None, :]
@@ -289,9 +186,9 @@ def _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i, b, T, B, H: tl
     z = tl.load(gates + H, mask, 0.0).to(tl.float32)
     n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
     q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
-    previous = y_ptr + (((t + 2 * d - 1).to(tl.int64) * B + b0) * 2 + d) * H + offs_y
+    y_prev = y_ptr + (((t + 2 * d - 1).to(tl.int64) * B + b0) * 2 + d) * H + offs_y
     first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[:, None] * H + i[None, :]
-    h_prev = tl.load(previous, mask_i & (b < tl.where(s < T - 1, rows, 0))[:, None], 0.0).to(tl.float32)
+    h_prev = tl.load(y_prev, mask_i & (b < tl.where(s < T - 1, rows, 0))[:, None], 0.0).to(tl.float32)
     h_prev += tl.load(first, mask_i & (b < tl.where(s == T - 1, rows, 0))[:, None], 0.0).to(tl.float32)
     return dy, r, z, n, q, h_prev
 
@@ -392,162 +289,79 @@ def gru_backward_cooperative_kernel(
 
 
 @dataclass(frozen=True)
-class CooperativeConfig:
-    """How one call runs; a launch holds no more programs than the GPU has processors."""
+class CooperativeKernel(Kernel):
+    """Serves H from 129, as far as W_hh of one direction fits the GPU's multiprocessors."""
 
-    units: int
-    """Hidden units of one program, S."""
-    rows: int
-    """Batch rows of one group, N."""
-    chunk: int
-    """Columns of W_hh in one product."""
-    programs: int
-    """Programs of one group: together they own all hidden units."""
-    blocks: int
-    """Blocks of batch rows in one launch; a larger batch takes several launches, one after another."""
-    directions: int
-    """Directions in one launch, 2 or 1."""
-    split: bool
-    """fp32 products as three of fp16 (high and low parts of both factors, scaled)."""
-    max_polls: int = 1 << 22
-    """Polls until a wait is given up: far more than any step takes; no program waits that long twice."""
-    num_warps: int = 8
+    name = "cooperative"
+    widths = (192, 256, 512, 1024)  # with padding and without, few programs and many
+    batches = (64,)
+    proven: tuple[Proven, ...] = proven_for("cooperative")
+    triton_version: tuple[int, ...] = TRITON_VERSION
 
     @property
-    def padded(self) -> int:
-        """H padded to whole chunks."""
-        return triton.cdiv(self.programs * self.units, self.chunk) * self.chunk
+    def newer_triton(self) -> bool:
+        """Whether triton is newer than 3.6, under which every size compiles without a spill."""
+        return self.triton_version > (3, 6)
 
-    def options(self) -> dict[str, int | bool]:
-        """What the compiler is told."""
-        # Left to itself, ptxas stops at 128 registers in some of these kernels and spills; and with one program a
-        # processor, all registers are the program's.
+    def refusal(self, call: Call) -> str | None:
+        if call.varlen:
+            return "the input is a PackedSequence"
+        if reason := gpu_refusal(call):
+            return reason
+        if call.hidden <= ONE_PROCESSOR:
+            return f"hidden_size is {call.hidden}, and the cooperative kernels serve {ONE_PROCESSOR + 1} and more"
+        if next(cooperative_configs(call, self.newer_triton), None) is None:
+            under = " under triton {}.{}".format(*self.triton_version) if self.newer_triton else ""
+            return (
+                f"hidden_size is {call.hidden}, and W_hh of one direction does not fit the {call.device.processors} "
+                f"processors at once, {call.device.shared_memory // 1024} KiB each{under}"
+            )
+        return None
+
+    def choose(self, call: Call, batch: int) -> CooperativeConfig:
+        return choose_cooperative(call, batch, self.newer_triton)
+
+    def forward(
+        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
+        call: Call, varlen: Varlen | None, config: CooperativeConfig | None = None,
+    ) -> None:  # fmt: skip
+        steps, batch, _, hidden = y.shape
+        c = config or self.choose(call, batch)
+        launches = list(c.launches(batch))
+        groups = min(c.blocks, -(-batch // c.rows)) * c.directions
+        operand = torch.float16 if gi.dtype == torch.float32 else gi.dtype
+        # Zeroed once: what lies past the last hidden unit is read and never written.
+        state = torch.zeros(groups, 2, 2 if c.split else 1, c.rows, c.padded, dtype=operand, device=gi.device)
+        arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=gi.device)
+        for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
+            gru_forward_cooperative_kernel[grid](
+                gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, counters, steps, batch, first_b,
+                first_d, H=hidden, WARPS=c.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
+                **c.constants(), **c.options(),
+            )  # fmt: skip
+
+    def backward(
+        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
+        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: CooperativeConfig | None = None,
+    ) -> None:  # fmt: skip
+        steps, batch, _, hidden = y.shape
+        c = config or self.choose(call, batch)
+        launches = list(c.launches(batch))
+        groups = min(c.blocks, -(-batch // c.rows)) * c.directions
+        shares = torch.empty(groups, 2, c.programs, c.rows, c.padded, dtype=torch.float32, device=y.device)
+        arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=y.device)
+        for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
+            gru_backward_cooperative_kernel[grid](
+                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, shares, counters, steps, batch, first_b, first_d,
+                H=hidden, **c.constants(), **c.options(),
+            )  # fmt: skip
+
+    def functions(self, config: CooperativeConfig) -> dict[str, tuple[Any, dict[str, str]]]:
+        # The state is exchanged in the products' dtype.
         return {
-            "num_warps": self.num_warps, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True,
-            "launch_cooperative_grid": True,
-        }  # fmt: skip
-
-    def launches(self, batch: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-        """First batch row, first direction and grid of each launch that a call takes."""
-        all_blocks = triton.cdiv(batch, self.rows)
-        for first_block in range(0, all_blocks, self.blocks):
-            for first_d in range(0, 2, self.directions):
-                blocks = min(self.blocks, all_blocks - first_block)
-                yield first_block * self.rows, first_d, (self.programs, blocks, self.directions)
+            "forward": (gru_forward_cooperative_kernel, {"arrivals_ptr": "*i64", "state_ptr": "operand"}),
+            "backward": (gru_backward_cooperative_kernel, {"shares_ptr": "*fp32", "arrivals_ptr": "*i64"}),
+        }
 
 
-def choose_cooperative(
-    hidden: int, dtype: torch.dtype, precision: Precision, batch: int, device: Device
-) -> CooperativeConfig:
-    """Picks the parameters for what `refusal` does not refuse.
-
-    Args:
-        hidden: H.
-        dtype: storage dtype, float32, bfloat16 or float16.
-        precision: accuracy of the recurrence's products for fp32 storage.
-        batch: B.
-        device: the GPU.
-
-    Raises:
-        ValueError: if `refusal` gives a reason.
-    """
-    if reason := refusal(hidden, dtype, precision, device):
-        raise ValueError(reason)
-
-    def price(config: CooperativeConfig) -> tuple[int, int]:
-        # A launch more is T steps more. Among equals, what a program reads at a step: its weights from shared memory,
-        # and the state from L2, where a byte is taken as four times as dear, since all processors share its bandwidth.
-        parts = 2 if config.split else 1
-        weights = 3 * config.units * config.padded * 2 * parts
-        return len(list(config.launches(batch))), weights + 4 * config.rows * config.padded * 2 * parts
-
-    return min(_fitting(hidden, dtype, precision, device), key=price)
-
-
-def refusal(hidden: int, dtype: torch.dtype, precision: str, device: Device) -> str | None:
-    """Why these kernels cannot serve H, dtype and precision on a device, or None if they can."""
-    if hidden < SMALLEST:
-        return f"hidden_size is {hidden}, and the cooperative kernels serve {SMALLEST} and more"
-    if not any(True for _ in _fitting(hidden, dtype, precision, device)):
-        return (
-            f"hidden_size is {hidden}, and W_hh of one direction does not fit the {device.processors} processors at "
-            f"once, {device.shared_memory // 1024} KiB each" + (f", under triton {triton.__version__}" * NEWER_TRITON)
-        )
-    return None
-
-
-def _fitting(hidden: int, dtype: torch.dtype, precision: str, device: Device) -> Iterator[CooperativeConfig]:
-    """The configurations whose programs all find room on the GPU at once, one on each processor."""
-    wide = dtype == torch.float32
-    split = wide and precision == "fp32"
-    # Chunks of 128 where they pad H less. With chunks of 512, or with more units or rows, some kernels spill.
-    chunk = 256 if 2 * triton.cdiv(hidden, 256) == triton.cdiv(hidden, 128) else 128
-    for units in (32, 16):
-        programs = triton.cdiv(hidden, units)
-        groups = device.processors // programs
-        for rows in (16, 32):
-            blocks, directions = max(1, groups // 2), min(2, groups)
-            config = CooperativeConfig(units, rows, chunk, programs, blocks, directions, split)
-            spills = NEWER_TRITON and wide and units * config.padded > MOST_WIDE
-            if groups >= 1 and not spills and _shared_memory(config) <= device.shared_memory:
-                yield config
-
-
-def _shared_memory(config: CooperativeConfig) -> int:
-    """Bytes that one program needs, as the kernels compile for sm_80, sm_90 and sm_100, or a little more."""
-    weights = 3 * config.units * config.padded * (4 if config.split else 2)
-    # The forward kernel's sums over warps, or the tile of the state or of the shares that passes through; from triton
-    # 3.9 on, all tiles of the state at once.
-    state = config.rows * config.padded * (4 if config.split else 2) if NEWER_TRITON else 0
-    return weights + max(config.num_warps * config.rows * config.units * 4, 64 * config.chunk, state)
-
-
-def forward(
-    gi: Tensor,  # (T, B, D, 3H)
-    w_hh: Tensor,  # (D, 3H, H)
-    b_hn: Tensor | None,  # (D, H)
-    h0: Tensor,  # (D, B, H)
-    y: Tensor,  # (T, B, D, H), written
-    h_n: Tensor,  # (D, B, H), written
-    gates: Tensor,  # (T, B, D, 4, H), written; empty if they are not wanted
-    c: CooperativeConfig,
-) -> None:
-    """Launches the forward recurrence on the current GPU, which must be the tensors'; all are contiguous."""
-    steps, batch, _, hidden = y.shape
-    launches = list(c.launches(batch))
-    groups = min(c.blocks, triton.cdiv(batch, c.rows)) * c.directions
-    operand = torch.float16 if gi.dtype == torch.float32 else gi.dtype
-    # Zeroed once: what lies past the last hidden unit is read and never written.
-    state = torch.zeros(groups, 2, 2 if c.split else 1, c.rows, c.padded, dtype=operand, device=gi.device)
-    arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=gi.device)
-    for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
-        gru_forward_cooperative_kernel[grid](
-            gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, counters, steps, batch, first_b, first_d,
-            H=hidden, S=c.units, N=c.rows, CHUNK=c.chunk, WARPS=c.num_warps, HAS_BIAS=b_hn is not None,
-            SAVE=gates.numel() > 0, SPLIT=c.split, MAX_POLLS=c.max_polls, **c.options(),
-        )  # fmt: skip
-
-
-def backward(
-    dy: Tensor,  # (T, B, D, H)
-    dh_n: Tensor,  # (D, B, H)
-    y: Tensor,  # (T, B, D, H)
-    gates: Tensor,  # (T, B, D, 4, H)
-    h0: Tensor,  # (D, B, H)
-    w_hh: Tensor,  # (D, 3H, H)
-    dgi: Tensor,  # (T, B, D, 3H), written: gradient of the gates' input side
-    dq: Tensor,  # (T, B, D, H), written: gradient of q
-    dh0: Tensor,  # (D, B, H), written
-    c: CooperativeConfig,
-) -> None:
-    """Launches the backward recurrence on the current GPU, which must be the tensors'; all are contiguous."""
-    steps, batch, _, hidden = y.shape
-    launches = list(c.launches(batch))
-    groups = min(c.blocks, triton.cdiv(batch, c.rows)) * c.directions
-    shares = torch.empty(groups, 2, c.programs, c.rows, c.padded, dtype=torch.float32, device=y.device)
-    arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=y.device)
-    for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
-        gru_backward_cooperative_kernel[grid](
-            dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, shares, counters, steps, batch, first_b, first_d,
-            H=hidden, S=c.units, N=c.rows, CHUNK=c.chunk, SPLIT=c.split, MAX_POLLS=c.max_polls, **c.options(),
-        )  # fmt: skip
+KERNEL = CooperativeKernel()

@@ -29,7 +29,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _gru_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel: str = ""
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(gi.dtype, torch.float32)
     rows, w, h = gi.to(wide), w_hh.to(wide), h0.to(wide)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from bigru.kernels.config import Call, describe
 from bigru.kernels.decompositions import onnx_gru_layer
 from bigru.kernels.layer import fused_gru_layer
-from bigru.kernels.packed import Packing, checked_lengths, pack, packing_of, unpack
-from bigru.kernels.reference import gru_layer, gru_recurrence
+from bigru.kernels.reference import gru_recurrence, layer_operands
+from bigru.kernels.registry import BACKENDS, choose
 from bigru.kernels.transforms import transformed, vmapped
+from bigru.kernels.varlen import Varlen, checked_lengths, pack, unpack, varlen_of
 
-KERNELS = {"triton": "portable", "resident": "resident", "cooperative": "cooperative"}
-"""The families of kernels (`launch.KERNELS`) by the backend's name."""
-BACKENDS = ("auto", *KERNELS, "torch", "reference")
 PRECISIONS = ("fp32", "tf32")
 Module = TypeVar("Module", bound=nn.RNNBase)
 
@@ -196,31 +193,19 @@ class BiGRU(nn.RNNBase):
         if self.backend in ("torch", "reference"):
             return self.backend
         data = input.data if isinstance(input, PackedSequence) else input
-        packed = data is not input
+        varlen = data is not input
         if self.backend == "auto" and transformed():
             # ATen's GRU has no rule for vmap and none for packed sequences, cuDNN's no second derivative and no forward
             # mode, an operator none of all.
-            aten = data.device.type == "cpu" and not packed and not torch.compiler.is_compiling() and not vmapped()
+            aten = data.device.type == "cpu" and not varlen and not torch.compiler.is_compiling() and not vmapped()
             return "torch" if aten else "reference"
-        if self.backend == "auto" and data.device.type != "cuda":
-            return "torch"
-        wanted = "triton" if self.backend == "auto" else self.backend
-        dtype = data.dtype
-        if dtype != torch.float64 and _autocast(data.device.type):  # as `_forward_layers` converts
-            dtype = torch.get_autocast_dtype(data.device.type)
-        call = data.device, dtype, self.hidden_size, self.precision
-        refusal = _refusal(KERNELS[wanted], packed, *call)
-        if refusal is None:
-            return wanted if self.backend != "auto" or packed else _preferred(*call)
-        if self.backend != "auto":
-            raise RuntimeError(f"backend {wanted!r} cannot serve this call: {refusal}")
-        if dtype == torch.float32 and self.precision == "fp32" and _cudnn_takes_tf32(data.device):
-            warnings.warn(
-                f"the fused kernel cannot serve this call ({refusal}); ATen's GRU does, and its products may be TF32 "
-                "because torch.backends.cudnn.allow_tf32 is on",
-                stacklevel=3,
-            )
-        return "torch"
+        dtype = dtype_of_call(data.dtype, data.device.type)
+        backend, refusal, warning = _choose(self.backend, data.device, dtype, self.hidden_size, self.precision, varlen)
+        if refusal is not None:
+            raise RuntimeError(f"backend {backend!r} cannot serve this call: {refusal}")
+        if warning is not None:
+            warnings.warn(warning, stacklevel=3)
+        return backend
 
     def _backend_that_serves(self, input: Tensor | PackedSequence) -> str:
         """As `resolve_backend`, but for what exports to ONNX and for what torch.jit traces.
@@ -305,19 +290,15 @@ class BiGRU(nn.RNNBase):
         return hx
 
     def _forward_layers(
-        self, x: Tensor, hx: Tensor, weights: list[Tensor], backend: str, packing: Packing | None = None
+        self, x: Tensor, hx: Tensor, weights: list[Tensor], backend: str, varlen: Varlen | None = None
     ) -> tuple[Tensor, Tensor]:
         per_layer = len(weights) // self.num_layers
-        device, dtype = x.device.type, x.dtype
-        inside: AbstractContextManager = nullcontext()
-        if _autocast(device):
-            # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's
-            # GRU on a CPU heeds no autocast, so neither does what stands for it; and autocast leaves doubles alone.
-            if dtype != torch.float64 and (backend != "torch" or device != "cpu"):
-                dtype = torch.get_autocast_dtype(device)
-            inside = torch.autocast(device, enabled=False)
-        sizes = None if packing is None else packing.batch_sizes.tolist()
-        recurrence = functools.partial(gru_recurrence, batch_sizes=sizes)
+        device = x.device.type
+        # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
+        # on a CPU heeds no autocast, so neither does what stands for it.
+        dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
+        inside: AbstractContextManager = torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()
+        sizes = None if varlen is None else varlen.batch_sizes.tolist()
         states = []
         with inside:
             for layer in range(self.num_layers):
@@ -325,10 +306,12 @@ class BiGRU(nn.RNNBase):
                 if backend == "onnx":
                     x, h_n = onnx_gru_layer(x, h0, own)
                 elif backend == "reference":
-                    x, h_n = gru_layer(x.to(dtype), h0.to(dtype), [w.to(dtype) for w in own], recurrence)
+                    operands = layer_operands(x.to(dtype), [w.to(dtype) for w in own])
+                    y, h_n, _ = gru_recurrence(*operands, h0.to(dtype), batch_sizes=sizes)
+                    x = y.flatten(-2)
                 else:
-                    family = KERNELS.get(backend, "plain")
-                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, family, packing)
+                    kernel = "scan" if backend == "torch" else backend
+                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, kernel, varlen)
                 states.append(h_n)
                 if self.dropout and layer < self.num_layers - 1:
                     x = nn.functional.dropout(x, self.dropout, self.training)
@@ -339,8 +322,8 @@ class BiGRU(nn.RNNBase):
         if hx is not None and hx.dim() != 3:
             raise RuntimeError(f"hx: expected 3 dimensions for a PackedSequence, got shape {tuple(hx.shape)}")
         # A tracer follows the batch size where it stays a tensor.
-        packing = None if torch.jit.is_tracing() else packing_of(packed)
-        batch = packed.batch_sizes[0] if packing is None else packing.batch
+        varlen = None if torch.jit.is_tracing() else varlen_of(packed)
+        batch = packed.batch_sizes[0] if varlen is None else varlen.batch
         if hx is not None and packed.sorted_indices is not None and hx.shape[1] == batch:
             hx = hx.index_select(1, packed.sorted_indices)
         weights = self._weights()
@@ -352,7 +335,7 @@ class BiGRU(nn.RNNBase):
                 True,
             )  # fmt: skip
         else:
-            y, h_n = self._forward_layers(packed.data, hx, weights, backend, packing or packing_of(packed))
+            y, h_n = self._forward_layers(packed.data, hx, weights, backend, varlen or varlen_of(packed))
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
@@ -382,6 +365,11 @@ class BiGRU(nn.RNNBase):
 def _autocast(device: str) -> bool:
     """Whether autocast is on for a type of device; there is none for "meta"."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def dtype_of_call(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Returns the dtype that an input is computed in: autocast's where it is on, which leaves doubles alone."""
+    return torch.get_autocast_dtype(device) if dtype != torch.float64 and _autocast(device) else dtype
 
 
 def check_options(backend: str = "auto", precision: str = "fp32") -> None:
@@ -427,39 +415,10 @@ def _twin(module: nn.RNNBase, of: type[Module], **attributes: str) -> Module:
     return twin  # type: ignore[return-value]
 
 
-def _cudnn_takes_tf32(device: torch.device) -> bool:
-    """Whether cuDNN's products of fp32 numbers may be TF32, which GPUs have from compute capability 8.0 on."""
-    return torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 # Compilers need not look inside: the answer depends on nothing that changes while the program runs.
 @torch.compiler.assume_constant_result
-def _refusal(
-    kernel: str, packed: bool, device: torch.device, dtype: torch.dtype, hidden: int, precision: str
-) -> str | None:
-    """Why a family of kernels cannot serve an input, or None if it can."""
-    if not _triton_installed():
-        return "triton is not installed"
-    if torch.version.hip is not None and device.type == "cuda":
-        return "the GPU is not one of NVIDIA's"
-    from bigru.kernels import launch
-
-    if device.type != "cuda" and kernel != "portable":
-        return f"the input is on {device}, and these kernels run on a GPU"
-    if device.type != "cuda" and not launch.interpreted():
-        return f"the input is on {device}, and the kernels run on a GPU (or with TRITON_INTERPRET=1)"
-    return launch.refusal(kernel, hidden, dtype, precision, launch.describe(device), packed)
-
-
-@torch.compiler.assume_constant_result
-def _preferred(device: torch.device, dtype: torch.dtype, hidden: int, precision: str) -> str:
-    """Name of the backend that "auto" takes among the fused kernels."""
-    from bigru.kernels import launch
-
-    kernel = launch.preferred(hidden, dtype, precision, launch.describe(device))
-    return next(backend for backend, name in KERNELS.items() if name == kernel)
+def _choose(
+    backend: str, device: torch.device, dtype: torch.dtype, hidden: int, precision: str, varlen: bool
+) -> tuple[str, str | None, str | None]:
+    """Returns the name of the backend that serves a call, its refusal and a warning: `registry.choose`."""
+    return choose(backend, Call(describe(device), dtype, hidden, precision, varlen))

@@ -8,16 +8,15 @@ they can see through.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bigru.kernels.packed import Packing
-from bigru.kernels.recurrence import check_recurrence, fused_gru_recurrence
-from bigru.kernels.reference import gru_layer
+from bigru.kernels.recurrence import fused_gru_recurrence, recurrent_gradients, run_backward, run_forward
+from bigru.kernels.reference import layer_operands
 from bigru.kernels.transforms import refuse_second_derivative, refuse_transforms
+from bigru.kernels.varlen import Varlen
 
 
 def fused_gru_layer(
@@ -27,37 +26,37 @@ def fused_gru_layer(
     dtype: torch.dtype,
     precision: str,
     kernel: str,
-    packing: Packing | None = None,
+    varlen: Varlen | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer; the equations are in `bigru.kernels.reference`.
 
     Args:
-        x: (T, B, I) input, or (P, I) with a packing.
+        x: (T, B, I) input, or (P, I) with a varlen.
         h0: (D, B, H) initial states.
         weights: w_ih (3H, I), w_hh (3H, H) and, with biases, b_ih (3H), b_hh (3H), of the first direction, then of the
             second: the order of `torch.nn.GRU`.
         dtype: what all of them are converted to.
         precision: "fp32" or "tf32", for fp32 storage.
-        kernel: one of `launch.KERNELS`, "portable" with a packing; under a compiler also "plain".
-        packing: how the rows make steps, if they are packed; not under a compiler.
+        kernel: name of a kernel that does not refuse the call.
+        varlen: how the rows make steps, if they are packed; not under a compiler.
 
     Returns:
         y (T, B, D * H), or (P, D * H), and h_n (D, B, H).
 
     Raises:
-        RuntimeError: inside a transform of torch.func, in forward mode, for a second derivative, for a traced packing,
+        RuntimeError: inside a transform of torch.func, in forward mode, for a second derivative, for a traced varlen,
             or for weights of other shapes.
     """
     refuse_transforms(x, h0, *weights)
-    if packing is not None and torch.jit.is_tracing():  # make_fx refuses by itself
+    if varlen is not None and torch.jit.is_tracing():  # make_fx refuses by itself
         raise RuntimeError("a PackedSequence cannot be traced in the fused kernels: which rows there are is data")
-    if packing is None and (torch.compiler.is_compiling() or _watched()):
-        recurrence = functools.partial(fused_gru_recurrence, precision=precision, kernel=kernel)
-        return gru_layer(x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights], recurrence)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
-        y, h_n = _Layer.apply(x, h0, precision, kernel, dtype, packing, *weights)
+    if varlen is None and (torch.compiler.is_compiling() or _watched()):
+        gi, w_hh, b_hn = layer_operands(x.to(dtype), [weight.to(dtype) for weight in weights])
+        y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0.to(dtype), precision, kernel)
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
+        y, h_n = _Layer.apply(x, h0, precision, kernel, dtype, varlen, *weights)
     else:
-        y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, packing, save=False)
+        y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, varlen, save=False)
     return y.flatten(-2), h_n
 
 
@@ -68,13 +67,11 @@ def _forward(
     precision: str,
     kernel: str,
     dtype: torch.dtype,
-    packing: Packing | None,
+    varlen: Varlen | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    """y (T, B, D, H), h_n and, for the backward pass, gates, y once more, between the rows that `_before` wants
+    """y (T, B, D, H), h_n and, for the backward pass, gates, y once more, between the rows that `_states_before` wants
     (T + 2, B, D, H) unless packed, and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
-    from bigru.kernels import launch  # triton is needed from here on, not before
-
     hidden = h0.shape[2]
     half = len(weights) // 2
     # Gathered below whatever their shapes; what a functional_call or an assignment brings need not fit.
@@ -98,24 +95,19 @@ def _forward(
         bias.view(2, -1)[:, : 2 * hidden] += b_hh.view(2, -1)[:, : 2 * hidden]
         b_hn = b_hn.view(2, hidden)
     gi = torch.nn.functional.linear(x, w_ih, bias).unflatten(-1, (2, 3 * hidden))
-    check_recurrence(gi, w_hh, b_hn, h0, precision, kernel, packing)
-    if packing is not None:
-        y, h_n, gates = launch.gru_forward(
-            gi, w_hh, b_hn, h0, precision, save, packing=packing  # type: ignore[arg-type]
-        )  # fmt: skip
+    if varlen is not None:
+        y, h_n, gates = run_forward(gi, w_hh, b_hn, h0, precision, save, kernel, varlen)
         return y, h_n, gates, y, x, h0, w_ih, w_hh
     # A row before the first step and one behind the last hold h0, so that the states before all steps are one tensor.
     padded = gi.new_empty(gi.shape[0] + 2, *gi.shape[1:3], hidden)
-    y, h_n, gates = launch.gru_forward(
-        gi, w_hh, b_hn, h0, precision, save, kernel, out=padded[1:-1]  # type: ignore[arg-type]
-    )  # fmt: skip
+    y, h_n, gates = run_forward(gi, w_hh, b_hn, h0, precision, save, kernel, out=padded[1:-1])
     if save:
         # Both halves of both rows, though one of each is read: hooks of saved tensors see all of it.
         padded[:: len(gi) + 1] = h0.transpose(0, 1)
     return y, h_n, gates, padded, x, h0, w_ih, w_hh
 
 
-def _before(padded: Tensor) -> Tensor:
+def _states_before(padded: Tensor) -> Tensor:
     """(D, T * B, H) state before each step: direction 0 has it a row earlier, direction 1 a row later."""
     rows, batch, _, hidden = padded.shape
     # A hook of saved tensors may have given it back in another layout.
@@ -131,29 +123,23 @@ def _watched() -> bool:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, precision, kernel, dtype, packing, *weights):
-        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, packing, save=True)
+    def forward(ctx, x, h0, precision, kernel, dtype, varlen, *weights):
+        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, varlen, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept)
-        ctx.precision, ctx.kernel, ctx.packing = precision, kernel, packing
+        ctx.precision, ctx.kernel, ctx.varlen = precision, kernel, varlen
         ctx.dtypes = [t.dtype for t in (x, h0, *weights)]
         return y, h_n
 
     @staticmethod
     def backward(ctx, dy, dh_n):
-        from bigru.kernels import launch
-
         # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
         refuse_second_derivative(dy, dh_n)
         gates, states, x, h0, w_ih, w_hh = ctx.saved_tensors
-        y = states[1:-1] if ctx.packing is None else states
-        filled = None if ctx.packing is None else torch.empty_like(y)
-        dy = torch.zeros_like(y) if dy is None else dy
-        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-        dgi, dq, dh0 = launch.gru_backward(
-            dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, packing=ctx.packing, before=filled
-        )  # fmt: skip
-        before = _before(states) if filled is None else filled.transpose(0, 1)
+        y = states[1:-1] if ctx.varlen is None else states
+        filled = None if ctx.varlen is None else torch.empty_like(y)
+        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, ctx.varlen, filled)
+        h_prev = _states_before(states) if filled is None else filled.transpose(0, 1)
         hidden = y.shape[-1]
         needs_x, needs_h0, _, _, _, _, *needs = ctx.needs_input_grad
         half = len(needs) // 2
@@ -164,8 +150,7 @@ class _Layer(torch.autograd.Function):
         if needs[0] or needs[half]:
             dw[0] = (rows.T @ x.flatten(0, -2)).view(2, 3 * hidden, -1)
         if needs[1] or needs[half + 1]:
-            by_direction = dgi.permute(1, 2, 0), dq.permute(1, 2, 0)
-            dw[1] = torch.cat([by_direction[0][:, : 2 * hidden] @ before, by_direction[1] @ before], 1)
+            dw[1] = recurrent_gradients(dgi, dq, h_prev)
         if any(needs[2:half]) or any(needs[half + 2 :]):
             db_ih = rows.sum(0).view(2, 3 * hidden)
             dw[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum(0)], 1)

@@ -1,13 +1,15 @@
-"""What has been seen right on a GPU: "auto" takes the experimental kernels only for what is listed here."""
+"""The calls for which a recorded run on a GPU has shown an experimental kernel right: "auto" takes it only there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigru.kernels.config import Call
+
 
 @dataclass(frozen=True)
 class Proven:
-    """A family of kernels that a recorded run has shown right, and for what."""
+    """A kernel that a recorded run has shown right, and the calls that it covers."""
 
     kernel: str
     """"resident" or "cooperative"."""
@@ -21,11 +23,17 @@ class Proven:
     record: str
     """The record's file name in benchmarks/results/."""
 
-    def covers(self, hidden: int, dtype: str, precision: str, capability: tuple[int, int]) -> bool:
-        """Whether a call is among what was shown."""
-        same = self.dtype == dtype and (dtype != "float32" or self.precision == precision)
-        return same and self.capability == capability and hidden in self.hidden
+    def covers(self, call: Call) -> bool:
+        """Returns whether the record covers a call."""
+        dtype = str(call.dtype).removeprefix("torch.")
+        same = self.dtype == dtype and (dtype != "float32" or self.precision == call.precision)
+        return same and self.capability == call.device.capability and call.hidden in self.hidden
 
 
 PROVEN: tuple[Proven, ...] = ()
 """Empty: no run on a GPU has been recorded yet."""
+
+
+def proven_for(kernel: str) -> tuple[Proven, ...]:
+    """Returns the entries of one kernel."""
+    return tuple(entry for entry in PROVEN if entry.kernel == kernel)

@@ -1,28 +1,127 @@
-"""The recurrence as two custom operators, `bigru::gru_forward` and `bigru::gru_backward`, joined by autograd.
+"""The recurrence in any kernel, and the custom operators `bigru::gru_forward` and `bigru::gru_backward`.
 
-Input products stay outside (`reference.input_gates`), so that ATen's matrix product and its gradient serve them.
+Input products stay outside (`bigru.kernels.layer`), so that ATen's matrix product and its gradient serve them. In eager
+mode a layer calls `run_forward` and `run_backward` directly; the operators are the same two functions for compilers,
+and for whatever else records operators.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from bigru.kernels import plain
-from bigru.kernels.packed import Packing
+from bigru.kernels import registry
+from bigru.kernels.config import Call, describe
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
+from bigru.kernels.varlen import Varlen
+
+
+def run_forward(
+    gi: Tensor,
+    w_hh: Tensor,
+    b_hn: Tensor | None,
+    h0: Tensor,
+    precision: str,
+    save: bool,
+    kernel: str,
+    varlen: Varlen | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the forward recurrence in a kernel, outside autograd; the equations are in `bigru.kernels.reference`.
+
+    Args:
+        gi: (T, B, D, 3H) input side of the gates, or (P, D, 3H) with a `varlen`; (T, B, ...) below then means (P, ...).
+        w_hh: (D, 3H, H) recurrent weights, of gi's dtype.
+        b_hn: (D, H) recurrent bias of n, or None.
+        h0: (D, B, H) initial states.
+        precision: "fp32" or "tf32", for fp32 storage.
+        save: whether to keep what the backward pass needs.
+        kernel: name of a kernel that does not refuse the call.
+        varlen: the layout of sequences of different lengths.
+        out: (T, B, D, H) memory for y, contiguous.
+
+    Returns:
+        y (T, B, D, H), h_n (D, B, H) and the gates, which are the kernel's own affair and empty unless `save`.
+    """
+    implementation = registry.get(kernel)
+    rows, (_, batch, hidden) = tuple(gi.shape[:-1]), h0.shape
+    gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
+    b_hn = None if b_hn is None else b_hn.contiguous()
+    y = gi.new_empty(*rows, hidden) if out is None else out
+    gates = gi.new_empty(implementation.gates_shape(rows, hidden) if save else (0,))
+    h_n = torch.empty_like(h0)
+    if batch > 0:
+        call = Call(describe(gi.device), gi.dtype, hidden, precision, varlen is not None)
+        with _on_device_of(gi):
+            implementation.forward(gi, w_hh, b_hn, h0, y, h_n, gates, call, varlen)
+    return y, h_n, gates
+
+
+def run_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    precision: str,
+    kernel: str,
+    varlen: Varlen | None = None,
+    h_prev: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the backward recurrence in a kernel, outside autograd.
+
+    Args:
+        dy: (T, B, D, H) gradient of y; None for zeros.
+        dh_n: (D, B, H) gradient of h_n; None for zeros.
+        y, gates: as `run_forward` of the same kernel returned them.
+        h0, w_hh, precision, kernel, varlen: as for `run_forward`.
+        h_prev: (P, D, H) memory, contiguous; with a `varlen`, filled with the state before each step.
+
+    Returns:
+        dgi (T, B, D, 3H), gradient of gi; dq (T, B, D, H), gradient of W_hn h + b_hn; dh0 (D, B, H).
+    """
+    batch, hidden = h0.shape[1:]
+    dy = torch.zeros_like(y) if dy is None else dy
+    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+    dy, dh_n, y, gates, h0, w_hh = (tensor.contiguous() for tensor in (dy, dh_n, y, gates, h0, w_hh))
+    dgi = y.new_empty(*y.shape[:-1], 3 * hidden)
+    dq, dh0 = torch.empty_like(y), torch.empty_like(h0)
+    if batch > 0:
+        call = Call(describe(y.device), y.dtype, hidden, precision, varlen is not None)
+        with _on_device_of(y):
+            registry.get(kernel).backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, h_prev, call, varlen)
+    return dgi, dq, dh0
+
+
+def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
+    """Computes the gradient of the recurrent weights: dgh h_prev^T, summed over time and batch.
+
+    Args:
+        dgi: (T, B, D, 3H), from `run_backward`.
+        dq: (T, B, D, H), from `run_backward`.
+        h_prev: (D, T * B, H) state before each step.
+
+    Returns:
+        (D, 3H, H) gradient of w_hh.
+    """
+    hidden = dq.shape[-1]
+    dgi_d, dq_d = (gradient.view(-1, *gradient.shape[-2:]).permute(1, 2, 0) for gradient in (dgi, dq))
+    return torch.cat([dgi_d[:, : 2 * hidden] @ h_prev, dq_d @ h_prev], 1)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def fused_gru_recurrence(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str = "portable"
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str = "triton"
 ) -> tuple[Tensor, Tensor]:
-    """Runs the recurrence in the fused kernels; the equations are in `bigru.kernels.reference`.
+    """Runs the recurrence as a differentiable operator.
 
     Args:
-        gi: (T, B, D, 3H) input side of the gates, fp32, bf16 or fp16.
-        w_hh: (D, 3H, H) recurrent weights, of gi's dtype.
-        b_hn: (D, H) recurrent bias of n, or None.
-        h0: (D, B, H) initial state.
-        precision: "fp32" or "tf32", for fp32 storage.
-        kernel: one of `launch.KERNELS`, or "plain": `bigru.kernels.plain` instead, on any device and in any dtype.
+        gi, w_hh, b_hn, h0, precision: as for `run_forward`.
+        kernel: one of `registry.KERNELS`.
 
     Returns:
         y (T, B, D, H) and h_n (D, B, H).
@@ -37,80 +136,52 @@ def fused_gru_recurrence(
 # The last argument is not called `kernel`: torch 2.11 to 2.13's inductor has one of that name.
 @torch.library.custom_op("bigru::gru_forward", mutates_args=())
 def gru_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, family: str = "portable"
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
-    if family == "plain":
-        return plain.gru_forward(gi, w_hh, b_hn, h0, save)
-    from bigru.kernels import launch  # triton is needed from here on, not before
-
-    check_recurrence(gi, w_hh, b_hn, h0, precision, family)
-    return launch.gru_forward(gi, w_hh, b_hn, h0, precision, save, family)  # type: ignore[arg-type]
+    """Returns y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
+    check_operands(gi, w_hh, b_hn, h0, precision, kernel_name)
+    return run_forward(gi, w_hh, b_hn, h0, precision, save, kernel_name)
 
 
 @gru_forward.register_fake
-def _(gi, w_hh, b_hn, h0, precision, save, family="portable"):
-    steps, batch, directions, _ = gi.shape
-    hidden = h0.shape[-1]
-    y = gi.new_empty(steps, batch, directions, hidden)
-    shape: tuple[int, ...] = (0,)
-    if save and family == "plain":
-        shape = (steps, batch, directions, 4, hidden)
-    elif save:
-        from bigru.kernels import launch
-
-        shape = launch.gates_shape(family, steps, batch, directions, hidden)
-    gates = gi.new_empty(shape)
-    return y, h0.new_empty(h0.shape), gates
+def _(gi, w_hh, b_hn, h0, precision, save, kernel_name):
+    rows, hidden = tuple(gi.shape[:-1]), h0.shape[-1]
+    gates = gi.new_empty(registry.get(kernel_name).gates_shape(rows, hidden) if save else (0,))
+    return gi.new_empty(*rows, hidden), h0.new_empty(h0.shape), gates
 
 
 @torch.library.custom_op("bigru::gru_backward", mutates_args=())
 def gru_backward(
-    dy: Tensor,
-    dh_n: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
     y: Tensor,
     gates: Tensor,
     h0: Tensor,
     w_hh: Tensor,
     precision: str,
-    family: str = "portable",
+    kernel_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gi, of q and of h0. Not differentiable itself: a second derivative raises."""
-    if family == "plain":
-        return plain.gru_backward(dy, dh_n, y, gates, h0, w_hh)
-    from bigru.kernels import launch
-
-    return launch.gru_backward(dy, dh_n, y, gates, h0, w_hh, precision, family)  # type: ignore[arg-type]
+    """Returns the gradients of gi, of q and of h0. Not differentiable itself: a second derivative raises."""
+    return run_backward(dy, dh_n, y, gates, h0, w_hh, precision, kernel_name)
 
 
 @gru_backward.register_fake
-def _(dy, dh_n, y, gates, h0, w_hh, precision, family="portable"):
-    steps, batch, directions, hidden = y.shape
-    return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), h0.new_empty(h0.shape)
+def _(dy, dh_n, y, gates, h0, w_hh, precision, kernel_name):
+    return y.new_empty(*y.shape[:-1], 3 * y.shape[-1]), y.new_empty(y.shape), h0.new_empty(h0.shape)
 
 
-def check_recurrence(
-    gi: Tensor,
-    w_hh: Tensor,
-    b_hn: Tensor | None,
-    h0: Tensor,
-    precision: str,
-    kernel: str,
-    packing: Packing | None = None,
-) -> None:
-    """Raises ValueError or RuntimeError unless a family of kernels can run the recurrence on these operands."""
-    from bigru.kernels import launch
+def check_operands(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str) -> None:
+    """Checks the operands of the recurrence, without which a kernel would read where there is nothing.
 
-    rows = "T, B" if packing is None else "P"
-    if gi.shape[-2:-1] != (2,) or gi.shape[-1] % 3 or gi.dim() != (4 if packing is None else 3):
-        raise ValueError(f"gi: expected shape ({rows}, 2, 3H), got {tuple(gi.shape)}")
-    steps, batch = gi.shape[:2] if packing is None else (packing.steps, packing.batch)
-    directions, gates = gi.shape[-2:]
+    Raises:
+        ValueError: a shape, dtype, device, precision or kernel's name is wrong.
+        RuntimeError: no time step, or the kernel cannot serve the call.
+    """
+    if gi.dim() != 4 or gi.shape[2] != 2 or gi.shape[3] % 3:
+        raise ValueError(f"gi: expected shape (T, B, 2, 3H), got {tuple(gi.shape)}")
+    steps, batch, directions, gates = gi.shape
     hidden = gates // 3
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "w_hh": (w_hh, (directions, gates, hidden)),
-        "h0": (h0, (directions, batch, hidden)),
-    }
+    expected = {"w_hh": (w_hh, (directions, gates, hidden)), "h0": (h0, (directions, batch, hidden))}
     if b_hn is not None:
         expected["b_hn"] = (b_hn, (directions, hidden))
     for name, (tensor, shape) in expected.items():
@@ -122,53 +193,32 @@ def check_recurrence(
             )
     if steps == 0:
         raise RuntimeError("gi: expected at least one time step, got T = 0")
-    if gi.dtype not in launch.DTYPES:
-        raise ValueError(f"gi: expected float32, bfloat16 or float16, got {gi.dtype}")
     if precision not in ("fp32", "tf32"):
         raise ValueError(f"precision: expected 'fp32' or 'tf32', got {precision!r}")
-    if kernel not in launch.KERNELS:
-        raise ValueError(f"kernel: expected one of {launch.KERNELS}, got {kernel!r}")
-    if gi.device.type != "cuda" and kernel != "portable":
-        raise RuntimeError(f"gi: expected a CUDA tensor, which the {kernel} kernels need, got one on {gi.device}")
-    if gi.device.type != "cuda" and not launch.interpreted():
-        raise RuntimeError(f"gi: expected a CUDA tensor (or TRITON_INTERPRET=1), got one on {gi.device}")
-    if refusal := launch.refusal(kernel, hidden, gi.dtype, precision, launch.describe(gi.device), packing is not None):
-        raise RuntimeError(f"kernel {kernel!r} cannot serve this call: {refusal}")
+    if reason := registry.get(kernel).refusal(Call(describe(gi.device), gi.dtype, hidden, precision)):
+        raise RuntimeError(f"kernel {kernel!r} cannot serve this call: {reason}")
 
 
 def _setup_context(ctx, inputs, output):
-    _, w_hh, b_hn, h0, precision, save, family = inputs
+    _, w_hh, b_hn, h0, precision, save, kernel = inputs
     y, _, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, gates, h0, w_hh)
-    ctx.precision, ctx.family, ctx.saved_gates, ctx.has_bias = precision, family, save, b_hn is not None
+    ctx.precision, ctx.kernel, ctx.saved_gates, ctx.has_bias = precision, kernel, save, b_hn is not None
 
 
 def _backward(ctx, dy, dh_n, _):
     if not ctx.saved_gates:
         raise RuntimeError("bigru::gru_forward was called with save=False: it kept nothing for a backward pass")
     y, gates, h0, w_hh = ctx.saved_tensors
-    dy = torch.zeros_like(y) if dy is None else dy
-    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.family)
-    dw_hh = recurrent_weight_gradient(dgi, dq, y, h0) if ctx.needs_input_grad[1] else None
+    dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
+    dw_hh = None
+    if ctx.needs_input_grad[1]:
+        h_prev = torch.cat([h0[:1], y[:-1, :, 0]]), torch.cat([y[1:, :, 1], h0[1:]])
+        dw_hh = recurrent_gradients(dgi, dq, torch.stack(h_prev).flatten(1, 2))
     db_hn = dq.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dgi, dw_hh, db_hn, dh0, None, None, None
-
-
-def recurrent_weight_gradient(dgi: Tensor, dq: Tensor, y: Tensor, h0: Tensor) -> Tensor:
-    """Sum over time and batch of dgh h_prev^T, where h_prev is y shifted by one step and, at the first step, h0."""
-    hidden = y.shape[-1]
-    rows = []
-    for d in range(y.shape[2]):
-        first = 0 if d == 0 else -1
-        later, earlier = (slice(1, None), slice(None, -1)) if d == 0 else (slice(None, -1), slice(1, None))
-        h_prev = y[earlier, :, d].flatten(0, 1)
-        for gradient in (dgi[..., : 2 * hidden], dq):
-            at_first = gradient[first, :, d].T @ h0[d]
-            rows.append(torch.addmm(at_first, gradient[later, :, d].flatten(0, 1).T, h_prev))
-    return torch.cat(rows).view(y.shape[2], 3 * hidden, hidden)
 
 
 gru_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -15,15 +15,14 @@ b_hn stays apart, since r multiplies it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """Input side of all gates, both directions, as one matrix product.
+    """Computes the input side of all gates, both directions, as one matrix product.
 
     Args:
         x: (T, B, I) input of the layer; packed, (P, I).
@@ -43,27 +42,22 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | Non
     return gi.unflatten(-1, (directions, gates))
 
 
-def gru_layer(
-    x: Tensor, h0: Tensor, weights: Sequence[Tensor], recurrence: Callable[..., Any]
-) -> tuple[Tensor, Tensor]:
-    """One bidirectional layer of `torch.nn.GRU` in operators that autograd and compilers see through.
+def layer_operands(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Computes the recurrence's operands for one layer, in operators that autograd and compilers see through.
 
     Args:
         x: (T, B, I) input; packed, (P, I).
-        h0: (D, B, H) initial states.
         weights: w_ih (3H, I), w_hh (3H, H) and, with biases, b_ih (3H), b_hh (3H), of the first direction, then of the
-            second.
-        recurrence: takes gi, w_hh, b_hn, h0 as `gru_recurrence` does, and returns y and h_n first.
+            second: the order of `torch.nn.GRU`.
 
     Returns:
-        y (T, B, D * H) and h_n (D, B, H).
+        gi, w_hh and b_hn, as `gru_recurrence` takes them.
     """
     half = len(weights) // 2
     w_ih, w_hh, *biases = (torch.stack(pair) for pair in zip(weights[:half], weights[half:], strict=True))
     b_ih, b_hh = biases if biases else (None, None)
-    b_hn = b_hh[:, 2 * h0.shape[2] :] if b_hh is not None else None
-    y, h_n, *_ = recurrence(input_gates(x, w_ih, b_ih, b_hh), w_hh, b_hn, h0)
-    return y.flatten(-2), h_n
+    b_hn = b_hh[:, 2 * w_hh.shape[2] :] if b_hh is not None else None
+    return input_gates(x, w_ih, b_ih, b_hh), w_hh, b_hn
 
 
 def gru_recurrence(

@@ -1,7 +1,8 @@
 """What every shipped kernel compiles to, with no GPU needed: `python -m bigru.kernels.resources`.
 
-Compiles each configuration that `launch.choose` returns and prints registers, spills, shared memory and the size of one
-time step. Exits with 1, naming the rows, if one does not compile, spills, or needs more shared memory than there is.
+Compiles each configuration that the registry's kernels choose and prints registers, spills, shared memory and the size
+of one time step. Exits with 1, naming the rows, if one does not compile, spills, or needs more shared memory than there
+is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -27,49 +28,25 @@ from tabulate import tabulate
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from bigru.kernels import blocked, cooperative, launch, portable, resident
+from bigru.kernels import registry
+from bigru.kernels.cell import INTERPRETED, TRITON_VERSION
+from bigru.kernels.config import A100, B200, H100, Call, CooperativeConfig, ResidentConfig, TritonConfig
 
-DEVICES = {"sm_80": launch.A100, "sm_90": launch.H100, "sm_100": launch.B200}
-HIDDEN = (16, 32, 64, 100, 128, 200)
-"""Each padded size, and two that need padding."""
-BATCHES = (1, 4096)
-"""Fewer programs than processors, and more."""
-MODES: tuple[tuple[torch.dtype, launch.Precision], ...] = (
-    (torch.float32, "fp32"),
-    (torch.float32, "tf32"),
-    (torch.bfloat16, "fp32"),
-    (torch.float16, "fp32"),
-)
+DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
+MODES = ((torch.float32, "fp32"), (torch.float32, "tf32"), (torch.bfloat16, "fp32"), (torch.float16, "fp32"))
+"""Storage and precision."""
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-WHOLE = {"forward": "gru_forward_kernel", "backward": "gru_backward_kernel"}
-BLOCKED = {"forward blocked": "gru_forward_blocked_kernel", "backward blocked": "gru_backward_blocked_kernel"}
-RESIDENT = {"forward resident": "gru_forward_resident_kernel", "backward resident": "gru_backward_resident_kernel"}
-COOPERATIVE = {
-    "forward cooperative": "gru_forward_cooperative_kernel",
-    "backward cooperative": "gru_backward_cooperative_kernel",
-}
-PACKED_HIDDEN = (16, 128, 200)
-"""Of these, what the kernels for packed sequences are compiled for: least and most on chip, and one read in blocks."""
-SPLIT_HIDDEN = (192, 256, 512, 1024)
-"""Hidden sizes of the cooperative kernels: with padding and without, few programs and many."""
-BUFFERS = {
-    "gru_forward_blocked_kernel": {"state_ptr": "*fp32"},
-    "gru_backward_blocked_kernel": {"dh_ptr": "*fp32"},
-    "gru_forward_cooperative_kernel": {"arrivals_ptr": "*i64"},
-    "gru_backward_cooperative_kernel": {"shares_ptr": "*fp32", "arrivals_ptr": "*i64"},
-}
-"""What is not of the storage's type."""
 
 BUDGETS = {
     # Without gates saved, forward: 16-bit operands and TF32's accuracy; fp32's as much again for a quarter of the rows.
-    ("forward resident", False): {"bf16": (160, 2), "fp16": (160, 2), "tf32": (200, 2), "fp32": (230, 2)},
-    ("forward resident", True): {"bf16": (230, 2), "fp16": (230, 2), "tf32": (230, 2), "fp32": (230, 2)},
-    ("backward resident", True): {"bf16": (275, 4), "fp16": (275, 4), "tf32": (345, 4), "fp32": (345, 4)},
+    ("resident", "forward", False): {"bf16": (160, 2), "fp16": (160, 2), "tf32": (200, 2), "fp32": (230, 2)},
+    ("resident", "forward", True): {"bf16": (230, 2), "fp16": (230, 2), "tf32": (230, 2), "fp32": (230, 2)},
+    ("resident", "backward", True): {"bf16": (275, 4), "fp16": (275, 4), "tf32": (345, 4), "fp32": (345, 4)},
 }
-"""Most instructions and barriers of one step of the resident kernels, on sm_90 with the narrowest block."""
+"""Most instructions and barriers of one step by kernel, direction and whether gates are saved, on sm_90 with the
+narrowest block."""
 BUDGETED_HIDDEN = 128
 BUDGETED_TRITON = (3, 6)
 """The version that the budgets are for; newer ones may take 15 % more instructions."""
@@ -80,7 +57,7 @@ HEADERS = (
 )  # fmt: skip
 FOOTNOTES = """\
 N: batch rows of one program. registers: of one thread; spilled: its stack. shared: of one program.
-step: instructions and barriers of the largest loop in the machine code, one time step; of a blocked kernel this is the
+step: instructions and barriers of the largest loop in the machine code, one time step; of a streamed kernel this is the
 body of the time loop as it is written, with each inner loop over blocks counted once. Sizes, not times.
 Forward kernels as in training, with bias and gates saved, unless they say "inference". budget: most instructions and
 barriers a step. B and T are any numbers, pointers are aligned."""
@@ -92,25 +69,22 @@ class Case:
 
     arch: str
     kernel: str
+    """Its name in the registry."""
+    direction: str
     hidden: int
     storage: str
     precision: str
-    config: launch.LaunchConfig | launch.ResidentConfig | cooperative.CooperativeConfig
+    config: TritonConfig | ResidentConfig | CooperativeConfig
     save: bool = True
     """Whether the gates are saved, as in training."""
-    packed: bool = False
-    """Whether the batch is a PackedSequence, which the portable kernels take."""
+    varlen: bool = False
+    """Whether the sequences have different lengths."""
 
     @property
     def name(self) -> str:
         """The kernel as the table names it."""
-        return self.kernel + (", packed" if self.packed else "") + (", inference" if not self.save else "")
-
-    @property
-    def rows(self) -> int:
-        """Batch rows of one program."""
-        config = self.config
-        return config.rows if isinstance(config, cooperative.CooperativeConfig) else config.block_batch
+        form = f" {self.config.form}" if self.config.form else ""
+        return f"{self.direction} {self.kernel}{form}{', varlen' * self.varlen}{', inference' * (not self.save)}"
 
     @property
     def mode(self) -> str:
@@ -119,7 +93,7 @@ class Case:
 
     def __str__(self) -> str:
         names = f"{self.arch} {self.name}, H={self.hidden}, {self.storage} storage, precision {self.precision}"
-        return f"{names}, N={self.rows}, {self.config.options()['num_warps']} warps"
+        return f"{names}, N={self.config.rows}, {self.config.num_warps} warps"
 
 
 @dataclass(frozen=True)
@@ -134,19 +108,33 @@ class Usage:
     error: str | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0, 1 a row has a problem, 2 nothing can be compiled."""
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    interpreted: bool = INTERPRETED,
+    compile_all: Callable[[Sequence[Case], int], list[Usage]] | None = None,
+) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments; by default the process's.
+        interpreted: whether the kernels are defined for Triton's interpreter, in which nothing is compiled.
+        compile_all: what measures the cases in so many processes.
+
+    Returns:
+        The exit code: 0, 1 a row has a problem, 2 nothing can be compiled.
+    """
     parser = argparse.ArgumentParser(prog="python -m bigru.kernels.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", action="append", choices=DEVICES, help="only this architecture; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if launch.interpreted():
+    if interpreted:
         print("bigru.kernels.resources: TRITON_INTERPRET is set, so nothing is compiled; unset it", file=sys.stderr)
         return 2
     header = {"triton": triton.__version__, "ptxas": ptxas_versions(), "date": date.today().isoformat()}
     cases = list(shipped(arguments.arch or DEVICES))
-    usages = compile_all(cases, arguments.jobs)
+    usages = (compile_all or measure_all)(cases, arguments.jobs)
     print(f"triton {header['triton']}, ptxas {header['ptxas']}, {header['date']}; {len(cases)} kernels\n")
     print(tabulate([table_row(*pair) for pair in zip(cases, usages, strict=True)], HEADERS))
     print(f"\n{FOOTNOTES}")
@@ -156,44 +144,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return verdict(cases, usages)
 
 
-def shipped(archs: Sequence[str] | dict[str, Any]) -> Iterator[Case]:
-    """Every kernel and configuration that `launch` takes on these architectures, each once."""
-    yield from dict.fromkeys(
+def shipped(archs: Iterable[str]) -> list[Case]:
+    """Returns every compiled kernel in every configuration that it takes on these architectures, each once."""
+    cases = [
         case
         for arch in archs
-        for hidden in HIDDEN
+        for kernel in registry.PUBLIC
+        for hidden in registry.get(kernel).widths
         for dtype, precision in MODES
-        for batch in BATCHES
-        for case in cases_of(arch, hidden, dtype, precision, batch)
-    )
-    yield from dict.fromkeys(
-        Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
-        for arch in archs
-        for hidden in SPLIT_HIDDEN
-        for dtype, precision in MODES
-        if launch.refusal("cooperative", hidden, dtype, precision, DEVICES[arch]) is None
-        for config in [cooperative.choose_cooperative(hidden, dtype, precision, 64, DEVICES[arch])]
-        for kernel in COOPERATIVE
-    )
+        for case in cases_of(arch, kernel, hidden, dtype, precision)
+    ]
+    return list(dict.fromkeys(cases))
 
 
-def cases_of(arch: str, hidden: int, dtype: torch.dtype, precision: launch.Precision, batch: int) -> Iterator[Case]:
-    """What could serve one call."""
-    config = launch.choose(hidden, dtype, precision, batch, DEVICES[arch])
-    for kernel in WHOLE if config.whole else BLOCKED:
-        case = Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, config)
-        yield case
-        if hidden in PACKED_HIDDEN:
-            yield replace(case, packed=True)
-    if launch.refusal("resident", hidden, dtype, precision, DEVICES[arch]) is None:
-        narrow = launch.choose_resident(hidden, dtype, precision, batch, DEVICES[arch])
-        for kernel in RESIDENT:
-            yield Case(arch, kernel, hidden, SHORT_NAMES[dtype], precision, narrow)
-        if hidden == BUDGETED_HIDDEN:
-            yield Case(arch, "forward resident", hidden, SHORT_NAMES[dtype], precision, narrow, save=False)
+def cases_of(arch: str, name: str, hidden: int, dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    """Yields what one kernel compiles for one width and mode."""
+    kernel, call = registry.get(name), Call(DEVICES[arch], dtype, hidden, precision)
+    if kernel.refusal(call) is not None:
+        return
+    for config in dict.fromkeys(kernel.choose(call, batch) for batch in kernel.batches):
+        for direction in kernel.functions(config):
+            case = Case(arch, name, direction, hidden, SHORT_NAMES[dtype], precision, config)
+            yield case
+            if hidden in kernel.varlen_widths:
+                yield replace(case, varlen=True)
+            if hidden == BUDGETED_HIDDEN and (name, direction, False) in BUDGETS:
+                yield replace(case, save=False)
 
 
-def compile_all(cases: Sequence[Case], jobs: int) -> list[Usage]:
+def measure_all(cases: Sequence[Case], jobs: int) -> list[Usage]:
     """Measures the cases in this many processes, with a bar on a terminal."""
     # Spawned, not forked: torch has threads by now.
     context = multiprocessing.get_context("spawn")
@@ -208,8 +187,7 @@ def measure(case: Case) -> Usage:
         text = dump(compiled.asm["cubin"])
         registers, spilled = read_usage(text)
         instructions, barriers = read_step(text)
-        # The resident kernels take two steps at every turn of their loop.
-        steps = 2 if case.kernel in RESIDENT else 1
+        steps = registry.get(case.kernel).steps_a_turn
         return Usage(registers, spilled, compiled.metadata.shared, -(-instructions // steps), -(-barriers // steps))
     except Exception as error:
         return Usage(error=f"{type(error).__name__}: {error}".splitlines()[0])
@@ -217,40 +195,30 @@ def measure(case: Case) -> Usage:
 
 def compile_case(case: Case) -> Any:
     """Compiles as a launch would, for a GPU that need not be there."""
-    name = (WHOLE | BLOCKED | RESIDENT | COOPERATIVE)[case.kernel]
-    config, accurate = case.config, case.storage == "fp32" and case.precision == "fp32"
-    values: dict[str, Any] = {
-        "H": case.hidden, "N": case.rows, "HAS_BIAS": True, "SAVE": case.save, "SPLIT": config.split,
-        "ACCURATE": accurate,
-    }  # fmt: skip
-    build, types = ASTSource, {"packing_ptr": "*i64"} | BUFFERS.get(name, {})
-    if isinstance(config, launch.ResidentConfig):
-        kernel, build = getattr(resident, name), GluonASTSource
-        values |= {"HP": config.padded}
-    elif isinstance(config, cooperative.CooperativeConfig):
-        kernel = getattr(cooperative, name)
-        values |= {"S": config.units, "CHUNK": config.chunk, "WARPS": config.num_warps, "MAX_POLLS": config.max_polls}
-        types.setdefault("state_ptr", "*fp16" if case.storage == "fp32" else f"*{case.storage}")
-    else:
-        kernel = getattr(portable if config.whole else blocked, name)
-        values |= {"HP": config.block_hidden, "BH": config.block_hidden, "PRECISION": config.dot}
+    config = case.config
+    function, types = registry.get(case.kernel).functions(config)[case.direction]
+    accurate = case.storage == "fp32" and case.precision == "fp32"
+    values = {"H": case.hidden, "HAS_BIAS": True, "SAVE": case.save, "ACCURATE": accurate, "WARPS": config.num_warps}
+    values |= config.constants()
+    operand = "*fp16" if case.storage == "fp32" else f"*{case.storage}"
     signature, constants, aligned = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
+    for i, parameter in enumerate(function.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = values[parameter.name]
-        elif parameter.name in ("packing_ptr", "before_ptr") and not case.packed:
+        elif parameter.name in ("varlen_ptr", "h_prev_ptr") and not case.varlen:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = None
         elif parameter.name.endswith("_ptr"):
-            signature[parameter.name] = types.get(parameter.name, f"*{case.storage}")
+            kind = "*i64" if parameter.name == "varlen_ptr" else types.get(parameter.name, f"*{case.storage}")
+            signature[parameter.name] = operand if kind == "operand" else kind
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32"
-    target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
-    source = build(kernel, signature, constants, aligned)
-    options = config.options(case.packed) if isinstance(config, launch.LaunchConfig) else config.options()
-    return triton.compile(source, target=target, options=options)
+    build = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
+    source = build(function, signature, constants, aligned)
+    options = config.options(case.varlen) if isinstance(config, TritonConfig) else config.options()
+    return triton.compile(source, target=GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32), options=options)
 
 
 def dump(cubin: bytes) -> str:
@@ -290,8 +258,8 @@ def ptxas_versions() -> str:
     return " and ".join(dict.fromkeys(tool.version for tool in tools))
 
 
-def problem(case: Case, usage: Usage) -> str | None:
-    """What keeps a case from being shipped, or None."""
+def problem(case: Case, usage: Usage, version: tuple[int, ...] = TRITON_VERSION) -> str | None:
+    """Returns the reason why a case cannot be shipped, or None."""
     if usage.error is not None:
         return f"does not compile: {usage.error}"
     if usage.spilled:
@@ -299,21 +267,20 @@ def problem(case: Case, usage: Usage) -> str | None:
     limit = DEVICES[case.arch].shared_memory
     if usage.shared > limit:
         return f"needs {usage.shared} bytes of shared memory, {limit} there are"
-    if (most := budget(case)) and (usage.instructions > most[0] or usage.barriers > most[1]):
+    if (most := budget(case, version)) and (usage.instructions > most[0] or usage.barriers > most[1]):
         found = f"{usage.instructions} instructions and {usage.barriers} barriers"
         return f"takes {found} a step, {most[0]} and {most[1]} are allowed"
     return None
 
 
-def budget(case: Case) -> tuple[int, int] | None:
-    """Most instructions and barriers of one step, for the cases that have a budget."""
+def budget(case: Case, version: tuple[int, ...] = TRITON_VERSION) -> tuple[int, int] | None:
+    """Returns the most instructions and barriers of one step under a triton, for the cases that have a budget."""
     narrowest = 4 if case.config.split else 8
-    where = case.arch, case.hidden, case.rows
-    if where != ("sm_90", BUDGETED_HIDDEN, narrowest) or case.kernel not in RESIDENT:
+    of_kernel = BUDGETS.get((case.kernel, case.direction, case.save))
+    if of_kernel is None or (case.arch, case.hidden, case.config.rows) != ("sm_90", BUDGETED_HIDDEN, narrowest):
         return None
-    instructions, barriers = BUDGETS[case.kernel, case.save][case.mode]
-    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) > BUDGETED_TRITON
-    return int(instructions * (1.15 if newer else 1)), barriers
+    instructions, barriers = of_kernel[case.mode]
+    return int(instructions * (1.15 if version > BUDGETED_TRITON else 1)), barriers
 
 
 def verdict(cases: Sequence[Case], usages: Sequence[Usage]) -> int:
@@ -331,14 +298,15 @@ def table_row(case: Case, usage: Usage) -> tuple[Any, ...]:
     sizes = usage.registers, usage.spilled, usage.shared, limit, usage.instructions, usage.barriers
     most = budget(case)
     return (
-        case.arch, case.name, case.hidden, case.storage, precision, case.rows, case.config.options()["num_warps"],
+        case.arch, case.name, case.hidden, case.storage, precision, case.config.rows,
+        case.config.num_warps,
         *(("error",) * len(sizes) if usage.error else sizes), f"{most[0]}, {most[1]}" if most else "-",
     )  # fmt: skip
 
 
 def as_record(case: Case, usage: Usage) -> dict[str, Any]:
     """A row with everything known of it, for the JSON file."""
-    more = {"name": case.name, "num_warps": case.config.options()["num_warps"]}
+    more = {"name": case.name, "num_warps": case.config.num_warps}
     more |= {"limit": DEVICES[case.arch].shared_memory, "budget": budget(case), "problem": problem(case, usage)}
     return asdict(case) | asdict(usage) | more
 

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bigru.kernels.gru import BiGRU
+from bigru.kernels.registry import Backend
 from bigru.layout import POSE_SIZE
 
 PUBLISHED_SIZES = (84, 128, 2)
@@ -52,7 +53,7 @@ class HandForecaster(nn.Module):
         num_layers: int = 2,
         dropout: float = 0.2,
         *,
-        backend: Literal["auto", "triton", "resident", "cooperative", "torch", "reference"] = "auto",
+        backend: Backend = "auto",
         precision: Literal["fp32", "tf32"] = "fp32",
     ) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from bigru.data.clips import ClipError, read_clip
 from bigru.data.windows import frame_features, hands_origin
 from bigru.environment import pick_device
 from bigru.files import write_atomically
+from bigru.kernels.registry import Backend
 from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.model.weights import CheckpointError, load_forecaster, modalities_of
@@ -95,7 +96,7 @@ class Arguments:
     """Frames observed, and as many predicted. Default: as in config.json beside the weights, else 60."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    backend: Literal["auto", "triton", "resident", "cooperative", "torch", "reference"] = "auto"
+    backend: Backend = "auto"
     """Which implementation of the GRU to run."""
 
 

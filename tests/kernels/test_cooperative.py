@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import NAMES, TOLERANCE, error, expected, make_inputs
+from support import NAMES, TOLERANCE, error, expected, make_inputs, run_kernel
 
 pytest.importorskip("triton")
 
-from bigru.kernels import cooperative
-from bigru.kernels.cooperative import CooperativeConfig, choose_cooperative, refusal
-from bigru.kernels.launch import A100, B200, H100
+from bigru.kernels.config import A100, B200, H100, Call, CooperativeConfig, describe
+from bigru.kernels.cooperative import KERNEL
 
 DEVICES = {"A100": A100, "H100": H100, "B200": B200}
 MODES = {
@@ -29,20 +28,22 @@ NARROW = ("tf32", "bf16", "fp16")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the programs wait for one another")
 
 
-@pytest.fixture(autouse=True)
-def of_triton_3_6(request, monkeypatch):
-    """What the choices below are for, unless a kernel is to run or to be compiled here."""
-    if request.node.get_closest_marker("here") is None:
-        monkeypatch.setattr(cooperative, "NEWER_TRITON", False)
+# The choices below are for triton 3.6, under which every size compiles without a spill.
+OF_3_6, NEWER = replace(KERNEL, triton_version=(3, 6)), replace(KERNEL, triton_version=(3, 9))
+
+
+def call(hidden, mode="fp32", device=H100):
+    dtype, precision = MODES[mode]
+    return Call(device, dtype, hidden, precision)
 
 
 class TestRefusal:
     def test_sizes_that_one_multiprocessor_holds(self):
-        reason = refusal(128, torch.float32, "fp32", H100)
+        reason = OF_3_6.refusal(call(128))
         assert reason == "hidden_size is 128, and the cooperative kernels serve 129 and more"
 
     def test_sizes_that_no_gpu_holds(self):
-        reason = refusal(4096, torch.bfloat16, "fp32", H100)
+        reason = OF_3_6.refusal(call(4096, "bf16"))
         assert "hidden_size is 4096" in reason
         assert "the 132 processors at once, 227 KiB each" in reason
 
@@ -60,24 +61,20 @@ class TestRefusal:
         ],
     )
     def test_what_fits(self, hidden, mode, served):
-        assert {name for name, device in DEVICES.items() if refusal(hidden, *MODES[mode], device) is None} == served
+        fits = {name for name, device in DEVICES.items() if OF_3_6.refusal(call(hidden, mode, device)) is None}
+        assert fits == served
 
     @pytest.mark.parametrize(
         ("hidden", "mode", "served"),
         [(640, "fp32", True), (641, "fp32", False), (640, "tf32", True), (641, "tf32", False), (1024, "bf16", True)],
     )
-    def test_what_compiles_without_a_spill_under_a_newer_triton(self, hidden, mode, served, monkeypatch):
-        monkeypatch.setattr(cooperative, "NEWER_TRITON", True)
-        reason = refusal(hidden, *MODES[mode], H100)
-        assert reason is None if served else "under triton" in reason
+    def test_what_compiles_without_a_spill_under_a_newer_triton(self, hidden, mode, served):
+        reason = NEWER.refusal(call(hidden, mode))
+        assert reason is None if served else "under triton 3.9" in reason
 
     def test_a_slice_of_a_gpu(self):
-        assert refusal(512, torch.float32, "fp32", replace(H100, processors=16)) is None
-        assert refusal(512, torch.float32, "fp32", replace(H100, processors=15)) is not None
-
-    def test_choosing_what_is_refused_raises_the_reason(self):
-        with pytest.raises(ValueError, match="hidden_size is 128"):
-            choose_cooperative(128, torch.float32, "fp32", 64, H100)
+        assert OF_3_6.refusal(call(512, device=replace(H100, processors=16))) is None
+        assert OF_3_6.refusal(call(512, device=replace(H100, processors=15))) is not None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,9 +82,9 @@ class TestRefusal:
 class TestEveryChoice:
     def choices(self, device, mode):
         for hidden in HIDDEN:
-            if refusal(hidden, *MODES[mode], device) is None:
+            if OF_3_6.refusal(call(hidden, mode, device)) is None:
                 for batch in (1, 16, 17, 64, 100, 1000):
-                    yield hidden, batch, choose_cooperative(hidden, *MODES[mode], batch, device)
+                    yield hidden, batch, OF_3_6.choose(call(hidden, mode, device), batch)
 
     def test_fits_the_gpu_at_once(self, device, mode):
         """One program a processor: what a cooperative launch needs so as not to be refused."""
@@ -121,64 +118,51 @@ class TestEveryChoice:
 class TestChoice:
     def test_a_batch_that_fits_takes_one_launch(self):
         for hidden in (192, 256, 384, 512):
-            assert len(list(choose_cooperative(hidden, torch.float32, "fp32", 64, H100).launches(64))) == 1
+            assert len(list(OF_3_6.choose(call(hidden), 64).launches(64))) == 1
 
     def test_a_small_batch_takes_the_narrowest_slices(self):
-        config = choose_cooperative(512, torch.float32, "fp32", 16, H100)
+        config = OF_3_6.choose(call(512), 16)
         assert (config.units, config.rows, config.programs, config.blocks) == (16, 16, 32, 2)
 
     def test_wider_slices_where_more_would_not_fit(self):
-        config = choose_cooperative(512, torch.float32, "fp32", 64, H100)
+        config = OF_3_6.choose(call(512), 64)
         assert (config.units, config.rows, config.programs, config.blocks) == (32, 16, 16, 4)
 
     def test_one_direction_at_a_time_where_two_do_not_fit(self):
-        config = choose_cooperative(1024, torch.bfloat16, "fp32", 16, replace(H100, processors=32))
+        config = OF_3_6.choose(call(1024, "bf16", replace(H100, processors=32)), 16)
         assert (config.units, config.directions) == (32, 1)
         assert [(b, d) for b, d, _ in config.launches(33)] == [(0, 0), (0, 1), (16, 0), (16, 1), (32, 0), (32, 1)]
 
     def test_chunks_pad_as_little_as_can_be(self):
         for hidden, padded in ((192, 256), (384, 384), (512, 512), (640, 640), (768, 768)):
-            assert choose_cooperative(hidden, torch.bfloat16, "fp32", 1, H100).padded == padded
+            assert OF_3_6.choose(call(hidden, "bf16"), 1).padded == padded
 
     def test_an_empty_batch_takes_no_launch(self):
-        assert list(choose_cooperative(256, torch.float32, "fp32", 0, H100).launches(0)) == []
+        assert list(OF_3_6.choose(call(256), 0).launches(0)) == []
 
 
 COMPILE = """
 import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from bigru.kernels import cooperative as c
-import torch
-from bigru.kernels.launch import H100
-config = c.choose_cooperative(160, torch.float32, "fp32", 1, H100)
-kernel = getattr(c, sys.argv[1])
-values = dict(
-    H=160, S=config.units, N=config.rows, CHUNK=config.chunk, WARPS=config.num_warps, MAX_POLLS=config.max_polls,
-    HAS_BIAS=True, SAVE=True, SPLIT=True,
-)
-types = dict(state_ptr="*fp16", arrivals_ptr="*i64", T="i32", B="i32", first_b="i32", first_d="i32")
-signature = {p.name: "constexpr" if p.is_constexpr else types.get(p.name, "*fp32") for p in kernel.params}
-constants = {(i,): values[p.name] for i, p in enumerate(kernel.params) if p.is_constexpr}
-compiled = triton.compile(
-    ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=config.options()
-)
+from bigru.kernels import resources
+from bigru.kernels.config import cooperative_shared_memory
+from bigru.kernels.cooperative import KERNEL
+case = resources.Case("sm_90", "cooperative", sys.argv[1], 160, "fp32", "fp32", KERNEL.choose(resources.Call(
+    resources.H100, resources.torch.float32, 160), 1))
+compiled = resources.compile_case(case)
 assert compiled.metadata.launch_cooperative_grid
-assert compiled.metadata.shared <= c._shared_memory(config), compiled.metadata.shared
+assert compiled.metadata.shared <= cooperative_shared_memory(case.config, KERNEL.newer_triton), compiled.metadata.shared
 print(compiled.asm["ptx"])
 """
 
 
-@pytest.mark.here
-@pytest.mark.parametrize("kernel", ["gru_forward_cooperative_kernel", "gru_backward_cooperative_kernel"])
-def test_exchange_is_ordered_in_the_compiled_kernel(kernel, tmp_path):
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_exchange_is_ordered_in_the_compiled_kernel(direction, tmp_path):
     """Between a store and the arrival lies a barrier, and another between the acquire and what was waited for."""
     # In a process of its own: in this one the kernels may be interpreted.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, kernel], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", COMPILE, direction], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     arrivals = acquires = exchanged = 0
@@ -202,32 +186,8 @@ def test_exchange_is_ordered_in_the_compiled_kernel(kernel, tmp_path):
     assert exchanged >= 1
 
 
-def forward(config, inputs):
-    """y, h_n and gates of one configuration."""
-    gi, _, _, h0 = inputs
-    steps, batch, _, _ = gi.shape
-    outputs = (
-        gi.new_empty(steps, batch, *h0.shape[::2]),
-        torch.empty_like(h0),
-        gi.new_empty(steps, batch, 2, 4, h0.shape[2]),
-    )
-    cooperative.forward(*inputs, *outputs, config)
-    return outputs
-
-
-def backward(config, inputs, upstream, y, gates):
-    """dgi, dq and dh0 of one configuration."""
-    gi, w_hh, _, h0 = inputs
-    outputs = torch.empty_like(gi), torch.empty_like(y), torch.empty_like(h0)
-    cooperative.backward(*upstream, y, gates, h0, w_hh, *outputs, config)
-    return outputs
-
-
-def run(config, inputs, upstream):
-    """y, h_n, dgi, dh0 and db_hn of one configuration."""
-    y, h_n, gates = forward(config, inputs)
-    dgi, dq, dh0 = backward(config, inputs, upstream, y, gates)
-    return {"y": y, "h_n": h_n, "dgi": dgi, "dh0": dh0, "db_hn": dq.sum((0, 1))}
+def run(config, inputs, upstream, **given):
+    return run_kernel(KERNEL, inputs, upstream, config=config, **given)
 
 
 class TestOneProgramAGroup:
@@ -242,7 +202,7 @@ class TestOneProgramAGroup:
         inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
         config = CooperativeConfig(16, rows, 128, 1, blocks=1, directions=2, split=mode == "fp32")
         wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
-        for name, value in run(config, inputs, upstream).items():
+        for name, value in run(config, inputs, upstream)[0].items():
             assert error(value, wanted[name]) < TOLERANCE[dtype, precision], name
 
 
@@ -251,18 +211,16 @@ def test_a_wait_in_vain_ends_in_nan(kernel_device):
     """The interpreter runs one program after another: the first waits for a second that has not begun."""
     inputs, upstream = make_inputs((3, 5, 32), torch.float32, kernel_device)
     config = CooperativeConfig(16, 16, 128, 2, blocks=1, directions=2, split=True, max_polls=5)
-    y, h_n, gates = forward(config, inputs)
-    assert y.isnan().all()
-    assert h_n.isnan().all()
-    dgi, _, dh0 = backward(config, inputs, upstream, torch.zeros_like(y), torch.zeros_like(gates))
-    assert dh0.isnan().all()
+    finite = {"y": torch.zeros(3, 5, 2, 32), "gates": torch.zeros(3, 5, 2, 4, 32)}
+    results, _ = run(config, inputs, upstream, **finite)
+    for name in ("y", "h_n", "dh0"):
+        assert results[name].isnan().all(), name
     # The first backward step, the last of direction 0 and the first of direction 1, waits for nothing.
-    assert dgi[:-1, :, 0].isnan().all()
-    assert dgi[1:, :, 1].isnan().all()
+    assert results["dgi"][:-1, :, 0].isnan().all()
+    assert results["dgi"][1:, :, 1].isnan().all()
 
 
 @needs_gpu
-@pytest.mark.here
 @pytest.mark.usefixtures("poisoned")
 class TestOnGpu:
     @pytest.fixture
@@ -280,57 +238,51 @@ class TestOnGpu:
         inputs, upstream = make_inputs((5, 35, 200), dtype, kernel_device)
         config = CooperativeConfig(units, rows, 256, -(-200 // units), blocks, directions, split=mode == "fp32")
         wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
-        for name, value in run(config, inputs, upstream).items():
+        for name, value in run(config, inputs, upstream)[0].items():
             assert error(value, wanted[name]) < TOLERANCE[dtype, precision], name
 
     def test_long_sequences_bit_for_bit(self, kernel_device):
         """Many exchanges: a read that came too early would differ from run to run."""
         inputs, upstream = make_inputs((500, 64, 512), torch.float32, kernel_device)
-        config = choose_cooperative(512, torch.float32, "fp32", 64, cooperative_device())
-        first = run(config, inputs, upstream)
+        config = KERNEL.choose(call(512, device=describe(kernel_device)), 64)
+        first = run(config, inputs, upstream)[0]
         for _ in range(10):
-            for name, value in run(config, inputs, upstream).items():
+            for name, value in run(config, inputs, upstream)[0].items():
                 assert torch.equal(value, first[name]), name
 
-    def test_a_missing_program_ends_in_nan(self, small, monkeypatch):
+    def test_a_missing_program_ends_in_nan(self, small):
+        class Short(CooperativeConfig):
+            def launches(self, batch):
+                for first_b, first_d, (programs, *rest) in super().launches(batch):
+                    yield first_b, first_d, (programs - 1, *rest)
+
         config, inputs, upstream = small
-        whole = run(config, inputs, upstream)
-        gates = forward(config, inputs)[2]
-        grids = list(config.launches(20))
-        fewer = [(b, d, (programs - 1, *rest)) for b, d, (programs, *rest) in grids]
-        monkeypatch.setattr(CooperativeConfig, "launches", lambda self, batch: iter(fewer))
-        short = replace(config, max_polls=1000)
-        y, h_n, _ = forward(short, inputs)
-        assert y.isnan().all()
-        assert h_n[..., :128].isnan().all()
-        dgi, _, dh0 = backward(short, inputs, upstream, whole["y"], gates)
-        assert dh0[..., :128].isnan().all()
+        whole, gates = run(config, inputs, upstream)
+        short = Short(**vars(replace(config, max_polls=1000)))
+        results, _ = run(short, inputs, upstream, y=whole["y"], gates=gates)
+        assert results["y"].isnan().all()
+        assert results["h_n"][..., :128].isnan().all()
+        assert results["dh0"][..., :128].isnan().all()
         # The first backward step, the last of direction 0 and the first of direction 1, waits for nothing.
-        assert dgi[:-1, :, 0, :128].isnan().all()
-        assert dgi[1:, :, 1, :128].isnan().all()
+        assert results["dgi"][:-1, :, 0, :128].isnan().all()
+        assert results["dgi"][1:, :, 1, :128].isnan().all()
 
     def test_a_wait_that_is_given_up_leaves_right_numbers_or_nan(self, small):
         config, inputs, upstream = small
-        whole = run(config, inputs, upstream)
+        whole, gates = run(config, inputs, upstream)
         for polls in (1, 2, 5, 10):
-            y, h_n, _ = forward(replace(config, max_polls=polls), inputs)
+            results, _ = run(replace(config, max_polls=polls), inputs, upstream, y=whole["y"], gates=gates)
+            y, h_n = results["y"], results["h_n"]
             assert (y.isnan() | (y == whole["y"])).all()
             assert torch.equal(h_n[0].isnan(), y[-1, :, 0].isnan())
 
     def test_graph_capture(self, small):
         config, inputs, upstream = small
-        wanted = run(config, inputs, upstream)
+        wanted = run(config, inputs, upstream)[0]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = run(config, inputs, upstream)
+            captured = run(config, inputs, upstream)[0]
         for _ in range(3):
             graph.replay()
             for name, value in captured.items():
                 assert torch.equal(value, wanted[name]), name
-
-
-def cooperative_device():
-    """The GPU at hand, as the choice of a configuration sees it."""
-    from bigru.kernels import launch
-
-    return launch.describe(torch.device("cuda", torch.cuda.current_device()))

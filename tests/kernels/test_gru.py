@@ -1,13 +1,15 @@
 """`BiGRU` against torch.nn.GRU: parameters, results, gradients, behaviour, errors."""
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
-from support import TOLERANCE, error
+from support import TOLERANCE, Recorder, error
 from torch import nn
 
 from bigru import BiGRU
+from bigru.kernels.gru import dtype_of_call
 
 # cuDNN says so, of nn.GRU as of us, where parameters were copied or replaced and not laid out anew.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
@@ -177,73 +179,17 @@ class TestBackends:
         with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call.*float64"):
             gru(torch.randn(2, 2, 3, dtype=torch.float64, device=kernel_device))
 
-    def test_triton_on_a_cpu_is_refused_without_the_interpreter(self, monkeypatch):
-        pytest.importorskip("triton")
-        from bigru.kernels import launch
-
-        monkeypatch.setattr(launch, "interpreted", lambda: False)
-        with pytest.raises(RuntimeError, match="the input is on cpu"):
-            BiGRU(3, 4, backend="triton")(torch.randn(2, 2, 3))
-
     @pytest.mark.parametrize("backend", ["resident", "cooperative"])
     def test_kernels_without_an_interpreter_are_refused_on_a_cpu(self, backend):
         pytest.importorskip("triton")
         with pytest.raises(RuntimeError, match=f"'{backend}' cannot serve this call: the input is on cpu"):
             BiGRU(3, 4, backend=backend)(torch.randn(2, 2, 3))
 
-    def test_auto_takes_a_proven_kernel(self, monkeypatch):
-        pytest.importorskip("triton")
-        from types import SimpleNamespace
-
-        from bigru.kernels import launch
-        from bigru.kernels.proven import Proven
-
-        proven = Proven("resident", (9, 0), (32, 128), "float32", "fp32", "card.json")
-        monkeypatch.setattr(launch, "PROVEN", (proven,))
-        monkeypatch.setattr(launch, "describe", lambda device: launch.H100)
-        input = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
-        assert BiGRU(3, 128).resolve_backend(input) == "resident"
-        assert BiGRU(3, 64).resolve_backend(input) == "triton"
-        assert BiGRU(3, 128, precision="tf32").resolve_backend(input) == "triton"
-        monkeypatch.setattr(launch, "describe", lambda device: launch.A100)
-        assert BiGRU(3, 128).resolve_backend(input) == "triton"
-
-    @pytest.mark.parametrize("change", [{}, {"precision": "tf32"}, {"dtype": torch.bfloat16}, {"capability": (7, 5)}])
-    def test_falling_back_warns_where_cudnn_may_be_less_exact(self, change, monkeypatch, recwarn):
-        from types import SimpleNamespace
-
-        from bigru.kernels import gru
-
-        monkeypatch.setattr(gru, "_refusal", lambda *_: "of a test")
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        options = dict(change)
-        capability = options.pop("capability", (8, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        input = SimpleNamespace(device=torch.device("cuda:0"), dtype=change.get("dtype", torch.float32))
-        assert BiGRU(3, 4, **options).resolve_backend(input) == "torch"
-        assert ["its products may be TF32" in str(warning.message) for warning in recwarn] == ([] if change else [True])
-
-    def test_under_autocast_its_dtype_decides(self, monkeypatch):
-        from types import SimpleNamespace
-
-        from bigru.kernels import gru
-
-        asked = []
-        monkeypatch.setattr(gru, "_refusal", lambda *call: None)
-        monkeypatch.setattr(gru, "_preferred", lambda device, dtype, *_: asked.append(dtype) or "triton")
-        monkeypatch.setattr(gru, "_autocast", lambda device: True)
-        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-        for dtype in (torch.float32, torch.float64):
-            BiGRU(3, 4).resolve_backend(SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype))
-        assert asked == [torch.bfloat16, torch.float64]
-
-    def test_triton_missing(self, monkeypatch):
-        from bigru.kernels import gru
-
-        monkeypatch.setattr(gru, "_triton_installed", lambda: False)
-        with pytest.raises(RuntimeError, match="triton is not installed"):
-            BiGRU(3, 4, backend="triton")(torch.randn(2, 2, 3))
-        assert BiGRU(3, 4)(torch.randn(2, 2, 3))[0].shape == (2, 2, 8)
+    @pytest.mark.parametrize(("dtype", "decides"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)])
+    def test_under_autocast_its_dtype_decides(self, dtype, decides):
+        assert dtype_of_call(dtype, "cpu") == dtype
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert dtype_of_call(dtype, "cpu") == decides
 
     @pytest.mark.parametrize("option", ["backend", "precision"])
     def test_unknown_names(self, option):
@@ -299,9 +245,9 @@ class TestFusedLayer:
 
     @pytest.mark.parametrize("asked", ["all", "input", "state", "weights", "one bias"])
     @pytest.mark.parametrize("bias", [True, False])
-    def test_eager_and_spelled_out_agree(self, bias, asked, kernel_device, monkeypatch):
+    def test_eager_and_spelled_out_agree(self, bias, asked, kernel_device):
         results = []
-        for compiling in (False, True):
+        for mode in (nullcontext(), Recorder()):
             torch.manual_seed(0)
             gru = BiGRU(3, 4, 2, bias, backend="triton", batch_first=True, device=kernel_device)
             x = torch.randn(2, 3, 3).to(kernel_device)
@@ -314,8 +260,8 @@ class TestFusedLayer:
                     "one bias": name == "bias_hh_l1_reverse" or (not bias and name == "weight_ih_l0"),
                 }
                 leaf.requires_grad_(wanted.get(asked, name == asked))
-            monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-            y, h_n = gru(x, hx)
+            with mode:
+                y, h_n = gru(x, hx)
             torch.autograd.backward((y, h_n), (y.detach() + 1, h_n.detach() - 1))
             results.append([y, h_n, *(leaf.grad for leaf in leaves.values())])
         for ours, theirs in zip(*results, strict=True):

@@ -4,14 +4,13 @@ import functools
 
 import pytest
 import torch
-from support import NAMES, TOLERANCE, error, expected, make_inputs, outputs_and_gradients
+from support import NAMES, TOLERANCE, Recorder, error, expected, make_inputs, outputs_and_gradients, run_kernel
 
-from bigru.kernels import reference
+from bigru.kernels import reference, registry
+from bigru.kernels.config import Call, TritonConfig, describe
 from bigru.kernels.recurrence import fused_gru_recurrence
 
 pytest.importorskip("triton")
-
-from bigru.kernels import launch
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,9 +25,9 @@ SHAPES = {  # T, B, H
     "even and odd number of steps": (4, 5, 64),
     "hidden 100 padded to 128": (2, 2, 100),
     "largest on chip": (2, 2, 128),
-    "smallest blocked": (3, 2, 129),
-    "blocked, batch of one": (2, 1, 130),
-    "blocked, several batch blocks": (2, 17, 130),
+    "smallest streamed": (3, 2, 129),
+    "streamed, batch of one": (2, 1, 130),
+    "streamed, several batch blocks": (2, 17, 130),
 }
 MODES = {
     "fp32": (torch.float32, "fp32"),
@@ -39,15 +38,15 @@ MODES = {
 
 
 def recurrence_of(kernel, inputs, precision="fp32"):
-    """The recurrence in one family of kernels; skips the test where that family says it cannot serve."""
+    """The recurrence in one kernel; skips the test where the kernel cannot serve."""
     gi, _, _, h0 = inputs
-    refusal = launch.refusal(kernel, h0.shape[2], gi.dtype, precision, launch.describe(gi.device))
+    refusal = registry.get(kernel).refusal(Call(describe(gi.device), gi.dtype, h0.shape[2], precision))
     if refusal is not None:
         pytest.skip(refusal)
     return functools.partial(fused_gru_recurrence, precision=precision, kernel=kernel)
 
 
-def check(inputs, upstream, precision, tolerance, kernel="portable"):
+def check(inputs, upstream, precision, tolerance, kernel="triton"):
     actual = outputs_and_gradients(recurrence_of(kernel, inputs, precision), inputs, upstream)
     for name, value, wanted in zip(NAMES, actual, expected(inputs, upstream), strict=True):
         if wanted is None:
@@ -56,8 +55,8 @@ def check(inputs, upstream, precision, tolerance, kernel="portable"):
         assert error(value, wanted) < tolerance, name
 
 
-# Only the portable kernels have an interpreter.
-@pytest.fixture(params=launch.KERNELS if torch.cuda.is_available() else ["portable"])
+# Only these have an interpreter.
+@pytest.fixture(params=registry.PUBLIC if torch.cuda.is_available() else ["triton"])
 def kernel(request):
     return request.param
 
@@ -100,7 +99,7 @@ def test_reference_alone_matches_autograd_free_equations():
         assert h_n[d, 0].tolist() == pytest.approx(h, rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 20), (2, 2, 129)], ids=["whole", "blocked"])
+@pytest.mark.parametrize("shape", [(4, 3, 20), (2, 2, 129)], ids=["persistent", "streamed"])
 class TestNumbersOutOfTheOrdinary:
     """fp32 storage; each case is one that a plain fp16 or TF32 product would get wrong."""
 
@@ -158,7 +157,7 @@ class TestNumbersOutOfTheOrdinary:
             assert torch.equal(dirty[index][:, 1:], clean[index][:, 1:]), NAMES[index]
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 20), (2, 2, 129)], ids=["whole", "blocked"])
+@pytest.mark.parametrize("shape", [(3, 3, 20), (2, 2, 129)], ids=["persistent", "streamed"])
 def test_bit_identical_from_run_to_run(shape, kernel, kernel_device):
     inputs, upstream = make_inputs(shape, torch.float32, kernel_device)
     recurrence = recurrence_of(kernel, inputs)
@@ -170,23 +169,24 @@ def test_bit_identical_from_run_to_run(shape, kernel, kernel_device):
 @pytest.mark.parametrize(
     "config",
     [
-        launch.LaunchConfig(True, 8, 32, 4, True, "tf32"),
-        launch.LaunchConfig(True, 16, 32, 4, True, "tf32"),
-        launch.LaunchConfig(True, 8, 32, 4, False, "tf32x3"),
-        launch.LaunchConfig(False, 16, 16, 4, False, "tf32x3"),
-        launch.LaunchConfig(False, 16, 32, 4, False, "tf32x3"),
+        TritonConfig(True, 8, 32, 4, True, "tf32"),
+        TritonConfig(True, 16, 32, 4, True, "tf32"),
+        TritonConfig(True, 8, 32, 4, False, "tf32x3"),
+        TritonConfig(False, 16, 16, 4, False, "tf32x3"),
+        TritonConfig(False, 16, 32, 4, False, "tf32x3"),
     ],
     ids=["eight rows", "sixteen rows", "tf32x3", "blocks of 16", "one block"],
 )
-def test_every_form_of_the_kernel_gives_the_same(config, kernel_device, monkeypatch):
-    monkeypatch.setattr(launch, "choose", lambda *_: config)
+def test_every_form_of_the_kernel_gives_the_same(config, kernel_device):
     inputs, upstream = make_inputs((3, 18, 20), torch.float32, kernel_device)
-    check(inputs, upstream, "fp32", 1e-5)
+    wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
+    for name, value in run_kernel(registry.get("triton"), inputs, upstream, config=config)[0].items():
+        assert error(value, wanted[name]) < 1e-5, name
 
 
 def test_offsets_beyond_32_bits(kernel_device):
     # 2^31 elements lie between the two time steps; only the pages that the kernel touches become memory.
-    from bigru.kernels import portable
+    from bigru.kernels.persistent import gru_forward_kernel
 
     hidden, steps = 1, 2
     batch = 2**31 // 6 + 8
@@ -201,7 +201,7 @@ def test_offsets_beyond_32_bits(kernel_device):
     h0 = torch.empty(2, batch, hidden, dtype=torch.bfloat16, device=kernel_device)
     h0[:, :8] = small[3]
     h_n = torch.empty_like(h0)
-    portable.gru_forward_kernel[(1, 2)](
+    gru_forward_kernel[(1, 2)](
         gi,
         small[1],
         small[2],
@@ -239,23 +239,22 @@ class TestWhatIsKept:
     def test_nothing_when_no_gradient_is_wanted(self, kernel_device):
         assert self.saved_shapes(False, kernel_device) == []
         inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
-        assert torch.ops.bigru.gru_forward(*inputs, "fp32", False)[2].numel() == 0
+        assert torch.ops.bigru.gru_forward(*inputs, "fp32", False, "triton")[2].numel() == 0
 
-    def test_no_gates_are_computed_under_no_grad(self, kernel_device, monkeypatch):
+    def test_no_gates_are_computed_under_no_grad(self, kernel_device):
         inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
         inputs[0].requires_grad_()
-        seen = []
-        original = launch.gru_forward
-        monkeypatch.setattr(launch, "gru_forward", lambda *args: seen.append(args[5]) or original(*args))
-        with torch.no_grad():
+        with Recorder() as recorder:
+            with torch.no_grad():
+                fused_gru_recurrence(*inputs, "fp32")
             fused_gru_recurrence(*inputs, "fp32")
-        fused_gru_recurrence(*inputs, "fp32")
-        assert seen == [False, True]
+        forward = torch.ops.bigru.gru_forward.default
+        assert [args[5] for function, args in recorder.calls if function is forward] == [False, True]
 
     def test_backward_without_saved_gates_is_refused(self, kernel_device):
         inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
         inputs[0].requires_grad_()
-        y, _, _ = torch.ops.bigru.gru_forward(*inputs, "fp32", False)
+        y, _, _ = torch.ops.bigru.gru_forward(*inputs, "fp32", False, "triton")
         with pytest.raises(RuntimeError, match="save=False"):
             y.sum().backward()
 
@@ -267,12 +266,12 @@ class TestOperators:
         for x in inputs:
             if x is not None:
                 x.requires_grad_()
-        torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True))
+        torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, "triton"))
 
     def test_opcheck_backward(self, kernel_device):
         (gi, w_hh, b_hn, h0), (dy, dh_n) = make_inputs((3, 2, 5), torch.float32, kernel_device)
-        y, _, gates = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, "fp32", True)
-        torch.library.opcheck(torch.ops.bigru.gru_backward.default, (dy, dh_n, y, gates, h0, w_hh, "fp32"))
+        y, _, gates = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, "fp32", True, "triton")
+        torch.library.opcheck(torch.ops.bigru.gru_backward.default, (dy, dh_n, y, gates, h0, w_hh, "fp32", "triton"))
 
     def test_double_backward_is_refused(self, kernel_device):
         inputs, _ = make_inputs((2, 2, 3), torch.float32, kernel_device)
@@ -307,13 +306,17 @@ class TestOperators:
             (lambda gi, w, b, h: (gi, w, b[:, :3], h), r"b_hn: expected shape \(2, 5\)"),
             (lambda gi, w, b, h: (gi, w, b, h[:, :1]), r"h0: expected shape \(2, 2, 5\)"),
             (lambda gi, w, b, h: (gi, w.half(), b, h), "w_hh: expected torch.float32"),
-            (lambda gi, w, b, h: (gi.double(), w.double(), b.double(), h.double()), "got torch.float64"),
         ],
     )
     def test_bad_operands_are_named(self, change, message, kernel_device):
         inputs, _ = make_inputs((3, 2, 5), torch.float32, kernel_device)
         with pytest.raises(ValueError, match=message):
             fused_gru_recurrence(*change(*inputs), "fp32")
+
+    def test_a_kernel_that_cannot_serve(self, kernel_device):
+        inputs, _ = make_inputs((3, 2, 5), torch.float64, kernel_device)
+        with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call: the input is torch\.float64"):
+            fused_gru_recurrence(*inputs, "fp32")
 
     def test_no_time_step(self, kernel_device):
         inputs, _ = make_inputs((0, 2, 5), torch.float32, kernel_device)

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("tabulate")
 
-from bigru.kernels import launch, resources
+from bigru.kernels import registry, resources
+from bigru.kernels.config import H100, Call, choose_resident, choose_triton
 from bigru.kernels.resources import Case, Usage
 
 # Before the loop a shorter one, behind the last exit a wait that branches back into the loop.
@@ -36,11 +37,12 @@ Resource usage:
  Function gru_forward_kernel:
   REG:72 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:424 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-CASE = Case("sm_90", "forward", 128, "fp32", "fp32", launch.choose(128, torch.float32, "fp32", 1, launch.H100))
+FULL = Call(H100, torch.float32, 128)
+CASE = Case("sm_90", "triton", "forward", 128, "fp32", "fp32", choose_triton(FULL, 1))
 FITS = Usage(registers=128, spilled=0, shared=200_000, instructions=100, barriers=2)
 BAD = {
     "spills": (replace(FITS, spilled=8), "spills 8 bytes"),
-    "too much shared memory": (replace(FITS, shared=launch.H100.shared_memory + 1), "needs 232449 bytes"),
+    "too much shared memory": (replace(FITS, shared=H100.shared_memory + 1), "needs 232449 bytes"),
     "does not compile": (Usage(error="PTXASError: no"), "does not compile: PTXASError: no"),
 }
 
@@ -63,17 +65,12 @@ def test_code_without_a_loop_has_no_step():
 
 
 def test_every_choice_is_listed_once():
-    cases = list(resources.shipped(resources.DEVICES))
+    cases = resources.shipped(resources.DEVICES)
     assert len(cases) == len(set(cases))
     assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
-    kernels = {
-        f"{direction}{form}"
-        for direction in ("forward", "backward")
-        for form in ("", " blocked", " resident", " cooperative")
-    }
-    kernels |= {f"{kernel}, packed" for kernel in resources.WHOLE | resources.BLOCKED}
+    forms = ("triton persistent", "triton streamed", "triton persistent, varlen", "triton streamed, varlen")
+    kernels = {f"{way} {form}" for way in ("forward", "backward") for form in (*forms, "resident", "cooperative")}
     assert {case.name for case in cases} == kernels | {"forward resident, inference"}
-    assert {case.storage for case in cases} == {"fp32", "bf16", "fp16"}
     assert {(case.storage, case.precision) for case in cases} == {
         ("fp32", "fp32"),
         ("fp32", "tf32"),
@@ -84,10 +81,11 @@ def test_every_choice_is_listed_once():
     for device in resources.DEVICES.values():
         for hidden in (*range(1, 140), 192, 255, 256, 257, 512):
             for dtype, precision in resources.MODES:
+                call = Call(device, dtype, hidden, precision)
                 for batch in (1, 64, 500, 600, 5000):
-                    assert launch.choose(hidden, dtype, precision, batch, device) in listed, (device, hidden, batch)
-                    if hidden <= launch.MAX_RESIDENT:
-                        assert launch.choose_resident(hidden, dtype, precision, batch, device) in listed
+                    for kernel in (registry.get("triton"), registry.get("resident")):
+                        if kernel.refusal(call) is None:
+                            assert kernel.choose(call, batch) in listed, (call, batch)
 
 
 def test_a_single_architecture_can_be_asked_for():
@@ -103,59 +101,57 @@ def test_a_kernel_that_fits_is_no_problem(capsys):
 def test_the_row_with_a_problem_is_named(usage, reason, capsys):
     assert resources.verdict([CASE, CASE], [FITS, usage]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "sm_90 forward, H=128, fp32 storage" in line
+    assert "sm_90 forward triton persistent, H=128, fp32 storage" in line
     assert reason in line
 
 
 class TestBudget:
-    def case(self, kernel="backward resident", batch=1, **change):
-        config = launch.choose_resident(128, torch.float32, "tf32", batch, launch.H100)
-        return replace(Case("sm_90", kernel, 128, "fp32", "tf32", config), **change)
+    def case(self, direction="backward", **change):
+        config = choose_resident(replace(FULL, precision="tf32"), 1)
+        return replace(Case("sm_90", "resident", direction, 128, "fp32", "tf32", config), **change)
 
-    def test_of_another_version(self, monkeypatch):
-        monkeypatch.setattr(resources.triton, "__version__", "3.6.0")
-        assert resources.budget(self.case()) == (345, 4)
-        monkeypatch.setattr(resources.triton, "__version__", "3.10.1")
-        assert resources.budget(self.case()) == (396, 4)
+    def test_of_another_version(self):
+        assert resources.budget(self.case(), (3, 6)) == (345, 4)
+        assert resources.budget(self.case(), (3, 10)) == (396, 4)
 
     def test_only_where_it_is_stated(self):
         assert resources.budget(CASE) is None
         assert resources.budget(self.case(arch="sm_80")) is None
         assert resources.budget(self.case(hidden=64)) is None
-        wide = launch.choose_resident(128, torch.bfloat16, "fp32", 4096, launch.H100)
+        wide = choose_resident(replace(FULL, dtype=torch.bfloat16), 4096)
         assert resources.budget(self.case(storage="bf16", config=wide)) is None
 
-    def test_above_it_is_a_problem(self, monkeypatch):
-        monkeypatch.setattr(resources.triton, "__version__", "3.6.0")
-        case = self.case("forward resident", save=False)
-        assert resources.problem(case, replace(FITS, instructions=200)) is None
-        assert "takes 201 instructions and 2 barriers" in resources.problem(case, replace(FITS, instructions=201))
-        assert "takes 100 instructions and 3 barriers" in resources.problem(case, replace(FITS, barriers=3))
+    def test_above_it_is_a_problem(self):
+        def problem(**change):
+            return resources.problem(self.case("forward", save=False), replace(FITS, **change), (3, 6))
+
+        assert problem(instructions=200) is None
+        assert "takes 201 instructions and 2 barriers" in problem(instructions=201)
+        assert "takes 100 instructions and 3 barriers" in problem(barriers=3)
 
 
 @pytest.mark.parametrize(("usage", "code"), [(FITS, 0), (BAD["spills"][0], 1)], ids=["fits", "spills"])
-def test_command_prints_the_table_and_writes_the_rows(usage, code, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
-    monkeypatch.setattr(resources, "compile_all", lambda cases, jobs: [usage] * len(cases))
-    assert resources.main(["--arch", "sm_90", "--json", str(tmp_path / "rows.json")]) == code
+def test_command_prints_the_table_and_writes_the_rows(usage, code, tmp_path, capsys):
+    arguments = ["--arch", "sm_90", "--json", str(tmp_path / "rows.json")]
+    measured = lambda cases, jobs: [usage] * len(cases)  # noqa: E731
+    assert resources.main(arguments, interpreted=False, compile_all=measured) == code
     lines = capsys.readouterr().out.splitlines()
     record = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert f"{len(record['rows'])} kernels" in lines[0]
     assert sum(line.startswith("sm_90 ") for line in lines) == len(record["rows"])
-    assert {row["limit"] for row in record["rows"]} == {launch.H100.shared_memory}
+    assert {row["limit"] for row in record["rows"]} == {H100.shared_memory}
     assert {row["problem"] is None for row in record["rows"]} == {code == 0}
 
 
-def test_interpreted_kernels_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(launch, "interpreted", lambda: True)
-    assert resources.main([]) == 2
+def test_interpreted_kernels_are_refused(capsys):
+    assert resources.main([], interpreted=True) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
 def test_smallest_kernel_compiles(tmp_path):
     """In a process of its own: in this one the kernels may be interpreted."""
     code = (
-        "from bigru.kernels import resources as r; case = next(r.shipped(['sm_90'])); usage = r.measure(case); "
+        "from bigru.kernels import resources as r; case = r.shipped(['sm_90'])[0]; usage = r.measure(case); "
         "assert r.problem(case, usage) is None, usage; assert usage.registers > 16 and usage.shared > 0, usage; "
         "assert usage.instructions > 50 and usage.barriers > 0, usage"
     )

@@ -238,7 +238,7 @@ def without_figures(status: str, message: str | None, **changes: Any) -> dict[st
     return timing(status=status, message=message, quartiles={}, rounds=0, **dict.fromkeys(figures)) | changes
 
 
-def correctness(kernel: str = "portable", **changes: Any) -> dict[str, Any]:
+def correctness(kernel: str = "triton", **changes: Any) -> dict[str, Any]:
     row = {
         "kernel": kernel,
         "steps": 7,

@@ -122,18 +122,18 @@ def test_only_the_same_precision_is_compared(results: Path, fake: SimpleNamespac
     rows = []
     for i, (dtype, precision) in enumerate(modes):
         rows.append(fake.timing("nn.GRU", 8.0 * 3**i, dtype=dtype, precision=precision))
-        rows.append(fake.timing("portable", 4.0, dtype=dtype, precision=precision))
+        rows.append(fake.timing("triton", 4.0, dtype=dtype, precision=precision))
     rows.append(fake.timing("resident", 4.0, dtype="fp16", precision="-"))
     cells = table_under(of_rows(results, fake, rows[::-1]), "### Main workload")
     assert [(row[0], row[1], row[2]) for row in cells[1:]] == [
         ("fp32", "nn.GRU", "8.00"),
-        ("fp32", "portable", "4.00 (2.00x)"),
+        ("fp32", "triton", "4.00 (2.00x)"),
         ("tf32", "nn.GRU", "24.0"),
-        ("tf32", "portable", "4.00 (6.00x)"),
+        ("tf32", "triton", "4.00 (6.00x)"),
         ("bf16", "nn.GRU", "72.0"),
-        ("bf16", "portable", "4.00 (18.0x)"),
+        ("bf16", "triton", "4.00 (18.0x)"),
         ("fp16", "nn.GRU", "216"),
-        ("fp16", "portable", "4.00 (54.0x)"),
+        ("fp16", "triton", "4.00 (54.0x)"),
         ("fp16", "resident", "4.00 (54.0x)"),
     ]
 
@@ -154,7 +154,7 @@ def test_only_the_same_precision_is_compared(results: Path, fake: SimpleNamespac
     ids=str,
 )
 def test_a_peer_at_other_work_is_no_peer(results: Path, fake: SimpleNamespace, other: dict[str, Any]) -> None:
-    text = of_rows(results, fake, [fake.timing("nn.GRU", 9.0, **other), fake.timing("portable", 1.0)])
+    text = of_rows(results, fake, [fake.timing("nn.GRU", 9.0, **other), fake.timing("triton", 1.0)])
     assert " 1.00 (no peer) " in text
     assert "9.00x" not in text
     assert below(text, "### Where nn.GRU wins") == "Not measured in this record."
@@ -162,13 +162,13 @@ def test_a_peer_at_other_work_is_no_peer(results: Path, fake: SimpleNamespace, o
 
 def test_a_peer_of_another_record_is_no_peer(results: Path, fake: SimpleNamespace) -> None:
     store(results, "old.json", fake.gpu_record([fake.timing("nn.GRU", 9.0)], date="2026-11-01T00:00:00Z"))
-    text = of_rows(results, fake, [fake.timing("portable", 1.0)])
+    text = of_rows(results, fake, [fake.timing("triton", 1.0)])
     assert table_under(text, "### Main workload")[1][2] == "1.00 (no peer)"
     assert "9.00x" not in text
 
 
 def test_a_peer_that_failed_is_no_peer(results: Path, fake: SimpleNamespace) -> None:
-    rows = [fake.without_figures("failed", "no cuDNN here", path="nn.GRU"), fake.timing("portable", 1.0)]
+    rows = [fake.without_figures("failed", "no cuDNN here", path="nn.GRU"), fake.timing("triton", 1.0)]
     cells = table_under(of_rows(results, fake, rows), "### Main workload")
     assert [row[2] for row in cells[1:]] == ["failed: no cuDNN here", "1.00 (no peer)"]
 
@@ -177,10 +177,10 @@ def test_losses_are_listed_worst_first(results: Path, fake: SimpleNamespace) -> 
     same = {"eager_ms": None, "graph_ms": None}
     rows = [
         fake.timing("nn.GRU", 0.949, hidden=16, **same),
-        fake.timing("portable", 1.0, hidden=16, **same),
+        fake.timing("triton", 1.0, hidden=16, **same),
         fake.timing("resident", 0.5, hidden=16, **same),
         fake.timing("nn.GRU", 0.951, hidden=32, **same),
-        fake.timing("portable", 1.0, hidden=32, **same),
+        fake.timing("triton", 1.0, hidden=32, **same),
         fake.timing("nn.GRU", 4.0, eager_ms=2.0, graph_ms=None),
         fake.timing("cooperative", 2.0, eager_ms=4.0),
         # A peer's own defeats are no losses of ours.
@@ -189,13 +189,13 @@ def test_losses_are_listed_worst_first(results: Path, fake: SimpleNamespace) -> 
     text = of_rows(results, fake, rows)
     assert table_under(text, "### Where nn.GRU wins")[1:] == [
         ["layer, forward", "T=60 B=64 H=128", "fp32", "cooperative", "2.00x", "**0.500x**", "-", "cooperative 2.00x"],
-        ["layer, forward", "T=60 B=64 H=16", "fp32", "portable", "**0.949x**", "-", "-", "resident 1.90x"],
+        ["layer, forward", "T=60 B=64 H=16", "fp32", "triton", "**0.949x**", "-", "-", "resident 1.90x"],
     ]
     assert "2 of 4 compared" in text
 
 
 def test_no_loss_is_said(results: Path, fake: SimpleNamespace) -> None:
-    text = of_rows(results, fake, [fake.timing("nn.GRU", 2.0), fake.timing("portable", 1.0)])
+    text = of_rows(results, fake, [fake.timing("nn.GRU", 2.0), fake.timing("triton", 1.0)])
     assert below(text, "### Where nn.GRU wins") == "Nowhere: no ratio is below 0.95 in 1 rows."
 
 
@@ -207,13 +207,13 @@ def test_a_row_without_figures_shows_its_reason(results: Path, fake: SimpleNames
     # Figures that such a row may still hold are none.
     row = fake.timing("resident", 0.777, status=status, message="H | 128 *only*", peak_mib=77.7, error=7.7e-7)
     bare = {
-        key: fake.timing("portable")[key]
+        key: fake.timing("triton")[key]
         for key in ("group", "work", "path", "steps", "batch", "input", "hidden", "layers", "dtype", "precision")
     }
     rows = [fake.timing("nn.GRU", 2.0), row, bare | {"status": status, "message": None}]
     text = of_rows(results, fake, rows)
     cells = table_under(text, "### Main workload")
-    assert cells[2] == ["fp32", "portable", status, "-", "-", "-", "-", "-"]
+    assert cells[2] == ["fp32", "triton", status, "-", "-", "-", "-", "-"]
     assert cells[3] == ["fp32", "resident", rf"{status}: H \| 128 \*only\*", "-", "-", "-", "-", "-"]
     assert not re.search(r"0\.777|77\.7 \||7\.7e-07|2\.57", text)
     listed = below(text, "### Rows without a figure")
@@ -236,7 +236,7 @@ def test_reasons_are_gathered(results: Path, fake: SimpleNamespace) -> None:
 
 
 def test_a_measure_that_is_null_is_a_dash(results: Path, fake: SimpleNamespace) -> None:
-    rows = [fake.timing("nn.GRU", 2.0, graph_ms=None), fake.timing("portable", 1.0, eager_ms=None)]
+    rows = [fake.timing("nn.GRU", 2.0, graph_ms=None), fake.timing("triton", 1.0, eager_ms=None)]
     cells = table_under(of_rows(results, fake, rows), "### Main workload")
     assert [row[2:5] for row in cells[1:]] == [["2.00", "2.50", "-"], ["1.00 (2.00x)", "-", "1.10 (no peer)"]]
 
@@ -248,18 +248,18 @@ def test_recurrence_beside_its_floor(results: Path, fake: SimpleNamespace) -> No
     alone: dict[str, Any] = {"group": "recurrence", "input": None, "layers": 1}
     rows = [
         fake.timing("resident", 0.03, floor_ms=0.012, **alone),
-        fake.timing("portable", 0.06, **alone),
-        fake.timing("portable", 0.12, **alone | {"work": "backward"}),
+        fake.timing("triton", 0.06, **alone),
+        fake.timing("triton", 0.12, **alone | {"work": "backward"}),
         fake.without_figures("refused", "H", path="cooperative", **alone),
-        fake.timing("portable", 9.0, **alone | {"layers": 2}),
-        fake.timing("portable", 9.0, **alone | {"batch": 1}),
+        fake.timing("triton", 9.0, **alone | {"layers": 2}),
+        fake.timing("triton", 9.0, **alone | {"batch": 1}),
     ]
     assert table_under(of_rows(results, fake, rows), "### Time per step") == [
         ["work", "precision", "path", "GPU time, ms", "µs per step", "floor, µs per step", "times the floor", "error"],
-        ["forward", "fp32", "portable", "0.0600", "1.00", "-", "-", "1.5e-07"],
+        ["forward", "fp32", "triton", "0.0600", "1.00", "-", "-", "1.5e-07"],
         ["forward", "fp32", "resident", "0.0300", "0.500", "0.200", "2.50", "1.5e-07"],
         ["forward", "fp32", "cooperative", "refused: H", "-", "-", "-", "-"],
-        ["backward", "fp32", "portable", "0.120", "2.00", "-", "-", "1.5e-07"],
+        ["backward", "fp32", "triton", "0.120", "2.00", "-", "-", "1.5e-07"],
     ]
 
 
@@ -286,7 +286,7 @@ def test_training_throughput(results: Path, fake: SimpleNamespace) -> None:
 
 def test_over_time_shows_a_regression(results: Path, fake: SimpleNamespace) -> None:
     for day, portable, resident in ((1, 1.0, 1.0), (2, 0.8, None), (3, 0.9, 1.04)):
-        rows = [fake.timing("nn.GRU", 2.0), fake.timing("portable", portable), fake.timing("portable", 9.0, batch=1)]
+        rows = [fake.timing("nn.GRU", 2.0), fake.timing("triton", portable), fake.timing("triton", 9.0, batch=1)]
         rows.append(
             fake.timing("resident", resident) if resident else fake.without_figures("failed", "wrong", path="resident")
         )
@@ -295,7 +295,7 @@ def test_over_time_shows_a_regression(results: Path, fake: SimpleNamespace) -> N
     assert table_under(text, "### Over time") == [
         ["work", "precision", "path", "2026-12-01", "2026-12-02", "2026-12-03", "change"],
         ["layer, forward", "fp32", "nn.GRU", "2.00", "2.00", "2.00", "+0.0 %"],
-        ["layer, forward", "fp32", "portable", "1.00 (2.00x)", "0.800 (2.50x)", "0.900 (2.22x)", "**+12.5 %**"],
+        ["layer, forward", "fp32", "triton", "1.00 (2.00x)", "0.800 (2.50x)", "0.900 (2.22x)", "**+12.5 %**"],
         ["layer, forward", "fp32", "resident", "1.00 (2.00x)", "failed", "1.04 (1.92x)", "+4.0 %"],
     ]
     assert table_under(text, "### Main workload")[2][2] == "0.900 (2.22x)"
@@ -307,8 +307,8 @@ def test_over_time_shows_a_regression(results: Path, fake: SimpleNamespace) -> N
 def test_a_row_that_the_newest_record_lost_has_no_change(
     results: Path, fake: SimpleNamespace, lost: str | None, shown: str
 ) -> None:
-    last = [fake.without_figures(lost, "wrong", path="portable")] if lost else []
-    for day, rows in enumerate(([fake.timing("portable", 1.0)], [fake.timing("portable", 2.0)], last), start=1):
+    last = [fake.without_figures(lost, "wrong", path="triton")] if lost else []
+    for day, rows in enumerate(([fake.timing("triton", 1.0)], [fake.timing("triton", 2.0)], last), start=1):
         store(results, f"{day}.json", fake.gpu_record(rows, date=f"2026-12-0{day}T10:00:00+00:00"))
     assert table_under(written(results), "### Over time")[1][3:] == ["1.00 (no peer)", "2.00 (no peer)", shown, "-"]
 
@@ -370,8 +370,8 @@ def test_correctness_summary(results: Path, fake: SimpleNamespace) -> None:
             "of",
             "at",
         ],
-        ["portable", "fp32", "4", "2", "1", "1", "2 of 3", "3.0e-03", "1.0e-05", "dgi", "T=1 B=3 H=128"],
-        ["portable", "tf32", "1", "1", "0", "0", "1 of 1", "4.0e-07", "2.0e-03", "dgi", "T=7 B=3 H=128"],
+        ["triton", "fp32", "4", "2", "1", "1", "2 of 3", "3.0e-03", "1.0e-05", "dgi", "T=1 B=3 H=128"],
+        ["triton", "tf32", "1", "1", "0", "0", "1 of 1", "4.0e-07", "2.0e-03", "dgi", "T=7 B=3 H=128"],
         ["resident", "bf16", "1", "0", "0", "1", "0 of 0", "-", "-", "-", "-"],
     ]
     assert r"- portable, fp32, T=1 B=3 H=128, bias: dgi \| off" in text.splitlines()
@@ -403,7 +403,7 @@ def test_checks(results: Path, fake: SimpleNamespace) -> None:
 
 def test_what_there_was_no_time_for_is_said(results: Path, fake: SimpleNamespace) -> None:
     left = [fake.correctness("resident", status="out of time")] * 2
-    left.append({"name": "racecheck", "kernel": "portable", "status": "out of time", "message": "late"})
+    left.append({"name": "racecheck", "kernel": "triton", "status": "out of time", "message": "late"})
     missing = {"copy_gb_s": "failed: OutOfMemoryError"}
     text = of_rows(results, fake, [], left_out=left, missing_facts=missing, correctness=[fake.correctness()])
     assert "**No time was left for** correctness of resident (2), racecheck of portable (1)." in text.splitlines()
@@ -415,8 +415,8 @@ def test_what_there_was_no_time_for_is_said(results: Path, fake: SimpleNamespace
 
 
 def test_every_table_says_where_it_comes_from(results: Path, fake: SimpleNamespace) -> None:
-    rows = [fake.timing("nn.GRU", 1.0), fake.timing("portable", 2.0), fake.timing(group="epoch", work="epoch")]
-    rows += [fake.timing("portable", 2.0, work="forward+backward")]
+    rows = [fake.timing("nn.GRU", 1.0), fake.timing("triton", 2.0), fake.timing(group="epoch", work="epoch")]
+    rows += [fake.timing("triton", 2.0, work="forward+backward")]
     text = of_rows(results, fake, rows, correctness=[fake.correctness()])
     card = text[text.index("## Test Card") : text.index("## What the kernels compile to")]
     lines = card.splitlines()
@@ -458,7 +458,7 @@ def test_sections_are_the_same_with_and_without_a_record(results: Path, fake: Si
 
 
 def test_trial_on_a_cpu_is_left_out_and_named(results: Path, fake: SimpleNamespace) -> None:
-    rows = [fake.timing("nn.GRU", 2.0), fake.timing("portable", 1.0)]
+    rows = [fake.timing("nn.GRU", 2.0), fake.timing("triton", 1.0)]
     machine = fake.gpu_record([])["machine"] | {"card": None}
     text = of_rows(results, fake, rows, kind="cpu-smoke", machine=machine)
     assert below(text, "### Main workload") == "Not measured yet."
@@ -558,7 +558,7 @@ def test_pytest_benchmark_on_a_gpu_is_no_cpu_record(results: Path, fake: SimpleN
 def test_broken_records_are_named(results: Path, fake: SimpleNamespace, record: Any, message: str) -> None:
     if isinstance(record, dict) and "a" not in record:
         record = fake.gpu_record([]) | record
-        record["timings"] = [fake.timing("portable", **row) for row in record["timings"]]
+        record["timings"] = [fake.timing("triton", **row) for row in record["timings"]]
         record["correctness"] = [fake.correctness(**row) for row in record["correctness"]]
     store(results, "test-card.json", record)
     with pytest.raises(RunError, match=rf"test-card\.json: .*{message}"):
@@ -630,7 +630,7 @@ def test_folder_of_records_that_is_none(tmp_path: Path, capsys: pytest.CaptureFi
 def test_document_does_not_depend_on_where_the_command_runs(
     results: Path, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = of_rows(results, fake, [fake.timing("nn.GRU", 2.0), fake.timing("portable", 1.0)])
+    text = of_rows(results, fake, [fake.timing("nn.GRU", 2.0), fake.timing("triton", 1.0)])
     monkeypatch.chdir(results)
     write_performance(Path(), Path("../../PERFORMANCE.md"))
     assert Path("../../PERFORMANCE.md").read_text(encoding="utf-8") == text
@@ -640,7 +640,7 @@ def test_document_does_not_depend_on_where_the_command_runs(
 def test_markdown_is_well_formed(results: Path, fake: SimpleNamespace) -> None:
     rows = [
         fake.timing(path, time, batch=batch, work=work)
-        for path, time in (("nn.GRU", 1.0), ("portable", 2.0))
+        for path, time in (("nn.GRU", 1.0), ("triton", 2.0))
         for batch in (1, 64)
         for work in ("forward", "forward+backward")
     ]

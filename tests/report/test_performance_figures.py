@@ -61,15 +61,15 @@ def test_heat_map_shows_ratios_and_reasons(record: Any, fake: SimpleNamespace) -
     made = record(
         [
             fake.timing("nn.GRU", 3.0),
-            fake.timing("portable", 2.0),
+            fake.timing("triton", 2.0),
             fake.timing("resident", 1.0),
             fake.timing("nn.GRU", 1.0, precision="tf32"),
-            fake.timing("portable", 2.0, precision="tf32"),
+            fake.timing("triton", 2.0, precision="tf32"),
             fake.timing("nn.GRU", 50.0, hidden=256),
-            fake.timing("portable", 2.0, hidden=256),
+            fake.timing("triton", 2.0, hidden=256),
             fake.without_figures("refused", "H", path="resident", hidden=256),
-            fake.without_figures("out of time", None, path="portable", precision="tf32", hidden=256),
-            fake.timing("portable", 2.0, batch=1),
+            fake.without_figures("out of time", None, path="triton", precision="tf32", hidden=256),
+            fake.timing("triton", 2.0, batch=1),
             fake.timing("torch.compile", 9.0),
             fake.timing("nn.GRU", 9.0, work="forward+backward"),
         ]
@@ -93,54 +93,50 @@ def test_heat_map_shows_ratios_and_reasons(record: Any, fake: SimpleNamespace) -
 
 
 def test_heat_map_is_blue_where_we_are_faster(record: Any, fake: SimpleNamespace) -> None:
-    made = record([fake.timing("nn.GRU", 2.0), fake.timing("portable", 1.0), fake.timing("resident", 4.0)])
+    made = record([fake.timing("nn.GRU", 2.0), fake.timing("triton", 1.0), fake.timing("resident", 4.0)])
     faster, slower = (patch.get_facecolor()[0] for patch in plots.speed(made, "forward").axes[0].collections)
     assert faster[2] > faster[0] + 0.2
     assert slower[0] > slower[2] + 0.2
 
 
 def test_heat_map_without_a_ratio_is_not_drawn(record: Any, fake: SimpleNamespace) -> None:
-    made = record([fake.timing("portable", 1.0), fake.timing("nn.GRU", 1.0, precision="tf32")])
+    made = record([fake.timing("triton", 1.0), fake.timing("nn.GRU", 1.0, precision="tf32")])
     assert plots.speed(made, "forward") is None
     assert plots.speed(made, "forward+backward") is None
 
 
 def test_time_per_step_is_that_of_one_layer(record: Any, fake: SimpleNamespace) -> None:
     rows = [
-        fake.timing("portable", 0.12 * steps / 60, steps=steps, floor_ms=0.06 * steps / 60) for steps in (240, 30, 60)
+        fake.timing("triton", 0.12 * steps / 60, steps=steps, floor_ms=0.06 * steps / 60) for steps in (240, 30, 60)
     ]
-    rows += [
-        fake.timing("nn.GRU", 0.24),
-        fake.timing("portable", 0.36, batch=8),
-        fake.timing("portable", 0.9, hidden=16),
-    ]
+    rows += [fake.timing("nn.GRU", 0.24), fake.timing("triton", 0.36, batch=8), fake.timing("triton", 0.9, hidden=16)]
     # Two sizes vary at once, another input, another precision, another work: none of these panels'.
     rows += [
-        fake.timing("portable", 9.0, steps=30, batch=8),
-        fake.timing("portable", 9.0, steps=120, input=5),
-        fake.timing("portable", 9.0, steps=120, precision="tf32"),
-        fake.timing("portable", 9.0, steps=120, work="backward"),
-        fake.without_figures("failed", "no", path="portable", steps=120),
+        fake.timing("triton", 9.0, steps=30, batch=8),
+        fake.timing("triton", 9.0, steps=120, input=5),
+        fake.timing("triton", 9.0, steps=120, precision="tf32"),
+        fake.timing("triton", 9.0, steps=120, work="backward"),
+        fake.without_figures("failed", "no", path="triton", steps=120),
     ]
     figure = plots.steps(record(rows), "layer", "forward")
     assert figure is not None
     over_time, over_batch, over_hidden = map(lines, figure.axes)
     # 0.12 ms over 60 steps and 2 layers.
-    assert [size for size, _ in over_time["portable"]] == [30, 60, 240]
-    np.testing.assert_allclose([value for _, value in over_time["portable"]], 1.0)
+    assert [size for size, _ in over_time["triton"]] == [30, 60, 240]
+    np.testing.assert_allclose([value for _, value in over_time["triton"]], 1.0)
     np.testing.assert_allclose([value for _, value in over_time["floor"]], 0.5)
     np.testing.assert_allclose(over_time["nn.GRU"], [(60, 2.0)])
-    np.testing.assert_allclose(over_batch["portable"], [(8, 3.0), (64, 1.0)])
-    np.testing.assert_allclose(over_hidden["portable"], [(16, 7.5), (128, 1.0)])
+    np.testing.assert_allclose(over_batch["triton"], [(8, 3.0), (64, 1.0)])
+    np.testing.assert_allclose(over_hidden["triton"], [(16, 7.5), (128, 1.0)])
     assert [axes.get_xlabel() for axes in figure.axes] == ["time steps T", "batch B", "hidden size H"]
     assert figure.axes[0].get_ylabel() == "µs per step"
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32"] * 3
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["nn.GRU", "portable", "floor"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["nn.GRU", "triton", "floor"]
     assert all(part in texts(figure) for part in FOOT)
 
 
 def test_floor_of_a_single_size_shows(record: Any, fake: SimpleNamespace) -> None:
-    rows = [fake.timing("portable", 0.24, hidden=64), fake.timing("portable", 0.24, floor_ms=0.12)]
+    rows = [fake.timing("triton", 0.24, hidden=64), fake.timing("triton", 0.24, floor_ms=0.12)]
     (floor,) = (
         line for line in plots.steps(record(rows), "layer", "forward").axes[2].lines if line.get_label() == "floor"
     )
@@ -152,22 +148,22 @@ def test_floor_of_a_single_size_shows(record: Any, fake: SimpleNamespace) -> Non
 def test_recurrence_counts_its_one_layer(record: Any, fake: SimpleNamespace) -> None:
     same: dict[str, Any] = {"group": "recurrence", "layers": 1, "input": None}
     figure = plots.steps(
-        record([fake.timing("portable", 0.06 * n, steps=60 * n, **same) for n in (1, 2)]), "recurrence", "forward"
+        record([fake.timing("triton", 0.06 * n, steps=60 * n, **same) for n in (1, 2)]), "recurrence", "forward"
     )
-    np.testing.assert_allclose(lines(figure.axes[0])["portable"], [(60, 1.0), (120, 1.0)])
+    np.testing.assert_allclose(lines(figure.axes[0])["triton"], [(60, 1.0), (120, 1.0)])
     assert "floor" not in lines(figure.axes[0])
 
 
 def test_a_precision_has_its_own_row_of_panels(record: Any, fake: SimpleNamespace) -> None:
     rows = [
-        fake.timing("portable", time, batch=batch, **mode)
+        fake.timing("triton", time, batch=batch, **mode)
         for mode, time in (({"precision": "tf32"}, 0.12), ({"dtype": "bf16", "precision": "-"}, 0.24))
         for batch in (1, 64)
     ]
     figure = plots.steps(record(rows), "layer", "forward")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["tf32"] * 3 + ["bf16"] * 3
     for axes, value in ((figure.axes[1], 1.0), (figure.axes[4], 2.0)):
-        np.testing.assert_allclose(lines(axes)["portable"], [(1, value), (64, value)])
+        np.testing.assert_allclose(lines(axes)["triton"], [(1, value), (64, value)])
 
 
 def test_memory_is_drawn_in_mib(record: Any, fake: SimpleNamespace) -> None:
@@ -182,7 +178,7 @@ def test_memory_is_drawn_in_mib(record: Any, fake: SimpleNamespace) -> None:
 
 
 def test_nothing_swept_is_not_drawn(record: Any, fake: SimpleNamespace) -> None:
-    made = record([fake.timing(), fake.timing("portable"), fake.timing("portable", steps=3, batch=3)])
+    made = record([fake.timing(), fake.timing("triton"), fake.timing("triton", steps=3, batch=3)])
     assert plots.steps(made, "layer", "forward") is None
     assert plots.memory(made) is None
     assert plots.history([made, made]) is None
@@ -192,17 +188,17 @@ def test_history_runs_from_old_to_new(record: Any, fake: SimpleNamespace) -> Non
     records = []
     for day, time in ((9, 0.5), (1, 1.0), (4, 0.75)):
         rows = [
-            fake.timing("portable", time),
-            fake.timing("portable", 99.0, batch=1),
-            fake.timing("portable", 99.0, precision="tf32")
+            fake.timing("triton", time),
+            fake.timing("triton", 99.0, batch=1),
+            fake.timing("triton", 99.0, precision="tf32")
             if day == 9
-            else fake.without_figures("failed", "no", path="portable", precision="tf32"),
+            else fake.without_figures("failed", "no", path="triton", precision="tf32"),
         ]
         records.append(record(rows, date=f"2026-12-0{day}T00:00:00Z"))
     figure = plots.history(records)
     (fp32, tf32) = figure.axes
-    assert [(date.day, time) for date, time in lines(fp32)["portable"]] == [(1, 1.0), (4, 0.75), (9, 0.5)]
-    assert [(date.day, time) for date, time in lines(tf32)["portable"]] == [(9, 99.0)]
+    assert [(date.day, time) for date, time in lines(fp32)["triton"]] == [(1, 1.0), (4, 0.75), (9, 0.5)]
+    assert [(date.day, time) for date, time in lines(tf32)["triton"]] == [(9, 99.0)]
     assert (fp32.get_ylabel(), fp32.get_xlabel()) == ("GPU time (ms)", "date of the record (UTC)")
     assert fp32.get_title(loc="left") == "fp32, forward"
     assert "newest record: Test Card, 2026-12-09" in texts(figure)
@@ -211,7 +207,7 @@ def test_history_runs_from_old_to_new(record: Any, fake: SimpleNamespace) -> Non
 def test_panels_without_a_value_say_so(record: Any, fake: SimpleNamespace) -> None:
     records = [
         record(
-            [fake.timing("portable", 1.0), fake.timing("portable", 1.0, precision="tf32", work="forward+backward")],
+            [fake.timing("triton", 1.0), fake.timing("triton", 1.0, precision="tf32", work="forward+backward")],
             date=f"2026-12-0{day}T00:00:00Z",
         )
         for day in (1, 2)
@@ -225,7 +221,7 @@ def test_panels_without_a_value_say_so(record: Any, fake: SimpleNamespace) -> No
 
 def test_pictures_are_written(results: Path, fake: SimpleNamespace) -> None:
     rows = []
-    for i, path in enumerate(("nn.GRU", "portable", "resident")):
+    for i, path in enumerate(("nn.GRU", "triton", "resident")):
         for shape in ({}, {"batch": 1}, {"batch": 4096}, {"steps": 1}, {"hidden": 16}):
             for group, works in (("layer", ("forward", "forward+backward")), ("recurrence", ("forward", "backward"))):
                 rows += [fake.timing(path, 0.3 / (i + 1), group=group, work=work, **shape) for work in works]
@@ -260,7 +256,7 @@ def test_pictures_are_written(results: Path, fake: SimpleNamespace) -> None:
 
 def test_labels_of_close_sizes_do_not_collide(record: Any, fake: SimpleNamespace) -> None:
     sizes = (*range(100, 132), 1024)
-    figure = plots.steps(record([fake.timing("portable", 0.1, hidden=hidden) for hidden in sizes]), "layer", "forward")
+    figure = plots.steps(record([fake.timing("triton", 0.1, hidden=hidden) for hidden in sizes]), "layer", "forward")
     ticks = figure.axes[2].get_xticks()
     assert set(ticks) <= set(sizes)
     assert len(ticks) <= 8

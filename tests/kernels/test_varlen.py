@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
 
 from bigru import BiGRU
-from bigru.kernels.packed import packing_of
+from bigru.kernels.varlen import varlen_of
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -24,7 +24,7 @@ LENGTHS = {
     "a full block": [2, 4, 4, 3, 4, 1, 4, 2],
     "a second block with a shorter longest": [1, 2, 4, 4, 4, 4, 4, 4, 4, 3, 2],
 }
-SMALL, BLOCKED = 5, 129
+SMALL, STREAMED = 5, 129
 """Hidden sizes whose W_hh is held on chip, and read in blocks."""
 
 
@@ -94,8 +94,8 @@ def test_each_sequence_as_if_alone(lengths, backend, kernel_device):
 def test_weights_read_in_blocks(lengths, kernel_device):
     pytest.importorskip("triton")
     torch.manual_seed(1)
-    gru = BiGRU(2, BLOCKED, bias=len(lengths) > 3, backend="triton", device=kernel_device)
-    check(gru, ragged(lengths, 2, BLOCKED), 1e-5)
+    gru = BiGRU(2, STREAMED, bias=len(lengths) > 3, backend="triton", device=kernel_device)
+    check(gru, ragged(lengths, 2, STREAMED), 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), TOLERANCE, ids=lambda value: str(value).removeprefix("torch."))
@@ -141,7 +141,7 @@ def test_bit_identical_from_run_to_run(kernel_device):
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("hidden", [SMALL, BLOCKED])
+@pytest.mark.parametrize("hidden", [SMALL, STREAMED])
 def test_nan_stays_in_its_sequence(hidden, kernel_device):
     pytest.importorskip("triton")
     gru = BiGRU(3, hidden, backend="triton", device=kernel_device)
@@ -224,31 +224,11 @@ def test_compiled_with_a_graph_break(sequences, kernel_device):
 
 
 class TestWhoServes:
-    @pytest.fixture(autouse=True)
-    def with_triton(self):
-        pytest.importorskip("triton")
-
-    @pytest.fixture
-    def on_a_gpu(self, monkeypatch):
-        """A PackedSequence as on a GPU, for which nothing but the portable kernels is right."""
-        from types import SimpleNamespace
-
-        from bigru.kernels import launch
-        from bigru.kernels.proven import Proven
-
-        monkeypatch.setattr(launch, "PROVEN", (Proven("resident", (9, 0), (128,), "float32", "fp32", "card.json"),))
-        monkeypatch.setattr(launch, "describe", lambda device: launch.H100)
-        data = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
-        return PackedSequence(data, torch.tensor([1]))
-
-    def test_auto_takes_the_portable_kernels(self, on_a_gpu):
-        assert BiGRU(3, 128).resolve_backend(on_a_gpu.data) == "resident"
-        assert BiGRU(3, 128).resolve_backend(on_a_gpu) == "triton"
-
     @pytest.mark.parametrize(("backend", "hidden"), [("resident", 128), ("cooperative", 256)])
-    def test_other_kernels_refuse_by_name(self, backend, hidden, on_a_gpu):
+    def test_other_kernels_refuse_by_name(self, backend, hidden):
+        pytest.importorskip("triton")
         with pytest.raises(RuntimeError, match=f"'{backend}' cannot serve this call: the input is a PackedSequence"):
-            BiGRU(3, hidden, backend=backend).resolve_backend(on_a_gpu)
+            BiGRU(3, hidden, backend=backend).resolve_backend(pack_sequence([torch.randn(2, 3)]))
 
     def test_auto_on_a_cpu_is_aten(self):
         packed = pack_sequence([torch.randn(2, 3)])
@@ -359,7 +339,7 @@ class TestLengths:
 def test_table_of_the_kernels(lengths):
     falling = sorted(lengths, reverse=True)
     steps = pack_sequence([torch.arange(length)[:, None] for length in falling])
-    table = packing_of(steps).table.tolist()
+    table = varlen_of(steps).table.tolist()
     assert table[: len(lengths)] == falling
     # A step's first row is the longest sequence's.
     assert steps.data[table[len(lengths) :], 0].tolist() == list(range(falling[0]))

@@ -8,7 +8,7 @@ from support import NAMES, TOLERANCE, error, expected, make_inputs, outputs_and_
 
 from bigru.kernels.recurrence import fused_gru_recurrence
 
-run = functools.partial(fused_gru_recurrence, precision="fp32", kernel="plain")
+run = functools.partial(fused_gru_recurrence, precision="fp32", kernel="scan")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -35,9 +35,9 @@ def test_empty_batch():
 
 def test_opcheck():
     inputs, (dy, dh_n) = make_inputs((3, 2, 5), torch.float32, "cpu")
-    y, _, gates = torch.ops.bigru.gru_forward(*inputs, "fp32", True, "plain")
-    backward = (dy, dh_n, y, gates, inputs[3], inputs[1], "fp32", "plain")
+    y, _, gates = torch.ops.bigru.gru_forward(*inputs, "fp32", True, "scan")
+    backward = (dy, dh_n, y, gates, inputs[3], inputs[1], "fp32", "scan")
     torch.library.opcheck(torch.ops.bigru.gru_backward.default, backward)
     for x in inputs:
         x.requires_grad_()
-    torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, "plain"))
+    torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, "scan"))

@@ -1,4 +1,4 @@
-"""Ragged batches: where the rows of a PackedSequence lie, and padded batches with a length for each sequence."""
+"""Sequences of different lengths: where the rows of a PackedSequence lie, and padded batches with lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 @dataclass(frozen=True)
-class Packing:
+class Varlen:
     """How P rows make T steps: step t has a row for each of the first batch_sizes[t] sequences, the longest first."""
 
     batch_sizes: Tensor
@@ -38,7 +38,7 @@ class Packing:
         return to_device(torch.cat([conjugate(self.batch_sizes, self.batch), first_rows]), self.device)
 
 
-def packing_of(packed: PackedSequence) -> Packing:
+def varlen_of(packed: PackedSequence) -> Varlen:
     """The layout of a PackedSequence.
 
     Raises:
@@ -53,7 +53,7 @@ def packing_of(packed: PackedSequence) -> Packing:
         raise RuntimeError(
             f"input: expected batch_sizes of at least 1, never rising, that add up to {rows} rows, got {sizes.tolist()}"
         )
-    return Packing(sizes, packed.data.device)
+    return Varlen(sizes, packed.data.device)
 
 
 def conjugate(sizes: Tensor, count: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The kernels of `bigru.kernels.portable` for W_hh that does not fit on chip.
+"""The Triton kernels whose recurrent weights are streamed, for W_hh that does not fit on chip.
 
-Blocks of W_hh are read at every step (from the L2 cache, as a rule), and the state passes from step to step through a
-small fp32 buffer that only its own program touches.
+As in `bigru.kernels.persistent`, but blocks of W_hh are read at every step (from the L2 cache, as a rule), and the
+state passes from step to step through a small fp32 buffer that only its own program touches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bigru.kernels.portable import (
+from bigru.kernels.cell import (
     SIZES,
     _cell,
     _cell_backward,
@@ -24,14 +24,14 @@ from bigru.kernels.portable import (
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gru_forward_blocked_kernel(
+def gru_forward_streamed_kernel(
     gi_ptr,  # (T, B, D, 3H)
     w_hh_ptr,  # (D, 3H, H)
     b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
     state_ptr,  # (2, D, B, H) fp32; holds h0 twice on entry, [T % 2] holds h_n on return
     y_ptr,  # (T, B, D, H)
     gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
-    packing_ptr,  # (B + T) int64, or None
+    varlen_ptr,  # (B + T) int64, or None
     T,
     B,
     hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
@@ -52,13 +52,13 @@ def gru_forward_blocked_kernel(
     state_ptr += (d.to(tl.int64) * B + b0) * H
     half = B.to(tl.int64) * (2 * H)
 
-    extent, start = _extent(packing_ptr, b0, b, T, B)
+    extent, start = _extent(varlen_ptr, b0, b, T, B)
     present = mask_b
     t = d * (T - 1 - start)
     # The steps left out come first, so that the last one leaves the state in the same half whatever their number.
     for s in range(start, T):
-        row = _row(packing_ptr, t, b0, d, T, B)
-        if packing_ptr is not None:
+        row = _row(varlen_ptr, t, b0, d, T, B)
+        if varlen_ptr is not None:
             present = (t < extent)[None, :]
         h_ptr = state_ptr + (s % 2) * half + b[None, :] * H
         for j0 in range(0, hidden, BH):
@@ -83,7 +83,7 @@ def gru_forward_blocked_kernel(
             mask_h = (offs_j < H) & mask_b
             h = tl.load(h_ptr + offs_j, mask_h, 0.0)
             r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
-            h = h_new if packing_ptr is None else tl.where(present, h_new, h)
+            h = h_new if varlen_ptr is None else tl.where(present, h_new, h)
             tl.store(state_ptr + ((s + 1) % 2) * half + b[None, :] * H + offs_j, h, mask_h)
             tl.store(y_ptr + row * H + b[None, :] * (2 * H) + offs_j, h, mask)
             if SAVE:
@@ -94,7 +94,7 @@ def gru_forward_blocked_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gru_backward_blocked_kernel(
+def gru_backward_streamed_kernel(
     dy_ptr,  # (T, B, D, H)
     y_ptr,  # (T, B, D, H)
     gates_ptr,  # (T, B, D, 4, H), r, z, n, q
@@ -103,8 +103,8 @@ def gru_backward_blocked_kernel(
     dh_ptr,  # (D, B, H) fp32; holds dh_n on entry, dh0 on return
     dgi_ptr,  # (T, B, D, 3H)
     dq_ptr,  # (T, B, D, H)
-    packing_ptr,  # (B + T) int64, or None
-    before_ptr,  # (P, D, H), the state before each step; None unless packed
+    varlen_ptr,  # (B + T) int64, or None
+    h_prev_ptr,  # (P, D, H), the state before each step; None unless packed
     T,
     B,
     hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
@@ -121,20 +121,20 @@ def gru_backward_blocked_kernel(
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     offs_h = (d.to(tl.int64) * B + b0) * H + b[None, :] * H
 
-    extent, start = _extent(packing_ptr, b0, b, T, B)
+    extent, start = _extent(varlen_ptr, b0, b, T, B)
     present = mask_b
     t = (1 - d) * (T - 1 - start)
     for s in range(start, T):
-        row = _row(packing_ptr, t, b0, d, T, B)
-        row_before = _row(packing_ptr, t + 2 * d - 1, b0, d, T, B)
-        if packing_ptr is not None:
+        row = _row(varlen_ptr, t, b0, d, T, B)
+        row_prev = _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B)
+        if varlen_ptr is not None:
             present = (t < extent)[None, :]
         for i0 in range(0, hidden, BH):
             offs_i = i0 + i[:, None]
             mask = (offs_i < H) & mask_b
             offs_y = b[None, :] * (2 * H) + offs_i
             dy, r, z, n, q, h_prev = _load_saved(
-                dy_ptr, y_ptr, h0_ptr, gates_ptr, packing_ptr, row, row_before, t, s, b0, d, i0 + i, b, extent, T, B, H
+                dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s, b0, d, i0 + i, b, extent, T, B, H
             )  # fmt: skip
             dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0) + dy
             da_r, da_z, da_n, dq = _cell_backward(dh, r, z, n, q, h_prev)
@@ -142,8 +142,8 @@ def gru_backward_blocked_kernel(
             offs_gi = b[None, :] * (2 * 3 * H) + offs_i
             mask_row = (offs_i < H) & present
             _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask_row, da_r, da_z, da_n, dq, H)
-            if packing_ptr is not None:
-                tl.store(before_ptr + row * H + offs_y, h_prev, mask_row)
+            if varlen_ptr is not None:
+                tl.store(h_prev_ptr + row * H + offs_y, h_prev, mask_row)
         # Each block of dh needs the gate gradients of all hidden units, which other threads have just written.
         tl.debug_barrier()
         for i0 in range(0, hidden, BH):

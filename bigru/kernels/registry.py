@@ -1,0 +1,105 @@
+"""The table of kernels, the names of backends, and the choice of a backend for a call.
+
+A new kernel is one module with an instance of `bigru.kernels.kernel.Kernel` named `KERNEL`, and one line in `KERNELS`.
+Modules are imported when their kernel is first asked for, so `import bigru` does not import triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from bigru.kernels.config import Call
+from bigru.kernels.kernel import Kernel
+
+
+class Entry(NamedTuple):
+    """Where a kernel is, and when it is offered."""
+
+    module: str
+    auto: str | None = None
+    """The type of device on which "auto" asks it."""
+    public: bool = True
+    """Whether its name is one of `BiGRU`'s backends."""
+
+
+KERNELS = {
+    "resident": Entry("bigru.kernels.resident", auto="cuda"),
+    "cooperative": Entry("bigru.kernels.cooperative", auto="cuda"),
+    "triton": Entry("bigru.kernels.triton_kernel", auto="cuda"),
+    "scan": Entry("bigru.kernels.scan", public=False),
+}
+"""The kernels by name, in the order in which "auto" asks them."""
+PUBLIC = tuple(name for name, entry in KERNELS.items() if entry.public)
+BACKENDS = ("auto", *PUBLIC, "torch", "reference")
+"""The values of `BiGRU`'s `backend`."""
+if TYPE_CHECKING:
+    Backend = str
+else:
+    Backend = Literal[BACKENDS]
+
+
+class Missing(Kernel):
+    """Stands for a kernel that needs a package which is not installed."""
+
+    def __init__(self, name: str, package: str | None) -> None:
+        self.name, self.package = name, package
+
+    def refusal(self, call: Call) -> str:
+        """Returns the name of the missing package."""
+        return f"{self.package} is not installed"
+
+    def choose(self, call: Call, batch: int) -> Any:
+        raise ModuleNotFoundError(self.refusal(call), name=self.package)
+
+    forward = backward = choose
+
+
+@functools.cache
+def get(name: str) -> Kernel:
+    """Returns a kernel by name.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernel: expected one of {tuple(KERNELS)}, got {name!r}")
+    try:
+        kernel: Kernel = importlib.import_module(KERNELS[name].module).KERNEL
+    except ModuleNotFoundError as missing:
+        return Missing(name, missing.name)
+    return kernel
+
+
+def choose(backend: str, call: Call, kernels: Sequence[Kernel] | None = None) -> tuple[str, str | None, str | None]:
+    """Chooses the backend of a call.
+
+    Args:
+        backend: "auto", or the name of a public kernel.
+        call: the call to serve.
+        kernels: the kernels that "auto" asks, in order; by default those that `KERNELS` lists for the device.
+
+    Returns:
+        The backend's name, never "auto"; the reason why it cannot serve the call, or None; and a warning, or None.
+    """
+    if backend != "auto":
+        return backend, get(backend).refusal(call), None
+    if kernels is None:
+        kernels = [get(name) for name, entry in KERNELS.items() if entry.auto == call.device.type]
+    reason = None
+    for kernel in kernels:
+        reason = kernel.refusal(call)
+        if reason is None and kernel.is_proven(call):
+            return kernel.name, None, None
+    # cuDNN's products of fp32 numbers may be TF32, which GPUs have from compute capability 8.0 on.
+    if reason and call.accurate and torch.backends.cudnn.allow_tf32 and call.device.capability >= (8, 0):
+        warning = (
+            f"the fused kernel cannot serve this call ({reason}); ATen's GRU does, and its products may be TF32 "
+            "because torch.backends.cudnn.allow_tf32 is on"
+        )
+        return "torch", None, warning
+    return "torch", None, None

@@ -1,0 +1,223 @@
+"""The Gluon functions of the resident kernels: where a tile lies, its arithmetic, its loads and its stores.
+
+`bigru.kernels.resident` says how the numbers are laid out, and why.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.constexpr_function
+def _accumulator(HP):
+    """Layout of gates^T: a warp's 16 hidden units by 8 columns, repeated along the columns."""
+    return gl.NVMMADistributedLayout([2, 0], [HP // 16, 1], [16, 8])
+
+
+@gluon.constexpr_function
+def _units(HP, N, SPLIT):
+    """Layout of (HP hidden units, N batch rows): the accumulator's, where a thread's rows g and g + 8 are named units
+    2g and 2g + 1, so that they are neighbours in memory; with SPLIT its columns 2b and 2b + 1 are one batch row."""
+    registers = [[1, 0]] if SPLIT else [[1, 0], [0, 1]]
+    lanes = [[0, 1], [0, 2]] if SPLIT else [[0, 2], [0, 4]]
+    tile = 4 if SPLIT else 8
+    registers += [[0, tile << i] for i in range((N // tile).bit_length() - 1)]
+    lanes += [[2, 0], [4, 0], [8, 0]]
+    warps = [[16 << i, 0] for i in range((HP // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [HP, N])
+
+
+@gluon.constexpr_function
+def _quads(HP, N, SPLIT):
+    """Layout of (4 HP, N), four numbers for each hidden unit, all with the thread that holds the unit."""
+    units = _units(HP, N, SPLIT)
+
+    def of(bases):
+        return [[4 * unit, row] for unit, row in bases]
+
+    registers = [[1, 0], [2, 0], *of(units.reg_bases)]
+    return gl.DistributedLinearLayout(registers, of(units.lane_bases), of(units.warp_bases), [], [4 * HP, N])
+
+
+@gluon.constexpr_function
+def _buffer(HP):
+    """Shared memory of (columns, HP) 16-bit numbers, in the order that ldmatrix reads without bank conflicts."""
+    return gl.SwizzledSharedLayout(8, 1, min(8, HP // 8), [1, 0])
+
+
+@gluon.jit
+def _sigmoid(x, FAST: gl.constexpr):
+    if FAST:
+        y = 0.5 * _tanh_approx(0.5 * x) + 0.5
+    else:
+        # As 1 / (1 + exp(-x)), without the care for denormal numbers that neither 1 + e nor its inverse needs.
+        e = gl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+        )
+        y = gl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=gl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@gluon.jit
+def _tanh_approx(x):
+    # At most 2^-11 from the truth, relative (PTX ISA, tanh).
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _tanh(x, FAST: gl.constexpr):
+    if FAST:
+        y = _tanh_approx(x)
+    else:
+        # 2 sigmoid(2x) - 1 never divides infinities; near zero it cancels, so the series serves there.
+        s = x * x
+        near = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+        y = gl.where(s < 0.09, near, 2.0 * _sigmoid(2.0 * x, FAST) - 1.0)
+    return y
+
+
+@gluon.jit
+def _indices(B, b0, H: gl.constexpr, LAYOUT: gl.constexpr, EACH: gl.constexpr):
+    """Offsets of a layout's units (EACH numbers a unit) and batch rows, those past the end being the last one."""
+    i = gl.arange(0, LAYOUT.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    b = gl.arange(0, LAYOUT.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    if LAYOUT.shape[0] > EACH * H:
+        i = gl.minimum(i // EACH, H - 1) * EACH + i % EACH
+    return i[:, None], gl.minimum(b, B - 1 - b0)[None, :]
+
+
+@gluon.jit
+def _scale_of(peak):
+    """The power of two that brings a positive number into [1024, 2048)."""
+    exponent = gl.maximum(peak, 1e-30).to(gl.int32, bitcast=True) >> 23
+    return ((264 - exponent) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _inverse(scale):
+    """1 / scale, for a power of two."""
+    return (0x7F000000 - scale.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _load_operands(w, unit_stride, k_stride, H: gl.constexpr, HP: gl.constexpr):
+    """The recurrent weights of r, z and n as A operands, high and low part of each, and their common scale.
+
+    fp32 is scaled and split; 16-bit weights are taken as they are."""
+    scale = 1.0
+    if w.dtype.element_ty == gl.float32:
+        # What one scale loses of a gate far below the others, the sums of products would not show.
+        peak = gl.maximum(_peak(w, H, HP), gl.maximum(_peak(w + H * H, H, HP), _peak(w + 2 * H * H, H, HP)))
+        scale = _scale_of(peak)
+    r = _load_operand(w, unit_stride, k_stride, scale, H, HP)
+    z = _load_operand(w + H * H, unit_stride, k_stride, scale, H, HP)
+    n = _load_operand(w + 2 * H * H, unit_stride, k_stride, scale, H, HP)
+    return r, z, n, scale
+
+
+@gluon.jit
+def _peak(w, H: gl.constexpr, HP: gl.constexpr):
+    """Largest magnitude of (H, H) numbers."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [HP // 16, 1], [1, 0])
+    i = gl.arange(0, HP, layout=gl.SliceLayout(1, LAYOUT))
+    k = gl.arange(0, HP, layout=gl.SliceLayout(0, LAYOUT))
+    if H < HP:
+        i = gl.minimum(i, H - 1)
+        k = gl.minimum(k, H - 1)
+    return gl.max(gl.max(gl.abs(gl.load(w + i[:, None] * H + k[None, :])), 1), 0)
+
+
+@gluon.jit
+def _load_operand(w, unit_stride, k_stride, scale, H: gl.constexpr, HP: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, _accumulator(HP), 2)
+    p = gl.arange(0, HP, layout=gl.SliceLayout(1, LAYOUT))
+    k = gl.arange(0, HP, layout=gl.SliceLayout(0, LAYOUT))
+    # Row p of a warp's 16 is the unit that `_units` names so.
+    unit = gl.minimum((p & ~15) | ((p & 7) << 1) | ((p >> 3) & 1), H - 1)
+    high = gl.load(w + unit[:, None] * unit_stride + gl.minimum(k, H - 1)[None, :] * k_stride)
+    if H < HP:
+        high = gl.where((k < H)[None, :], high, 0.0)
+    low = high
+    if high.dtype == gl.float32:
+        high, low = _halves(high * scale)
+        # What comes next is not to be loaded while these weights, not yet packed, fill the registers.
+        barrier()
+    return high, low
+
+
+@gluon.jit
+def _halves(x):
+    """Two fp16 numbers, high and low, whose sum is x to 22 bits."""
+    # In pairs, as the MMA takes them: left to the compiler, numbers are packed only at their use, and spill till then.
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 a, b;
+        .reg .f32 c, d;
+        cvt.rn.f16x2.f32 $0, $3, $2;
+        mov.b32 {a, b}, $0;
+        cvt.f32.f16 c, a;
+        cvt.f32.f16 d, b;
+        sub.f32 c, $2, c;
+        sub.f32 d, $3, d;
+        cvt.rn.f16x2.f32 $1, d, c;
+        }
+        """,
+        "=&r,=r,f,f", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _put(buffer, x, OPERAND: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
+    """Stores (HP, N) numbers where the next product reads them."""
+    high = x.to(OPERAND)
+    if SPLIT:
+        low = (x - high.to(gl.float32)).to(OPERAND)
+        high = gl.join(high, low).reshape([HP, 2 * N])
+    buffer.permute((1, 0)).store(high)
+
+
+@gluon.jit
+def _multiply(weights, x, acc, SPLIT: gl.constexpr):
+    if SPLIT:
+        acc = mma_v2(weights[1], x, acc)
+    return mma_v2(weights[0], x, acc)
+
+
+@gluon.jit
+def _to_units(acc, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
+    """An accumulator's numbers by unit and batch row; nothing moves between threads."""
+    if SPLIT:
+        of_high, of_low = gl.split(acc.reshape([HP, N, 2]))
+        acc = of_high + of_low
+    acc = acc.reshape([HP // 16, 2, 8, N]).permute([0, 2, 1, 3]).reshape([HP, N])
+    return gl.convert_layout(acc, _units(HP, N, SPLIT))
+
+
+@gluon.jit
+def _row(t, place):
+    """Index of a program's first row in (T, B, D), 64-bit."""
+    B, b0, d = place
+    return (t.to(gl.int64) * B + b0) * 2 + d
+
+
+@gluon.jit
+def _store_state(state_ptr, state, offs_y, B, b0, d, H: gl.constexpr):
+    """Stores to (D, B, H) after the time loop."""
+    # The compiler would find this address before the loop and keep it in registers that the loop needs. It cannot see
+    # through the instruction, nor (at the call) that the direction follows from the last t.
+    offs = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [offs_y], dtype=gl.int32, is_pure=False, pack=1)
+    offs = offs // (2 * H) * H + offs % (2 * H)
+    gl.store(state_ptr + (d.to(gl.int64) * B + b0) * H + offs, state.to(state_ptr.dtype.element_ty))
+
+
+@gluon.jit
+def _load_gates_in(gi_ptr, row, offs, H: gl.constexpr):
+    gi = gi_ptr + row * (3 * H) + offs
+    return gl.load(gi), gl.load(gi + H), gl.load(gi + 2 * H)

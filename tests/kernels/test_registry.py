@@ -1,0 +1,200 @@
+"""The registry: which kernel serves what, with which parameters, and which of them "auto" takes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigru.kernels import registry
+from bigru.kernels.config import A100, B200, H100, Call, Device, ResidentConfig, choose_resident
+from bigru.kernels.proven import PROVEN, Proven
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+CPU = Device("cpu")
+SINGLE = Call(H100, torch.float32, 128)
+
+
+def kernels():
+    pytest.importorskip("triton")
+    return [registry.get(name) for name in registry.PUBLIC]
+
+
+def gpu_kernel(name):
+    pytest.importorskip("triton")
+    return registry.get(name)
+
+
+class TestRefusal:
+    def test_an_old_gpu(self):
+        old = replace(SINGLE, device=replace(A100, capability=(7, 5)))
+        for kernel in kernels():
+            assert "compute capability is 7.5, and the kernels need 8.0" in kernel.refusal(old)
+
+    def test_a_gpu_of_another_maker(self):
+        assert {kernel.refusal(replace(SINGLE, device=Device("hip"))) for kernel in kernels()} == {
+            "the GPU is not one of NVIDIA's"
+        }
+
+    def test_a_dtype(self):
+        for kernel in kernels():
+            assert "float64" in kernel.refusal(replace(SINGLE, dtype=torch.float64))
+
+    def test_sizes(self):
+        assert gpu_kernel("resident").refusal(SINGLE) is None
+        assert "hidden_size is 129" in gpu_kernel("resident").refusal(replace(SINGLE, hidden=129))
+        assert gpu_kernel("triton").refusal(replace(SINGLE, hidden=4096)) is None
+
+    def test_a_cpu_without_the_interpreter(self):
+        on_cpu = replace(SINGLE, device=CPU)
+        compiled = replace(gpu_kernel("triton"), interpreted=False)
+        assert "the input is on cpu, and the kernel runs on a GPU (or with TRITON" in compiled.refusal(on_cpu)
+        assert replace(compiled, interpreted=True).refusal(on_cpu) is None
+        assert "the input is on cpu" in gpu_kernel("resident").refusal(on_cpu)
+
+    @pytest.mark.parametrize(("name", "hidden"), [("resident", 128), ("cooperative", 256)])
+    def test_sequences_of_different_lengths(self, name, hidden):
+        call = replace(SINGLE, hidden=hidden)
+        assert gpu_kernel(name).refusal(call) is None
+        assert gpu_kernel(name).refusal(replace(call, varlen=True)) == "the input is a PackedSequence"
+
+    def test_an_unknown_kernel(self):
+        with pytest.raises(ValueError, match=r"kernel: expected one of .* got 'fast'"):
+            registry.get("fast")
+
+
+class TestAuto:
+    def test_a_cpu_takes_aten(self):
+        assert registry.choose("auto", replace(SINGLE, device=CPU)) == ("torch", None, None)
+
+    def test_a_proven_kernel_before_the_others(self):
+        proven = (Proven("resident", (9, 0), (32, 128), "float32", "fp32", "card.json"),)
+        asked = [replace(kernel, proven=proven) if kernel.name == "resident" else kernel for kernel in kernels()]
+
+        def chosen(**change):
+            return registry.choose("auto", replace(SINGLE, **change), asked)[0]
+
+        assert chosen() == "resident"
+        assert chosen(hidden=64) == "triton"
+        assert chosen(precision="tf32") == "triton"
+        assert chosen(device=A100) == "triton"
+        assert chosen(varlen=True) == "triton"
+
+    @pytest.mark.parametrize(
+        ("change", "warns"),
+        [
+            ({}, True),
+            ({"precision": "tf32"}, False),
+            ({"dtype": torch.bfloat16}, False),
+            ({"device": replace(A100, capability=(7, 5))}, False),
+        ],
+        ids=["fp32", "tf32", "bf16", "an old GPU"],
+    )
+    def test_falling_back_warns_where_cudnn_may_be_less_exact(self, change, warns):
+        missing = [registry.Missing("triton", "triton")]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            backend, refusal, warning = registry.choose("auto", replace(SINGLE, **change), missing)
+        assert (backend, refusal) == ("torch", None)
+        assert (warning is not None) == warns
+        assert not warns or "(triton is not installed)" in warning
+        assert not warns or "its products may be TF32" in warning
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            assert registry.choose("auto", SINGLE, missing)[2] is None
+
+
+class TestChooseResident:
+    @pytest.mark.parametrize(
+        ("hidden", "dtype", "precision", "batch", "expected"),
+        [
+            (128, torch.float32, "fp32", 64, ResidentConfig(4, 128, True)),
+            (128, torch.float32, "tf32", 64, ResidentConfig(8, 128, False)),
+            (100, torch.bfloat16, "fp32", 64, ResidentConfig(8, 128, False)),
+            (128, torch.bfloat16, "fp32", 4096, ResidentConfig(16, 128, False)),
+            (128, torch.float32, "fp32", 4096, ResidentConfig(4, 128, True)),
+            (64, torch.float32, "fp32", 4096, ResidentConfig(8, 64, True)),
+            # 257 programs of eight rows, where two fit on a processor.
+            (64, torch.float16, "fp32", 1025, ResidentConfig(8, 64, False)),
+        ],
+    )
+    def test_small_batches_are_spread_and_large_ones_take_wider_blocks(self, hidden, dtype, precision, batch, expected):
+        assert choose_resident(Call(H100, dtype, hidden, precision), batch) == expected
+
+    def test_a_warp_for_every_16_units(self):
+        assert choose_resident(Call(B200, torch.float32, 3), 1).options()["num_warps"] == 1
+        assert choose_resident(Call(B200, torch.float32, 128), 1).options()["num_warps"] == 8
+
+
+def unproven(entry, record):
+    """What of an entry the record does not show right, on this architecture, storage and precision."""
+    rows = [
+        row
+        for row in record["correctness"]
+        if row["kernel"] == entry.kernel
+        and row["dtype"] == entry.dtype
+        and (entry.dtype != "float32" or row["precision"] == entry.precision)
+    ]
+    if record["kind"] != "gpu" or tuple(record["machine"]["capability"]) != entry.capability:
+        return "another machine"
+    if any(row["status"] == "failed" or row["deterministic"] is False for row in rows):
+        return "a row that failed"
+    return set(entry.hidden) - {row["hidden"] for row in rows if row["status"] == "passed"}
+
+
+class TestProven:
+    def test_every_entry_stands_on_a_committed_record(self):
+        for entry in PROVEN:
+            assert not unproven(entry, json.loads((RESULTS / entry.record).read_text(encoding="utf-8"))), entry
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            ({}, set()),
+            ({"hidden": 96}, {64}),
+            ({"status": "refused", "deterministic": None}, {64}),
+            ({"status": "failed"}, "a row that failed"),
+            ({"deterministic": False}, "a row that failed"),
+            ({"precision": "tf32"}, {64}),
+            ({"kernel": "triton"}, {64}),
+        ],
+    )
+    def test_what_a_record_shows(self, change, found):
+        entry = Proven("resident", (9, 0), (64,), "float32", "fp32", "card.json")
+        row = {"kernel": "resident", "dtype": "float32", "precision": "fp32", "hidden": 64, "status": "passed"}
+        record = {"kind": "gpu", "machine": {"capability": [9, 0]}}
+        record["correctness"] = [row | {"deterministic": True} | change]
+        assert unproven(entry, record) == found
+        record["machine"]["capability"] = [8, 0]
+        assert unproven(entry, record) == "another machine"
+
+    def test_16_bit_storage_has_no_precision(self):
+        entry = Proven("resident", (9, 0), (64,), "bfloat16", "fp32", "card.json")
+        call = Call(H100, torch.bfloat16, 64, "tf32")
+        assert entry.covers(call)
+        assert not entry.covers(replace(call, hidden=65))
+        assert not entry.covers(replace(call, dtype=torch.float16))
+        assert not entry.covers(replace(call, device=A100))
+
+
+def test_without_triton():
+    """In a process of its own, where triton cannot be imported."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import bigru
+x = torch.randn(2, 2, 3)
+assert bigru.BiGRU(3, 4)(x)[0].shape == (2, 2, 8)
+assert torch.compile(bigru.BiGRU(3, 4), backend="eager")(x)[0].shape == (2, 2, 8)
+assert "bigru.kernels.cell" not in sys.modules
+try:
+    bigru.BiGRU(3, 4, backend="triton")(x)
+except RuntimeError as error:
+    assert "'triton' cannot serve this call: triton is not installed" in str(error), error
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
