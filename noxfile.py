@@ -20,6 +20,7 @@ nox.options.reuse_venv = "yes"
 ROOT = Path(__file__).parent
 CONSTRAINTS = "constraints.txt"
 EVERYTHING = (".[test]", "ruff", "mypy", "nox", "types-PyYAML")
+INSTALLED_FROM = ("pyproject.toml", "setup.py", "bigru/kernels/cpu_recurrence.c", CONSTRAINTS, "noxfile.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Two processes of one thread each; more of either only wait for one another on two cores.
 IN_TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
@@ -29,8 +30,7 @@ def run(session: nox.Session, module: str, *arguments: str, **options: Any) -> N
     """Runs `python -m MODULE` in the shared environment, which is made, or renewed where its requirements changed."""
     folder = ROOT / ".nox" / "shared"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    sources = (ROOT / name for name in ("pyproject.toml", CONSTRAINTS, "noxfile.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in INSTALLED_FROM)).hexdigest()
     stamp = folder / "requirements.sha256"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != digest:
         pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
