@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from bigru.files import shell_line
 from bigru.kernels.registry import Backend
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 
@@ -375,7 +376,7 @@ def command_line(config: TrainConfig) -> str:
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 words += [f"--{flag}", str(value)]
-    return shlex.join(words)
+    return shell_line(words)
 
 
 def _leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

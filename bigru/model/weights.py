@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +16,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bigru.files import write_atomically
+from bigru.files import printable, write_atomically
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 
+log = logging.getLogger(__name__)
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""Of DataParallel, torch.compile, and a module that holds the network as `model`."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,22 +63,22 @@ def load_forecaster(path: Path, **options: Any) -> HandForecaster:
     names = [f"encoder.core.weight_{part}_l0" for part in ("ih", "hh")]
     if missing := [name for name in names if name not in weights]:
         raise CheckpointError(
-            f"weights: {path} is no forecaster's state dict: no {', '.join(missing)}; it holds "
+            f"weights: {printable(path)} is no forecaster's state dict: no {', '.join(missing)}; it holds "
             f"{', '.join(list(weights)[:5]) or 'nothing'}"
         )
     for name in names:
         if _kind(weights[name]) or weights[name].dim() != 2 or 0 in weights[name].shape:
-            raise CheckpointError(f"weights: {path}: expected a dense floating-point matrix in {name}")
+            raise CheckpointError(f"weights: {printable(path)}: expected a dense floating-point matrix in {name}")
     (rows, input_size), (gates, hidden_size) = (weights[name].shape for name in names)
     # Before a network of such a size is made.
     if not rows == gates == 3 * hidden_size:
         raise CheckpointError(
-            f"weights: {path}: expected {3 * hidden_size} rows in {' and '.join(names)}, "
+            f"weights: {printable(path)}: expected {3 * hidden_size} rows in {' and '.join(names)}, "
             f"three gates of {hidden_size} units, got {rows} and {gates}"
         )
     if modalities_of(input_size) is None:
         raise CheckpointError(
-            f"weights: {path} is for {input_size} features, expected {POSE_SIZE} for hands and for "
+            f"weights: {printable(path)} is for {input_size} features, expected {POSE_SIZE} for hands and for "
             f"other modalities {MODALITY_SIZES}"
         )
     layers = sum(name.startswith("encoder.core.weight_ih_l") and not name.endswith("_reverse") for name in weights)
@@ -89,7 +95,8 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     odd = [f"{name} is {kind}" for name, kind in kinds.items() if kind]
     if odd:
         raise CheckpointError(
-            f"weights: {path}: expected dense tensors of float16, bfloat16, float32 or float64, but {', '.join(odd)}"
+            f"weights: {printable(path)}: expected dense tensors of float16, bfloat16, float32 or float64, "
+            f"but {', '.join(odd)}"
         )
     problems = []
     if missing := sorted(expected.keys() - weights.keys()):
@@ -101,35 +108,72 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
             problems.append(f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}")
     if problems:
         hint = _modality_hint(weights, expected)
-        raise CheckpointError(f"weights: {path} does not fit the network: {hint}{'; '.join(sorted(problems))}")
+        raise CheckpointError(
+            f"weights: {printable(path)} does not fit the network: {hint}{'; '.join(sorted(problems))}"
+        )
     # As the model will hold them: a float64 may be too large for it.
     bad = sorted(name for name, tensor in weights.items() if not tensor.to(expected[name].dtype).isfinite().all())
     if bad:
-        raise CheckpointError(f"weights: {path} holds values that are not finite in {', '.join(bad)}")
+        raise CheckpointError(f"weights: {printable(path)} holds values that are not finite in {', '.join(bad)}")
     model.load_state_dict(weights)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict, without the prefixes that wrappers put before all of its names."""
+    shown = printable(path)
     if not path.is_file():
-        raise CheckpointError(f"weights: {path} is not a file")
+        raise CheckpointError(f"weights: {shown} is not a file")
     if path.suffix == ".safetensors":
+        _refuse_no_weights(path)
         try:
-            return safetensors.torch.load_file(path)
+            # From bytes: the package opens no path that is not UTF-8.
+            return _without_prefixes(safetensors.torch.load(path.read_bytes()), path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"weights: {path} cannot be read as safetensors: {error}") from error
+            raise CheckpointError(f"weights: {shown} cannot be read as safetensors: {_first_line(error)}") from error
     if path.suffix not in (".pt", ".pth"):
-        raise CheckpointError(f"weights: expected a .safetensors, .pt or .pth file, got {path}")
+        raise CheckpointError(f"weights: expected a .safetensors, .pt or .pth file, got {shown}")
     content = read_pickle(path)
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        raise CheckpointError(f"weights: {path} holds no state dict, {{name: tensor}}")
-    return dict(content)
+        raise CheckpointError(f"weights: {shown} holds no state dict, {{name: tensor}}")
+    return _without_prefixes(content, path)
+
+
+def _without_prefixes(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Takes off what DataParallel, torch.compile and wrapping modules put before every name, and logs it."""
+    removed = ""
+    while prefix := next((prefix for prefix in PREFIXES if weights and all(n.startswith(prefix) for n in weights)), ""):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        removed += prefix
+    if removed:
+        log.warning("weights: the names in %s are read without their prefix %s", printable(path), removed)
+    return dict(weights)
+
+
+def _refuse_no_weights(path: Path) -> None:
+    """Raises CheckpointError, saying what it is, for a file that is no weights by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(256).lstrip()
+    what = ""
+    if not head:
+        what = "is empty"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches"
+    elif head[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = "is a web page, not the file itself; download it again"
+    if what:
+        raise CheckpointError(f"weights: {printable(path)} {what}")
+
+
+def _first_line(error: Exception) -> str:
+    """Returns what an error says, in one printable line: it may quote the file, or go on with a stack of C++."""
+    return printable(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
 
 
 def _kind(tensor: Tensor) -> str:
-    """What a tensor is other than dense real floating-point numbers on the CPU; empty where it is just that."""
+    """Names what keeps a tensor from being weights, dense real floating-point numbers on the CPU; empty for nothing."""
     if tensor.is_nested:
         return "nested"
     if tensor.layout is not torch.strided:
@@ -150,7 +194,7 @@ def _modality_hint(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 def modalities_of(input_size: int) -> dict[str, bool] | None:
-    """Which modalities beside hands make up an input size, all sums of which differ; None for no such size."""
+    """Returns which modalities beside hands make up an input size, all sums of which differ; None for no such size."""
     for choice in itertools.product((False, True), repeat=len(MODALITY_SIZES)):
         if POSE_SIZE + sum(itertools.compress(MODALITY_SIZES.values(), choice)) == input_size:
             return dict(zip(MODALITY_SIZES, choice, strict=True))
@@ -165,19 +209,30 @@ def _modalities(input_size: int) -> str:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Reads a file of torch.save, data only: a pickle that would run code is refused."""
+    """Reads a file of torch.save that holds data only.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a pickle that would run code.
+    """
+    _refuse_no_weights(path)
     try:
         with warnings.catch_warnings():
             # A plain pickle gets a warning about its protocol before it is refused.
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Not in torch's words, which advise to run whatever the file holds.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path}: refused, it is damaged or holds more than tensors and numbers: {str(error).splitlines()[0]}"
+            f"{printable(path)}: refused, it is damaged or holds more than tensors and numbers{what}, as a whole "
+            "pickled model does; save model.state_dict() instead"
         ) from error
     # What the unpickler raises for a damaged file depends on where the damage is: nearly anything.
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{printable(path)} cannot be read, it is damaged or cut off: {_first_line(error)}"
+        ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+        raise CheckpointError(f"{printable(path)}: expected a dictionary, got {type(content).__name__}")
     return dict(content)

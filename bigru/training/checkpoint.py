@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigru.files import write_atomically
+from bigru.files import printable, write_atomically
 from bigru.model.weights import CheckpointError, read_pickle
 from bigru.training.step import TrainStep, get_random_state, set_random_state
 
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path, step: TrainStep, rank: int = 0) -> Progress:
     content = read_pickle(path)
     try:
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {content['format']!r}")
+            raise CheckpointError(f"{printable(path)}: expected checkpoint format {FORMAT}, got {content['format']!r}")
         progress = Progress(**content["progress"])
         step.model.load_state_dict(content["model"])
         # How AdamW is computed is this run's affair; the rate is set anew before every step.
@@ -114,5 +114,5 @@ def load_checkpoint(path: Path, step: TrainStep, rank: int = 0) -> Progress:
     except CheckpointError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of this run: {error}") from error
+        raise CheckpointError(f"{printable(path)}: not a checkpoint of this run: {error}") from error
     return progress

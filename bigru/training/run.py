@@ -134,7 +134,7 @@ def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, str
     """Returns what trains the network on the dataset, and the backend of the network's GRU."""
     if config.run.tensorboard:
         # Asked before the data are read.
-        tensorboard.require()
+        tensorboard.require(config.run.out)
     device = pick_device(team.device(config.run.device))
     # The first leaves what the others need not make again.
     dataset = team.first_then_others(lambda: load_data(config, device, parts.load))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bigru.config import ConfigError
+from bigru.files import printable
 from bigru.model.metrics import evaluate, window_error_px
 from bigru.report import figures
 from bigru.report.record import Samples, read_samples
@@ -49,7 +50,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, epoch: int) -> None:
-        require()
+        require(folder)
         # Imported here: it takes a second, and is an extra.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -98,8 +99,11 @@ def watched(folder: Path, trainer: Trainer) -> Iterator[None]:
         board.picture("forecasts/test", figures.forecasts(samples, centre), trainer.progress.epoch)
 
 
-def require() -> None:
-    """Raises ConfigError unless TensorBoard is installed."""
+def require(out: Path) -> None:
+    """Raises ConfigError unless TensorBoard is installed and can write into a folder of this path."""
+    path = str(out.absolute())
+    if path.encode(errors="ignore").decode() != path:
+        raise ConfigError(f"tensorboard: expected a path in UTF-8, as it writes to no other, got {printable(out)}")
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:

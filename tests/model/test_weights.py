@@ -135,6 +135,48 @@ def test_weights_that_cannot_be_read(tmp_path, name):
     assert torch.equal(model.pose_head[2].weight, before)
 
 
+FOREIGN = {
+    "empty": (b"", "is empty"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "pointer of Git LFS"),
+    "page": (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+    "escape codes": (b"\x1b[31mred\x1b[0m", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_that_are_no_weights_are_told_apart_in_our_words(tmp_path, kind, suffix):
+    content, message = FOREIGN[kind]
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network()[0], path)
+    said = str(caught.value)
+    assert message in said or (kind, suffix) == ("escape codes", "pt")
+    assert said.isprintable()
+    assert "weights_only" not in said
+
+
+def test_a_whole_model_is_refused_with_the_cure(tmp_path):
+    model, _ = network()
+    torch.save(model, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"HandForecaster.*save model\.state_dict") as caught:
+        load_weights(model, tmp_path / "w.pt")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_the_prefixes_of_wrappers_are_taken_off(tmp_path, caplog, prefix):
+    model, step = network()
+    learn(step)
+    path = tmp_path / os.fsdecode(b"w\xe4.safetensors")
+    save_weights(path, {prefix + name: value for name, value in model.state_dict().items()})
+    other, _ = network()
+    load_weights(other, path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    assert f"without their prefix {prefix}" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"\x80\x02a", b"\x80\x02G", b"\x80\x02}K\x01R.", b"\x80\x02(e", b"\x80\x02h"])
 def test_a_damaged_pickle_is_named_with_what_went_wrong(tmp_path, content):
     # Each breaks the unpickler in another place, and it was not written to say so.
@@ -153,9 +195,9 @@ def test_whatever_the_unpickler_raises(tmp_path, monkeypatch, error):
         raise error("at byte 7")
 
     path = tmp_path / "w.pt"
-    path.write_bytes(b"")
+    path.write_bytes(b"PK")
     monkeypatch.setattr(torch, "load", broken)
-    with pytest.raises(CheckpointError, match=rf"w\.pt cannot be read: {error.__name__}: at byte 7") as caught:
+    with pytest.raises(CheckpointError, match=rf"w\.pt cannot be read, .*: {error.__name__}: at byte 7") as caught:
         load_weights(network()[0], path)
     assert isinstance(caught.value.__cause__, error)
 
