@@ -1,11 +1,33 @@
 """bigru: a fused bidirectional GRU for PyTorch, and the hand-motion forecaster it was made for."""
 
-from bigru.export import export_onnx
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from bigru.kernels.convert import replace_gru
-from bigru.kernels.decompositions import decompositions
 from bigru.kernels.gru import BiGRU
-from bigru.model.forecaster import HandForecaster
+
+if TYPE_CHECKING:
+    from bigru.export import export_onnx
+    from bigru.kernels.decompositions import decompositions
+    from bigru.model.forecaster import HandForecaster
 
 __version__ = "0.1.0"
 
 __all__ = ["BiGRU", "HandForecaster", "__version__", "decompositions", "export_onnx", "replace_gru"]
+
+# Imported when first asked for: none of it is needed by the layer.
+LATER = {
+    "HandForecaster": "bigru.model.forecaster",
+    "decompositions": "bigru.kernels.decompositions",
+    "export_onnx": "bigru.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from bigru.kernels.compiling import constant, not_compiled
 from bigru.kernels.config import Call, describe
 from bigru.kernels.decompositions import onnx_gru_layer
 from bigru.kernels.layer import fused_gru_layer
@@ -317,7 +318,7 @@ class BiGRU(nn.RNNBase):
                     x = nn.functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(states)
 
-    @torch.compiler.disable(reason="the number of rows at each step of a PackedSequence is data")
+    @not_compiled("the number of rows at each step of a PackedSequence is data")
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         if hx is not None and hx.dim() != 3:
             raise RuntimeError(f"hx: expected 3 dimensions for a PackedSequence, got shape {tuple(hx.shape)}")
@@ -340,7 +341,7 @@ class BiGRU(nn.RNNBase):
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
 
-    @torch.compiler.disable(reason="the number of rows at each step of a ragged batch is data")
+    @not_compiled("the number of rows at each step of a ragged batch is data")
     def _forward_padded(
         self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Tensor | Sequence[int]
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -416,7 +417,7 @@ def _twin(module: nn.RNNBase, of: type[Module], **attributes: str) -> Module:
 
 
 # Compilers need not look inside: the answer depends on nothing that changes while the program runs.
-@torch.compiler.assume_constant_result
+@constant
 def _choose(
     backend: str, device: torch.device, dtype: torch.dtype, hidden: int, precision: str, varlen: bool
 ) -> tuple[str, str | None, str | None]:
