@@ -1,178 +1,157 @@
-"""The device that the benchmarks run on: a GPU, or in its place a CPU, where the same code runs and no time counts."""
+"""Describes the machine and its software, and measures one candidate beside one rival on it."""
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import shutil
 import subprocess
-import time
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.gpu_record import Row
-from benchmarks.timing import Work, gpu_time_ms
-from bigru.kernels import registry
-from bigru.kernels.config import Call, describe
-from bigru.training.step import capture
+from benchmarks.record import NN_GRU, Row
+from benchmarks.timing import Work, compare, gpu_ms, interleaved, wall_ms
+from benchmarks.workloads import Candidate, Case, Refused, errors, make, products, verdict
+
+Clocks = Mapping[str, Callable[[Work], float]]
+WALL: Clocks = {"wall": wall_ms}
+GPU: Clocks = {"wall": wall_ms, "gpu": gpu_ms, "graph": gpu_ms}
+TRIAL: Clocks = dict.fromkeys(GPU, wall_ms)
+"""For the code of a GPU on a CPU, where a captured work is the work itself."""
 
 
-class Machine(ABC):
-    """What a benchmark asks of the device."""
-
-    device: torch.device
-    has_ptx: bool
-    """Whether inline PTX runs: Triton's interpreter has none."""
-    fewest_rounds: int
-    """Rounds of a timing that are run however long they take."""
-
-    @abstractmethod
-    def describe(self) -> Row:
-        """The record's "machine" and "versions"."""
-
-    def refusal(self, kernel: str, hidden: int, dtype: torch.dtype, precision: str) -> str | None:
-        """Returns the reason why a kernel cannot serve, or None."""
-        return registry.get(kernel).refusal(Call(describe(self.device), dtype, hidden, precision))
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Waits until the device has done everything; raises if something it did went wrong."""
-
-    @abstractmethod
-    def time_ms(self, figure: str, work: Work, lead_ms: float = 0.0) -> float:
-        """One figure of one run: "gpu_ms" of the device alone, "eager_ms" by the wall, "graph_ms" of a replay.
-
-        `lead_ms` is how long the CPU takes to ask for the work.
-        """
-
-    @abstractmethod
-    def capture(self, work: Work) -> Work:
-        """The work as a CUDA graph: what is returned replays it."""
-
-    @abstractmethod
-    def peak_mib(self, work: Work) -> float | None:
-        """Memory that the work takes beyond what there was before it, in MiB."""
-
-    @abstractmethod
-    def forget(self) -> None:
-        """Gives memory back between two jobs."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Returns the `machine` of a record."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    if device.type != "cuda":
+        return {"name": cpu, "cores": os.cpu_count()}
+    card = torch.cuda.get_device_properties(device)
+    return {
+        "name": card.name,
+        "capability": [card.major, card.minor],
+        "processors": card.multi_processor_count,
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "driver, clocks": _ask_driver(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+    }
 
 
-class Gpu(Machine):
-    """A CUDA device."""
+def describe_versions(*others: str) -> dict[str, str | None]:
+    """Returns the `versions` of a record; None for a package that is not there."""
+    import bigru
 
-    has_ptx = True
-    fewest_rounds = 5
-
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise RuntimeError("torch finds no GPU here; --cpu-smoke tries the command on a CPU")
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._properties = torch.cuda.get_device_properties(self.device)
-
-    def describe(self) -> Row:
-        found = self._properties
-        machine = {
-            "card": found.name,
-            "capability": [found.major, found.minor],
-            "processors": found.multi_processor_count,
-            "memory_gib": found.total_memory / 2**30,
-            "driver": _driver(),
-        }
-        return {"machine": machine | _cpu(), "versions": _versions()}
-
-    def finish(self) -> None:
-        torch.cuda.synchronize(self.device)
-
-    def time_ms(self, figure: str, work: Work, lead_ms: float = 0.0) -> float:
-        if figure == "eager_ms":
-            return _wall_ms(self, work)
-        return gpu_time_ms(work, lead_ms)
-
-    def capture(self, work: Work) -> Work:
-        return capture(work, self.device)
-
-    def peak_mib(self, work: Work) -> float | None:
-        self.finish()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        work()
-        self.finish()
-        # What takes no memory has no figure.
-        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20 or None
-
-    def forget(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
+    found: dict[str, str | None] = {"bigru": bigru.__version__, "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
+    for name in ("triton", "numpy", *others):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if torch.version.cuda:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return found
 
 
-class Cpu(Machine):
-    """The CPU, with Triton's interpreter: by the wall clock throughout, and a capture is the work itself."""
-
-    device = torch.device("cpu")
-    has_ptx = False
-    fewest_rounds = 2
-
-    def describe(self) -> Row:
-        machine = dict.fromkeys(("card", "capability", "processors", "memory_gib", "driver"))
-        return {"machine": machine | _cpu(), "versions": _versions()}
-
-    def finish(self) -> None:
-        """Everything is done already."""
-
-    def time_ms(self, figure: str, work: Work, lead_ms: float = 0.0) -> float:
-        return _wall_ms(self, work)
-
-    def capture(self, work: Work) -> Work:
-        work()
+def capture_graph(work: Work, device: torch.device) -> Work:
+    """Returns the replay of the work as a CUDA graph; on a CPU, in a trial, the work itself."""
+    if device.type != "cuda":
         return work
+    from bigru.training.step import capture
 
-    def peak_mib(self, work: Work) -> float | None:
+    return capture(work, device)
+
+
+def measure(
+    case: Case,
+    candidate: str,
+    device: torch.device,
+    seconds: float,
+    *,
+    rival: str = NN_GRU,
+    modes: tuple[str, ...] = ("forward", "training"),
+    clocks: Clocks = WALL,
+    fewest: int = 5,
+    made: Callable[[str, Case, torch.device], Candidate] = make,
+    capture: Callable[[Work, torch.device], Work] = capture_graph,
+) -> list[Row]:
+    """Proves a candidate right at a case and times it beside a rival: a row for each mode and clock.
+
+    Args:
+        case: what is computed.
+        candidate, rival: names as `benchmarks.workloads.make` takes them.
+        device: where.
+        seconds: for the rounds of each row.
+        modes: of the case; those that its group lacks are left out.
+        clocks: by name; "graph" times the replay of a CUDA graph.
+        fewest: rounds that are run however long they take.
+        made: makes both sides.
+        capture: makes the replay of a work.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    about: dict[str, Any] = vars(case) | {"candidate": candidate, "rival": rival, "threads": threads}
+    modes = tuple(mode for mode in modes if case.group != "training step" or mode == "training")
+
+    def without(status: str, why: str) -> list[Row]:
+        return [Row(**about, mode=mode, status=status, message=why) for mode in modes]
+
+    with products(case.precision):
+        try:
+            ours, theirs = made(candidate, case, device), made(rival, case, device)
+        except Refused as why:
+            return without("refused", str(why))
+        about["candidate"] = ours.name
+        found = errors(ours, case, device)
+        if wrong := verdict(found, case):
+            return without("failed", wrong)
+        rows = []
+        for mode in modes:
+            works = {"ours": ours.works[mode], "rival": theirs.works[mode]}
+            for clock, time_ms in clocks.items():
+                row = about | {"mode": mode, "clock": clock}
+                if clock == "graph":
+                    try:
+                        works = {name: capture(work, device) for name, work in works.items()}
+                    except Exception as error:  # Whatever a capture raises costs this row alone.
+                        message = f"no graph: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                        rows.append(Row(**row, status="refused", message=message))
+                        continue
+                times = interleaved(works, seconds, time_ms, fewest)
+                rows.append(Row(**row, **compare(times["ours"], times["rival"]), error=max(found.values())))
+    return rows
+
+
+def profile(case: Case, candidate: str, device: torch.device, most: int = 12) -> list[tuple[str, int, float]]:
+    """Returns the GPU's kernels in one training pass of a candidate: name, calls, milliseconds; longest first."""
+    with products(case.precision):
+        work = make(candidate, case, device).works["training"]
         work()
-        return None
-
-    def forget(self) -> None:
-        gc.collect()
-
-
-def _wall_ms(machine: Machine, work: Work) -> float:
-    machine.finish()
-    start = time.perf_counter()
-    work()
-    machine.finish()
-    return 1e3 * (time.perf_counter() - start)
+        with torch.profiler.profile() as trace:
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    of_gpu = device.type == "cuda"
+    rows = [
+        (entry.key[:120], entry.count, (entry.self_device_time_total if of_gpu else entry.self_cpu_time_total) / 1e3)
+        for entry in trace.key_averages()
+    ]
+    return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])[:most]
 
 
-def _driver() -> str | None:
+def _ask_driver() -> str | None:
+    """Returns the driver's version and the card's present and highest clock."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+    query = [command, "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader", "-i", "0"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return "nvidia-smi: no answer"
     return answer.stdout.strip() if answer.returncode == 0 else f"nvidia-smi: exit code {answer.returncode}"
-
-
-def _cpu() -> Row:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.machine(), "cpu_cores": os.cpu_count()}
-
-
-def _versions() -> Row:
-    import bigru
-
-    found = {"bigru": bigru.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("triton", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

@@ -20,8 +20,9 @@ GROUPS = ("layer", "call", "training step")
 """Two layers of BiGRU; many calls of almost no arithmetic; a step of the forecaster's training."""
 MODES = ("forward", "training")
 """Forward without gradients; forward and backward (of a training step, its optimizer too)."""
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-"""fp32 and tf32 are the products of fp32 storage; bf16 and fp16 are the storage."""
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "default")
+"""fp32 and tf32 are the products of fp32 storage; bf16 and fp16 are the storage; default is what either side does
+unasked, which on a GPU allows nn.GRU TF32."""
 CLOCKS = {"wall": "wall time", "gpu": "GPU time", "graph": "graph replay"}
 """What the caller waits; between two CUDA events; the same work replayed as a CUDA graph."""
 STATUSES = ("measured", "failed", "refused", "late")

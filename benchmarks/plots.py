@@ -1,0 +1,136 @@
+"""Draws the plots of the performance document, one function a figure, from records alone."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import matplotlib.dates
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from benchmarks.record import CLOCKS, NN_GRU, Record, Row
+from bigru.report.figures import BLUE, DPI, INK, VERMILION, WIDTH_IN, styled
+
+MODES = ("forward", "training")
+LOOKS = ((BLUE, "o"), (VERMILION, "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"))
+"""Colour and marker of the lines, told apart with any colour vision."""
+
+
+@styled
+def speed_up(record: Record) -> Figure | None:
+    """Draws nn.GRU's time over ours against the batch size, forward and training, with quartiles.
+
+    None where no batch was measured with layers of T=60, H=128 beside nn.GRU.
+    """
+    lines = _lines(
+        row
+        for row in record.rows
+        if (row.group, row.status, row.rival, row.steps, row.hidden) == ("layer", "measured", NN_GRU, 60, 128)
+        and row.precision == ("fp32" if record.kind == "cpu" else row.precision)
+        and row.clock in ("wall" if record.kind == "cpu" else "gpu",)
+    )
+    if not lines:
+        return None
+    rows = [row for line in lines.values() for row in line]
+    figure, panels = _panels("Speed-up over nn.GRU against the batch size; above 1 BiGRU is faster", record)
+    batches = sorted({row.batch for row in rows})
+    for mode, axes in zip(MODES, panels, strict=True):
+        for (name, line), (color, marker) in zip(lines.items(), LOOKS, strict=False):
+            own = sorted((row for row in line if row.mode == mode), key=lambda row: row.batch)
+            x, y = [row.batch for row in own], [row.ratio for row in own]
+            bars = [[row.ratio - row.low for row in own], [row.high - row.ratio for row in own]]  # type: ignore[operator]
+            axes.errorbar(x, y, bars, label=name, color=color, marker=marker, markersize=4, linewidth=1.3, capsize=2)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(batches))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(batches[0] / 1.4, batches[-1] * 1.4)
+        _scale_ratios(axes, rows)
+        axes.set_xlabel("batch size B")
+        axes.set_title(mode, loc="left", fontweight="bold")
+    panels[0].set_ylabel("times as fast as nn.GRU")
+    panels[1].legend(loc="best", fontsize=7.5)
+    return figure
+
+
+@styled
+def over_time(records: Sequence[Record]) -> Figure | None:
+    """Draws the main workload's time by the date of the record; None for fewer than two records that measured it."""
+    dated = sorted(records, key=lambda record: record.date)
+    found: dict[tuple[str, str], list[tuple[datetime, Row]]] = {}
+    for record in dated:
+        for row in record.rows:
+            clock = "gpu" if record.kind == "gpu" else "wall"
+            main = (row.group, row.status, row.rival, row.clock, row.batch, row.steps, row.hidden, row.precision)
+            if main == ("layer", "measured", NN_GRU, clock, 64, 60, 128, "fp32"):
+                key = row.mode, _name(row)
+                found.setdefault(key, []).append((datetime.fromisoformat(record.date), row))
+    dates = sorted({date for line in found.values() for date, _ in line})
+    if len(dates) < 2:
+        return None
+    figure, panels = _panels(
+        "Main workload (B=64, T=60, H=128, fp32) over time; nn.GRU of the same rounds dashed", records[-1]
+    )
+    names = list(dict.fromkeys(name for _, name in found))
+    for mode, axes in zip(MODES, panels, strict=True):
+        for name, (color, marker) in zip(names, LOOKS, strict=False):
+            line = found.get((mode, name), [])
+            look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.3}
+            axes.plot([date for date, _ in line], [row.ours_ms for _, row in line], label=name, **look)
+            axes.plot([date for date, _ in line], [row.rival_ms for _, row in line], **look | {"linestyle": ":"})
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
+        axes.xaxis.set_major_locator(FixedLocator([matplotlib.dates.date2num(date) for date in (dates[0], dates[-1])]))
+        axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m-%d"))
+        axes.margins(x=0.15)
+        axes.set_title(mode, loc="left", fontweight="bold")
+    panels[0].set_ylabel("ms")
+    panels[1].legend(loc="best", fontsize=7.5)
+    return figure
+
+
+def _lines(rows: Any) -> dict[str, list[Row]]:
+    """Returns rows by what tells them apart in a plot against one size."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(_name(row), []).append(row)
+    return lines
+
+
+def _name(row: Row) -> str:
+    where = CLOCKS[row.clock] if row.threads is None else f"{row.threads} thread{'s' if row.threads > 1 else ''}"
+    return f"{row.candidate}, {where if row.threads else row.precision}"
+
+
+def _scale_ratios(axes: Axes, rows: Sequence[Row]) -> None:
+    """Sets a logarithmic axis, on which 2 and 1/2 are as far from 1, with plain numbers at its ticks."""
+    low, high = min(row.low for row in rows), max(row.high for row in rows)  # type: ignore[type-var]
+    axes.set_yscale("log")
+    axes.set_ylim(min(0.8, low / 1.15), max(1.25, high * 1.15))  # type: ignore[operator]
+    ticks = [
+        tick
+        for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
+        if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]
+    ]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def _panels(title: str, record: Record) -> tuple[Figure, list[Axes]]:
+    """Returns two panels under a title, with machine, date, versions and command beneath them."""
+    figure = Figure(figsize=(WIDTH_IN, 3.1), dpi=DPI)
+    panels = [figure.add_axes((0.08 + 0.49 * column, 0.25, 0.41, 0.56)) for column in range(2)]
+    figure.text(0.01, 0.985, title, va="top", fontsize=8.5, fontweight="bold")
+    versions = ", ".join(f"{name} {value}" for name, value in record.versions.items() if value is not None)
+    foot = textwrap.fill(f"{record.machine['name']}, {record.date[:10]}; {versions}; {record.command}", 150)
+    figure.text(0.01, 0.015, foot, va="bottom", fontsize=6, color=INK)
+    return figure, panels
