@@ -1,4 +1,4 @@
-"""Where a run takes place: its device, and the versions without which no figure of it can be compared."""
+"""The device of a run, and the versions that its figures depend on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bigru.config import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one.
+    """Returns the device of that name; `auto` is a GPU if there is one.
 
     Raises:
         ConfigError: there is no such device here, or it is neither a CPU nor a GPU that speaks CUDA.
@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU and how many threads it runs."""
+    """Returns the GPU's name, or the CPU and how many threads it runs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_environment(device: torch.device, backend: str, precision: str) -> dict[str, str | None]:
-    """What a run runs on, as summary.json holds it; Triton is None where it is not installed."""
+    """Returns device, backend and versions, as summary.json holds them; Triton is None where it is not installed."""
     triton = None
     with suppress(PackageNotFoundError):
         triton = version("triton")

@@ -87,21 +87,6 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file and waits until it is on the disk.
-
-    Raises:
-        OSError: with `path` in it.
-    """
-    try:
-        with path.open("a", encoding="utf-8", errors=ESCAPE) as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise named(error, path) from error
-
-
 def as_json(value: Any) -> str:
     """Returns a value as one line of JSON in ASCII; NaN and infinities, which JSON lacks, become null.
 

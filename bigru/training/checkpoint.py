@@ -23,7 +23,7 @@ class Progress:
     """How far a run has come: all that the next epoch depends on beside model, optimiser and random state."""
 
     epoch: int = 0
-    """Epochs done."""
+    """Finished epochs."""
     best_epoch: int = 0
     best_mpjpe: float = float("inf")
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Progress:
     """Seconds that those steps took."""
 
     def update(self, mpjpe: float, min_delta: float) -> bool:
-        """Counts an epoch with this validation MPJPE; True where it is the best so far."""
+        """Counts an epoch with this validation MPJPE; returns whether it is the best so far."""
         self.epoch += 1
         self.step, self.rows, self.losses, self.norms, self.epoch_s = 0, None, None, None, 0.0
         if mpjpe < self.gain_mpjpe - min_delta:
@@ -59,12 +59,12 @@ class Progress:
         return True
 
     def stalled(self, patience: int) -> bool:
-        """Whether the last `patience` epochs brought no gain that counts."""
+        """Returns whether the last `patience` epochs brought no gain that counts."""
         return self.epoch - self.gain_epoch >= patience
 
 
 def save_checkpoint(path: Path, step: TrainStep, progress: Progress, random_states: Sequence[Tensor] = ()) -> None:
-    """Writes all that `load_checkpoint` needs to go on to the bit, atomically.
+    """Writes all state of a run, atomically, from which `load_checkpoint` goes on to the bit.
 
     Args:
         path: of the file.

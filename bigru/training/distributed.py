@@ -1,4 +1,4 @@
-"""Several processes that train one network, as torchrun starts them: who this one is, and what they agree on."""
+"""The processes that train one network, as torchrun starts them, and their collective operations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run; alone, every method gives back what it is given."""
+    """The processes of a run. With one process every collective returns its argument."""
 
     rank: int = 0
     """This process's number; only the first, 0, writes and prints."""
@@ -40,7 +40,11 @@ class Team:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The name of this process's device: `auto` and `cuda` mean a GPU of its own."""
+        """Returns the name of this process's device: `auto` and `cuda` mean a GPU of its own.
+
+        Raises:
+            ConfigError: a numbered GPU for several processes, or fewer GPUs than processes on this machine.
+        """
         if self.size > 1 and name.startswith("cuda:"):
             raise ConfigError(
                 f"device: expected auto, cuda or cpu for {self.size} processes, which take a GPU each, got {name}"
@@ -55,11 +59,11 @@ class Team:
         return f"cuda:{self.local_rank}"
 
     def share(self, count: int) -> slice:
-        """This process's share of so many things in a row; the shares differ by one at most."""
+        """Returns which of `count` items in a row are this process's; the processes' counts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce_gradients(self, gradients: list[Tensor]) -> None:
-        """Puts in every gradient's place its sum over all processes, to the bit the same in each.
+        """Replaces every gradient by its sum over all processes, to the bit the same in each.
 
         One message does for all: the published network's gradients are 1.9 MB, so that there is nothing to overlap.
         """
@@ -72,7 +76,7 @@ class Team:
             gradient.copy_(part.view_as(gradient))
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, to the bit the same in each."""
+        """Returns the sum over all processes, to the bit the same in each."""
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
@@ -80,7 +84,7 @@ class Team:
         return tensor
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of all processes' numbers; costs a GPU nothing, the CPUs agree on it."""
+        """Returns the largest of all processes' numbers, which the CPUs exchange: no GPU waits for it."""
         if self.size == 1:
             return number
         numbers = torch.tensor(number)
@@ -88,7 +92,7 @@ class Team:
         return int(numbers)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every process's tensor, of one shape, on the CPU."""
+        """Returns every process's tensor, all of one shape and on the CPU, by rank."""
         if self.size == 1:
             return [tensor]
         tensors = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -96,7 +100,7 @@ class Team:
         return tensors
 
     def broadcast(self, value: Value | None) -> Value:
-        """What the first process has to say, in all of them."""
+        """Returns the first process's value in all of them."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, device=torch.device("cpu"))
@@ -104,10 +108,9 @@ class Team:
         return values[0]
 
     def first_then_others(self, work: Callable[[], Value]) -> Value:
-        """Does work in the first process, and after it in the others, which find what it left on the disk.
+        """Does work in the first process, and after it in the others, which find the files that it left.
 
-        Where the first fails the others do too, and none is left waiting: the processes stay in step, whatever is done
-        about the error.
+        Where the first fails the others do too: the processes stay in step, whatever is done about the error.
         """
         if not self.first:
             failed = self.all_reduce_max(0)
@@ -125,7 +128,7 @@ class Team:
 
 
 def current_team() -> Team:
-    """The processes that this one has joined; alone where it has not."""
+    """Returns the processes that this one has joined; one alone where it has not."""
     if not dist.is_initialized():
         return Team()
     return Team(dist.get_rank(), dist.get_world_size(), _local_rank())
@@ -162,7 +165,7 @@ def joined() -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints, asked before it has joined the others."""
+    """Returns whether this is the process that prints; may be asked before it has joined the others."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 

@@ -1,4 +1,4 @@
-"""Windows to draw, and the network's forecasts of them."""
+"""The windows that the run's document draws, with the network's forecasts of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_example_windows(path: Path, model: HandForecaster, windows: Windows, e
 
 @torch.inference_mode()
 def example_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, error_px: Tensor) -> dict[str, Tensor]:
-    """What `bigru.report.record.Samples` holds, but for its texts, of the windows numbered `chosen`, (S,)."""
+    """Returns the arrays of `bigru.report.record.Samples` for the windows numbered `chosen`, (S,)."""
     was_training = model.training
     batch = windows.batch(chosen)
     # Not only for the picture's sake: dropout would draw random numbers that training is to draw.
@@ -49,5 +49,5 @@ def example_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, erro
 
 
 def example_stems(windows: Windows, chosen: Tensor) -> list[str]:
-    """The names of the clips that windows are from."""
+    """Returns the names of the clips that windows are from."""
     return [windows.stems[clip] for clip in windows.clip[chosen.to(windows.clip.device)].tolist()]

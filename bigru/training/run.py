@@ -221,7 +221,9 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
         if progress.best_weights:
             # A kill may have left those of an epoch that the checkpoint does not hold.
             save_weights(folder / run_dir.WEIGHTS, progress.best_weights)
-        (folder / "metrics.jsonl").touch()
+        if not (folder / run_dir.METRICS).is_file() or run_dir.count_epochs(folder) < progress.epoch:
+            # Left out by a copy, say.
+            run_dir.write_metrics(folder, progress.history)
         skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
         write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
         with run_dir.log_to(run_dir.RunLog(folder / "train.log")):
@@ -240,7 +242,7 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
                 finish(folder, trainer, backend)
             report(folder, parts.write_report)
     except DivergedError:
-        # It would again.
+        # A resume would diverge again, so that none is advised.
         raise
     except BaseException:
         log.warning("go on with: %s", shell_line(["python", "-m", "bigru.train", "--resume", folder]))

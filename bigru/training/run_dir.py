@@ -1,4 +1,4 @@
-"""A run's folder: where it may be, what it is called, whose it is, and its log."""
+"""A run's folder: its name, its settings and data, whether a resume would lose anything, its lock and its log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +17,7 @@ from typing import Any
 
 from bigru.config import OWNER, ConfigError, RunConfig, TrainConfig, from_mapping
 from bigru.data.windows import SPLITS, Dataset
-from bigru.files import ESCAPE, named, printable, shell_line, write_json
+from bigru.files import ESCAPE, as_json, named, printable, shell_line, write_json, write_lines
 from bigru.training.checkpoint import Progress
 
 try:
@@ -29,7 +29,7 @@ except ImportError:
 log = logging.getLogger("bigru.train")
 
 STAMP = "%Y%m%d_%H%M%S"
-CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.safetensors"
+CHECKPOINT, METRICS, WEIGHTS = "checkpoint.pt", "metrics.jsonl", "weights.safetensors"
 
 
 def check_writable(out: Path) -> None:
@@ -143,7 +143,7 @@ def check_resumable(folder: Path) -> None:
     if (folder / CHECKPOINT).is_file():
         return
     epochs = count_epochs(folder)
-    finished = [f"metrics.jsonl with {epochs} epoch{'s' * (epochs > 1)}"] * (epochs > 0)
+    finished = [f"{METRICS} with {epochs} epoch{'s' * (epochs > 1)}"] * (epochs > 0)
     finished += [WEIGHTS] * (folder / WEIGHTS).is_file()
     if finished:
         raise ConfigError(
@@ -164,25 +164,28 @@ def check_progress(folder: Path, progress: Progress, epochs: int) -> None:
     # A kill between the two files leaves one row more.
     if (rows := count_epochs(folder)) > progress.epoch + 1:
         raise ConfigError(
-            f"resume: {printable(folder)} holds {rows} epochs in metrics.jsonl, but its {CHECKPOINT} is an older one, "
+            f"resume: {printable(folder)} holds {rows} epochs in {METRICS}, but its {CHECKPOINT} is an older one, "
             f"of epoch {progress.epoch}; copy the newest from where the run was trained"
         )
-    if epochs < progress.epoch:
-        raise ConfigError(
-            f"epochs: expected at least {progress.epoch}, which {printable(folder)} has done, got {epochs}"
-        )
+    if epochs < (done := max(rows, progress.epoch)):
+        raise ConfigError(f"epochs: expected at least {done}, which {printable(folder)} has done, got {epochs}")
 
 
 def count_epochs(folder: Path) -> int:
     """Returns how many whole lines metrics.jsonl has."""
     try:
-        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+        return (folder / METRICS).read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
 
 
+def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Writes metrics.jsonl whole, a line an epoch: a kill leaves no torn line, and one more than the checkpoint has."""
+    write_lines(folder / METRICS, map(as_json, history))
+
+
 def start_of(folder: Path) -> datetime:
-    """When a run began: its folder's name, or what that name begins with, since the folder may be a copy."""
+    """Returns when a run began, from its folder's name; a copy's may go on after the start, as in `..._copy`."""
     # The report takes letters, digits and underscores only.
     match = re.fullmatch(r"(\d{8}_\d{6})\w*", folder.name, re.ASCII)
     try:

@@ -20,7 +20,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, *, capturable: bool = False) -> torch.optim.AdamW:
-    """AdamW over a network's parameters, fused on a GPU.
+    """Returns AdamW over a network's parameters, fused on a GPU.
 
     Args:
         model: on its device.
@@ -49,7 +49,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class TrainStep:
-    """What training does with a batch.
+    """Forward, loss, backward, clipping and the optimiser's step on a batch.
 
     Args:
         model: the network; changes with every step.
@@ -62,7 +62,7 @@ class TrainStep:
 
     Attributes:
         device: where the model is.
-        prediction, loss, norm: what the last step made, (B, T, 84), () and (): the gradient's norm before clipping.
+        prediction, loss, norm: of the last step, (B, T, 84), () and (): the gradient's norm before clipping.
             A replayed graph fills the tensors that its capture left here.
         scaler: of the loss; does nothing but for fp16.
     """
@@ -123,7 +123,7 @@ class TrainStep:
 
 
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """Runs work three times to warm it up, then records it as a CUDA graph; what is returned replays it."""
+    """Runs work three times to warm it up, records it as a CUDA graph, and returns the function that replays it."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -138,7 +138,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
 
 
 def capture_training(work: Callable[[], object], step: TrainStep) -> Callable[[], None]:
-    """As `capture`, of work that trains: weights, optimiser and random state are as if it had not been warmed up.
+    """Captures work that trains; weights, optimiser and random state are then as if it had not been warmed up.
 
     They are put back in place, since the graph holds their addresses.
     """
@@ -162,7 +162,7 @@ def capture_training(work: Callable[[], object], step: TrainStep) -> Callable[[]
 
 
 def get_random_state(device: torch.device) -> Tensor:
-    """The state of torch's generators for the CPU and, behind it, for that GPU: bytes, on the CPU."""
+    """Returns the state of torch's generators for the CPU and, behind it, for that GPU: bytes, on the CPU."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -170,7 +170,7 @@ def get_random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Puts back what `get_random_state` got; a part that it holds for another kind of device is left out."""
+    """Restores what `get_random_state` returned; a part of it for another kind of device is left out."""
     size = torch.get_rng_state().numel()
     torch.set_rng_state(state[:size].clone())
     if device.type == "cuda" and state.numel() > size:

@@ -93,7 +93,7 @@ def finish(folder: Path, trainer: Trainer, backend: str) -> None:
 
 
 def describe_source(config: TrainConfig) -> str:
-    """Where the clips came from, for the document."""
+    """Returns where the clips came from, for the document."""
     if config.data.data_root is None:
         return f"embedded synthetic dataset ({EMBEDDED['clips']} clips, seed {EMBEDDED['seed']})"
     return str(config.data.data_root)
@@ -120,5 +120,5 @@ def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in a network."""
+    """Returns the number of trainable numbers in a network."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,7 +1,7 @@
 """Runs that differ in one thing: `python -m bigru.train --sweep modalities` trains five, one document for all.
 
 They are folders of `{out}/sweep_modalities`, whose results_bigru.md ends with their comparison. The command may be
-given again at any time: runs that are done are only reported again, one that was cut short goes on, others begin.
+given again at any time: finished runs are reported again, interrupted ones go on, others begin.
 """
 
 from __future__ import annotations

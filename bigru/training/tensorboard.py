@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run while it trains: `--tensorboard`, and `tensorboard --logdir` at the runs' folder."""
+"""Shows a run in TensorBoard while it trains: `--tensorboard`, and `tensorboard --logdir` at the runs' folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Board:
     """Writes a run's curves and pictures where TensorBoard finds them.
 
     Args:
-        folder: for the files, made if need be; what is there of epochs after `epoch` is no longer shown.
+        folder: for the files, made if need be; epochs after `epoch` that are in them already are no longer shown.
         epoch: epochs done so far.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The training loop: epochs of steps over the windows, validation after each, a checkpoint behind it.
+"""The training loop: epochs of steps over the windows, each with validation and a checkpoint at its end.
 
-Several processes train as one would: each takes its share of every batch, and what they reckon by, losses and errors
-of windows, is the same in all of them. On a GPU the frames stay there, windows are gathered and their errors kept
-there, and nothing waits for it before the epoch ends.
+Several processes train as one would: each takes its share of every batch, and all know the same losses and errors. On a
+GPU the frames stay there, windows are gathered and their errors kept there, and nothing waits for it before the epoch
+ends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
-from bigru.files import as_json, write_lines, write_npz
+from bigru.files import write_npz
 from bigru.layout import POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, masked_mse, summarise, window_errors
 from bigru.model.weights import save_weights
 from bigru.training.checkpoint import Progress, save_checkpoint
 from bigru.training.distributed import Team
+from bigru.training.run_dir import write_metrics
 from bigru.training.signals import Interrupted, StopRequest, on_signals
 from bigru.training.step import Loss, TrainStep, capture_training, get_random_state, make_optimizer, set_rate
 
@@ -39,7 +40,7 @@ LEAST_SCALE = 2.0**-14
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """Raised where the loss or the gradient is no longer a number."""
 
 
 class Trainer:
@@ -121,7 +122,7 @@ class Trainer:
             raise Interrupted(self.stop.signal)
 
     def learn(self, indices: Tensor) -> None:
-        """One step on the windows with these numbers, (B,) int64: this process's share of them.
+        """Takes one step on the windows with these numbers, (B,) int64: on this process's share of them.
 
         Leaves the windows' errors in `errors`, loss and gradient norm in `step`, all on the device.
         """
@@ -141,7 +142,7 @@ class Trainer:
         self.errors = window_errors(prediction, batch.target, present)
 
     def run_epoch(self, folder: Path) -> None:
-        """Trains and validates, and writes what the epoch brought."""
+        """Trains and validates for an epoch, and writes its metrics, weights and checkpoint."""
         progress, optim = self.progress, self.config.optim
         tr = self.train_epoch(folder)
         train_s = progress.epoch_s
@@ -175,17 +176,16 @@ class Trainer:
         if self.team.first:
             if best:
                 save_weights(folder / "weights.safetensors", progress.best_weights)
-            # All of them each time: a kill leaves no torn line, and one more row than the checkpoint at most.
-            write_lines(folder / "metrics.jsonl", map(as_json, progress.history))
+            write_metrics(folder, progress.history)
         self.save(folder)
         log.info("%s", epoch_line(row, optim.epochs, best))
         if self.team.first:
             self.watch(row, best)
 
     def train_epoch(self, folder: Path) -> Metrics:
-        """The rest of the epoch's pass over the training windows, and the metrics of all of it.
+        """Trains on the windows that the epoch has left, and returns the metrics of all of it.
 
-        They are of the passes themselves, dropout on, weights moving.
+        They are of the training passes themselves, with dropout on and weights that change.
         """
         progress, device = self.progress, self.step.device
         # The order depends on the seed and the epoch alone, so that a resumed run needs to remember nothing of it.
@@ -238,7 +238,7 @@ class Trainer:
         return summarise(progress.rows)
 
     def validate(self) -> Tensor:
-        """The rows of `window_errors` of all validation windows, (N, 7), each batch scored by one process."""
+        """Returns `window_errors` of all validation windows, (N, 7), each batch scored by one process."""
         size, mask = self.config.optim.batch_size, self.config.data.mask_missing
         if self.team.size == 1:
             return evaluate(self.model, self.val.batches(size), mask)
@@ -282,19 +282,19 @@ class Trainer:
         return f"the best weights so far, of epoch {self.progress.best_epoch}, are in {folder / 'weights.safetensors'}"
 
     def _count_coordinates(self) -> Tensor:
-        """How many coordinates of each training window the loss is taken over, (N,) int64."""
+        """Returns over how many coordinates of each training window the loss is taken, (N,) int64."""
         if not self.config.data.mask_missing:
             return torch.full((len(self.train),), self.train.predicted * POSE_SIZE, device=self.train.starts.device)
         return torch.cat([2 * batch.present.sum((1, 2)) for batch in self.train.batches(self.batch)])
 
 
 def _resumed(kept: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a checkpoint kept of an epoch, to be filled further; zeros where it kept nothing."""
+    """Returns a checkpoint's part of an epoch, to be filled further; zeros where it has none."""
     return torch.zeros(shape, dtype=dtype, device=device) if kept is None else kept.to(device, dtype)
 
 
 def write_batch(path: Path, windows: Windows, indices: Tensor) -> None:
-    """Writes the windows with these numbers, as the network gets them, and where they come from."""
+    """Writes the windows with these numbers, as the network gets them, and the names of their clips."""
     batch = windows.batch(indices)
     tensors = {"x": batch.x, "target": batch.target, "present": batch.present, "fps": batch.fps, "window": indices}
     stems = [windows.stems[clip] for clip in windows.clip[indices].tolist()]
@@ -302,7 +302,7 @@ def write_batch(path: Path, windows: Windows, indices: Tensor) -> None:
 
 
 def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
-    """The rate of a step, from 0: a line up to lr over the warm-up epochs, then a cosine down to min_lr."""
+    """Returns the rate of a step, from 0: a line up to lr over the warm-up epochs, then a cosine down to min_lr."""
     warmup, total = optim.warmup_epochs * steps_per_epoch, optim.epochs * steps_per_epoch
     if step < warmup:
         return optim.lr * (step + 1) / warmup
@@ -311,7 +311,7 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
 
 
 def epoch_line(row: dict[str, Any], epochs: int, best: bool) -> str:
-    """One line of the log: an epoch's figures, train/val where there are two, and a star on the best so far."""
+    """Returns a line for the log: an epoch's figures, train/val where there are two, and a star on the best so far."""
     return (
         f"epoch {row['epoch']:3d}/{epochs}  loss {row['tr_loss']:.5f}/{row['va_loss']:.5f}  "
         f"mpjpe {row['tr_mpjpe']:.3f}/{row['va_mpjpe']:.3f}  val joint error {row['va_joint_error_px']:.1f} px  "

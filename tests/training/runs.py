@@ -17,23 +17,9 @@ from bigru.training.run import Parts
 
 FRAMES = 4
 TIMES = ("train_s", "val_s", "train_windows_per_s")
-COLUMNS = {
-    "epoch",
-    "tr_mpjpe",
-    "va_mpjpe",
-    "tr_ade",
-    "va_ade",
-    "tr_fde",
-    "va_fde",
-    "tr_loss",
-    "va_loss",
-    "tr_joint_error",
-    "va_joint_error",
-    "va_joint_error_px",
-    "lr",
-    "grad_norm",
-    *TIMES,
-}
+SCORED = ["mpjpe", "ade", "fde", "loss", "joint_error"]
+COLUMNS = {"epoch", *(f"{split}_{name}" for split in ("tr", "va") for name in SCORED), "va_joint_error_px"}
+COLUMNS |= {"lr", "grad_norm", *TIMES}
 
 
 def windows(clips, seed):

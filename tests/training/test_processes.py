@@ -60,7 +60,10 @@ for line in sys.stdin:
     print(json.dumps(codes), flush=True)
 """
 
-pytestmark = pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix" or not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,33 +104,9 @@ def options(clips, tmp_path):
     """A run of 5 steps an epoch, of which no batch is two equal halves."""
 
     def options(name, epochs=1, dropout=0.0, *more):
-        return [
-            "--data-root",
-            clips,
-            "--observed",
-            4,
-            "--predicted",
-            4,
-            "--hidden-size",
-            4,
-            "--stride",
-            10,
-            "--epochs",
-            epochs,
-            "--batch-size",
-            31,
-            "--dropout",
-            dropout,
-            "--lr",
-            "1e-2",
-            "--warmup-epochs",
-            0,
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / name,
-            *more,
-        ]
+        text = "--observed 4 --predicted 4 --hidden-size 4 --stride 10 --batch-size 31 --lr 1e-2 --warmup-epochs 0"
+        mine = ["--data-root", clips, "--out", tmp_path / name, "--epochs", epochs, "--dropout", dropout, *more]
+        return [*text.split(), "--device", "cpu", *mine]
 
     return options
 
@@ -238,22 +217,9 @@ def test_a_sweep_goes_on_past_what_the_clips_lack(run, options, clips, tmp_path)
 
 def test_torchrun_starts_it(options, tmp_path):
     """The real thing, as the documentation gives it."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "bigru.train",
-            *map(str, options("run")),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m bigru.train"
+    command = [sys.executable, *torchrun.split(), *map(str, options("run"))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     folder = folder_of(tmp_path, "run")
     assert len(rows(folder)) == 1

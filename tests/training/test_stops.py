@@ -249,6 +249,7 @@ print(number, kills)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments(tmp_path):
     write_synthetic(tmp_path / "clips", 24, 1)
     result = subprocess.run(

@@ -150,31 +150,14 @@ def test_what_only_one_run_could_have_is_refused(config, section, values, messag
     assert not config.run.out.exists()
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     """The real thing but for the pictures: interrupted in the third run, given again, one document of five."""
     monkeypatch.setattr(figures, "png", lambda figure: b"")
     root = tmp_path / "clips"
     write_synthetic(root, 40, 1)
-    command = [
-        "--sweep",
-        "modalities",
-        "--data-root",
-        str(root),
-        "--out",
-        str(tmp_path / "runs"),
-        "--observed",
-        "8",
-        "--predicted",
-        "8",
-        "--hidden-size",
-        "4",
-        "--stride",
-        "60",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    text = "--sweep modalities --observed 8 --predicted 8 --hidden-size 4 --stride 60 --epochs 1 --device cpu"
+    command = [*text.split(), "--data-root", str(root), "--out", str(tmp_path / "runs")]
     real, finished = run.finish, []
 
     def finish(folder, trainer, backend):
