@@ -31,7 +31,12 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    code: int = importlib.import_module(COMMANDS[name][0]).main(argv)
+    try:
+        code: int = importlib.import_module(COMMANDS[name][0]).main(argv)
+    except KeyboardInterrupt:
+        # While modules are imported, which takes seconds.
+        print(f"bigru.{name}: interrupted", file=sys.stderr)
+        return 130
     return code
 
 

@@ -112,6 +112,7 @@ def go_on(config: TrainConfig, folder: Path, parts: Parts) -> Path:
         trainer, backend = prepare(config, current_team(), parts)
         load_state(trainer, folder)
         # Only now that the run is known to go on with them.
+        run_dir.write_data(folder, trainer.dataset)
         write_json(folder / "config.json", config.as_dict())
         complete(trainer, backend, folder, parts)
     return folder

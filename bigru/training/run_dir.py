@@ -50,14 +50,17 @@ def create(config: TrainConfig, dataset: Dataset) -> Path:
             if not config.run.out.is_dir():
                 raise
             time.sleep(0.1)
-    windows = {split: len(getattr(dataset, split)) for split in SPLITS}
-    write_json(
-        folder / "data.json",
-        {"root": str(dataset.root), "index": str(dataset.index), "digest": dataset.digest, "windows": windows},
-    )
+    write_data(folder, dataset)
     # Last, since it makes the folder a run.
     write_json(folder / "config.json", config.as_dict())
     return folder
+
+
+def write_data(folder: Path, dataset: Dataset) -> None:
+    """Writes data.json: where a run's data are, and the digest of their content, by which they are known elsewhere."""
+    windows = {split: len(getattr(dataset, split)) for split in SPLITS}
+    found = {"root": str(dataset.root), "index": str(dataset.index), "digest": dataset.digest, "windows": windows}
+    write_json(folder / "data.json", found)
 
 
 def find(folder: Path) -> Path:

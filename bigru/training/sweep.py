@@ -104,7 +104,7 @@ def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str
             # Of another version, torn, or without its checkpoint: no run to go on with.
             log.warning("%s is left alone: %s", path.parent, error)
             continue
-        if _without_paths(config) == _without_paths(wanted):
+        if _comparable(config) == _comparable(wanted):
             alike.append((path.parent, config))
     now = digest(wanted) if alike else ""
     same = [
@@ -116,6 +116,7 @@ def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str
     return next(iter((finished or same)[-1:]), None)
 
 
-def _without_paths(config: TrainConfig) -> TrainConfig:
+def _comparable(config: TrainConfig) -> TrainConfig:
+    """Returns the settings without those that change no figure, and without where the data lie."""
     data = replace(config.data, data_root=None, index=None, cache=None, no_cache=False)
-    return replace(config, data=data, run=replace(config.run, out=Path()))
+    return replace(config, data=data, run=replace(config.run, out=Path(), device="auto", tensorboard=False))

@@ -117,6 +117,10 @@ class Trainer:
                 # The epoch has left its checkpoint.
                 if stopped := self.team.all_reduce_max(self.stop.signal):
                     raise Interrupted(stopped)
+            if self.progress.epoch < optim.epochs:
+                log.info(
+                    "stopped early: no gain of %g in validation MPJPE in %d epochs", optim.min_delta, optim.patience
+                )
         # One that came after it was asked for last.
         if self.stop.signal:
             raise Interrupted(self.stop.signal)

@@ -269,7 +269,10 @@ def test_a_run_goes_on_with_data_of_the_same_content_only(config, tmp_path, caps
     other = tmp_path / "copied"
     assert main(["--resume", str(folder), "--data-root", str(other)], load=digested("a" * 64), loss=killed) == 130
     assert json.loads((folder / "config.json").read_text())["data"]["data_root"] == str(other)
+    # An older version recorded none.
+    (folder / "data.json").unlink()
     assert main(["--resume", str(folder)], load=digested("a" * 64)) == 0
+    assert json.loads((folder / "data.json").read_text()) == recorded | {"root": str(other)}
 
 
 def test_a_relative_data_root_is_found_from_any_folder(config, monkeypatch, tmp_path):
@@ -362,6 +365,7 @@ def test_training_stops_when_validation_stalls(config):
     history, summary = rows(folder), json.loads((folder / "summary.json").read_text())
     assert summary["stopped_early"]
     assert len(history) < 50
+    assert "stopped early: no gain of 0.05 in validation MPJPE in 3 epochs\n" in (folder / "train.log").read_text()
     gain, gain_epoch = float("inf"), 0
     for row in history:
         assert row["epoch"] - gain_epoch <= 3
