@@ -34,8 +34,7 @@ from benchmarks.pool import JobFailed, JobLate, Worker  # noqa: E402
 from benchmarks.workloads import MAIN, Case, sweep  # noqa: E402
 
 KERNELS = tuple(name for name, entry in registry.KERNELS.items() if entry.auto == "cuda" and entry.public)
-EXPERIMENTAL = tuple(name for name in KERNELS if registry.get(name).proven is not None)
-"""Kernels that \"auto\" takes only where a record has proven them."""
+
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 CHECKS_SHARE = 0.38
 """Largest part of the time for the checks before the timings, most of it compilation."""
@@ -278,7 +277,7 @@ def small(kernel: str) -> None:
 
 
 def proven(record: Record) -> list[str]:
-    """Returns entries for bigru/kernels/proven.py: experimental kernels that were right and nowhere slower than nn.GRU.
+    """Returns entries for bigru/kernels/proven.py: kernels that were right and nowhere slower than nn.GRU.
 
     A hidden size counts if every row of it, kernel and precision was measured and none by GPU or wall time is slower,
     and no check of the kernel failed.
@@ -286,7 +285,7 @@ def proven(record: Record) -> list[str]:
     failed = {check.candidate for check in record.checks if check.status == "failed"}
     names = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     entries = []
-    for kernel in EXPERIMENTAL:
+    for kernel in KERNELS:
         for precision, dtype in names.items():
             rows = [
                 row for row in record.rows if (row.candidate, row.precision, row.rival) == (kernel, precision, NN_GRU)

@@ -42,12 +42,11 @@ class BiGRU(nn.RNNBase):
         bidirectional: True; the parameter is there for calls that were written for torch.nn.GRU.
         proj_size: refused, as by torch.nn.GRU.
         backend: who computes the recurrence. "triton": the fused kernels, on a GPU (or in Triton's interpreter);
-            "resident" (H up to 128) and "cooperative" (H from 129): faster kernels, experimental except where
-            `bigru.kernels.proven` lists a recorded run on a GPU; "torch": ATen's own GRU (cuDNN on a GPU), or,
-            under torch.compile and torch.export, a loop inside an operator, since compilers unroll ATen's;
-            "reference": a plain PyTorch loop, slow, differentiable to any order and in any mode; "auto": on a GPU the
-            fastest of the fused kernels that can serve the call and is proven there, else "torch"; but "reference"
-            inside those transforms of torch.func that need it.
+            "resident" (H up to 128) and "cooperative" (H from 129): experimental kernels for GPUs; "torch": ATen's own
+            GRU (cuDNN on a GPU), or, under torch.compile and torch.export, a loop inside an operator, since compilers
+            unroll ATen's; "reference": a plain PyTorch loop, slow, differentiable to any order and in any mode;
+            "auto": on a GPU the first kernel that `bigru.kernels.proven` lists for the call, else "torch"; but
+            "reference" inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
             weight is some 10^5 times as large as the others) or "tf32" (below 2e-3). Products over all steps at once
             (of the inputs, and for the gradients of inputs and weights) are ATen's and follow

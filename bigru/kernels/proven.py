@@ -1,4 +1,4 @@
-"""The calls for which a recorded run on a GPU has shown an experimental kernel right: "auto" takes it only there."""
+"""The calls for which a recorded run on a GPU has shown a kernel right and not slower: "auto" takes it only there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bigru.kernels.config import Call
 
 @dataclass(frozen=True)
 class Proven:
-    """A kernel that a recorded run has shown right, and the calls that it covers."""
+    """A kernel that a recorded run has shown right and not slower than nn.GRU, and the calls that it covers."""
 
     kernel: str
-    """"resident" or "cooperative"."""
+    """Its name in the registry."""
     capability: tuple[int, int]
     hidden: tuple[int, ...]
     """Hidden sizes of the record; sizes in between are not covered."""
@@ -22,12 +22,15 @@ class Proven:
     """"fp32" or "tf32"; of no account for 16-bit storage."""
     record: str
     """The record's file name in benchmarks/results/."""
+    varlen: bool = False
+    """Whether the record shows sequences of different lengths too."""
 
     def covers(self, call: Call) -> bool:
         """Returns whether the record covers a call."""
         dtype = str(call.dtype).removeprefix("torch.")
         same = self.dtype == dtype and (dtype != "float32" or self.precision == call.precision)
-        return same and self.capability == call.device.capability and call.hidden in self.hidden
+        covered = same and self.capability == call.device.capability and call.hidden in self.hidden
+        return covered and (self.varlen or not call.varlen)
 
 
 PROVEN: tuple[Proven, ...] = ()

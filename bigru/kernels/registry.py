@@ -95,10 +95,11 @@ def choose(backend: str, call: Call, kernels: Sequence[Kernel] | None = None) ->
         reason = kernel.refusal(call)
         if reason is None and kernel.is_proven(call):
             return kernel.name, None, None
+        reason = reason or f"no recorded run has proven it on this GPU; backend={kernel.name!r} takes it all the same"
     # cuDNN's products of fp32 numbers may be TF32, which GPUs have from compute capability 8.0 on.
     if reason and call.accurate and torch.backends.cudnn.allow_tf32 and call.device.capability >= (8, 0):
         warning = (
-            f"the fused kernel cannot serve this call ({reason}); ATen's GRU does, and its products may be TF32 "
+            f'"auto" leaves the fused kernel alone ({reason}); ATen\'s GRU serves, and its products may be TF32 '
             "because torch.backends.cudnn.allow_tf32 is on"
         )
         return "torch", None, warning

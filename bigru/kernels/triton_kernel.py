@@ -16,6 +16,7 @@ from bigru.kernels.cell import INTERPRETED
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
 from bigru.kernels.kernel import Kernel
 from bigru.kernels.persistent import gru_backward_kernel, gru_forward_kernel
+from bigru.kernels.proven import Proven, proven_for
 from bigru.kernels.streamed import gru_backward_streamed_kernel, gru_forward_streamed_kernel
 from bigru.kernels.varlen import Varlen
 
@@ -29,6 +30,7 @@ class TritonKernel(Kernel):
     varlen_widths = (16, 128, 200)  # least and most that is persistent, and one that is streamed
     interpreted: bool = INTERPRETED
     """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    proven: tuple[Proven, ...] | None = proven_for("triton")
 
     def refusal(self, call: Call) -> str | None:
         return gpu_refusal(call, self.interpreted)

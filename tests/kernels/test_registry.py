@@ -78,10 +78,23 @@ class TestAuto:
             return registry.choose("auto", replace(SINGLE, **change), asked)[0]
 
         assert chosen() == "resident"
-        assert chosen(hidden=64) == "triton"
-        assert chosen(precision="tf32") == "triton"
-        assert chosen(device=A100) == "triton"
-        assert chosen(varlen=True) == "triton"
+        others = ({"hidden": 64}, {"precision": "tf32"}, {"device": A100}, {"varlen": True})
+        assert [chosen(**change) for change in others] == ["torch"] * 4
+        asked[-1] = replace(asked[-1], proven=None)
+        assert [chosen(**change) for change in others] == ["triton"] * 4
+
+    def test_nothing_is_taken_unproven_on_a_gpu(self):
+        asked = [replace(kernel, proven=()) for kernel in kernels()]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            backend, refusal, warning = registry.choose("auto", SINGLE, asked)
+        assert (backend, refusal) == ("torch", None)
+        assert "no recorded run has proven it on this GPU; backend='triton' takes it all the same" in warning
+
+    def test_a_record_of_equal_lengths_proves_nothing_for_others(self):
+        entry = Proven("triton", (9, 0), (SINGLE.hidden,), "float32", "fp32", "card.json")
+        assert entry.covers(SINGLE)
+        assert not entry.covers(replace(SINGLE, varlen=True))
+        assert replace(entry, varlen=True).covers(replace(SINGLE, varlen=True))
 
     @pytest.mark.parametrize(
         ("change", "warns"),
