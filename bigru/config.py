@@ -1,38 +1,52 @@
-"""What a training run is made of: frozen dataclasses, read from YAML and the command line, written as JSON."""
+"""The settings of a training run: frozen dataclasses, made from mappings under our or the reference trainer's names."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import math
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 
-from bigru.files import shell_line
+from bigru.files import user_path
 from bigru.kernels.registry import Backend
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 
 log = logging.getLogger(__name__)
 
 
+# As the help shows them: what they take, and no empty default.
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+# Without a --no- of its own.
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, what was expected and what came."""
+
+
+def expand_home(settings: Any) -> None:
+    """Replaces a leading ~ in every path of a frozen dataclass, from the command line or a file, by the home folder."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, Path):
+            object.__setattr__(settings, item.name, user_path(value))
+        elif isinstance(value, tuple):
+            object.__setattr__(settings, item.name, tuple(map(user_path, value)))
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which clips are read and how they are cut into windows."""
 
-    data_root: Path | None = None
+    data_root: OptionalPath = None
     """Folder of clips, `{subtask}/{stem}.h5`; without it a small synthetic dataset is written and used."""
-    index: Path | None = None
+    index: OptionalPath = None
     """Tab-separated index of clips; default: subtasks_byTask_time.csv in the data root or beside it."""
     observed: int = 60
     """Frames observed per window (the network reads these)."""
@@ -54,17 +68,18 @@ class DataConfig:
     """Stop at the first clip that cannot be used instead of counting and skipping it."""
     nan_missing: bool = False
     """Take a hand, a gaze or a box with NaN in it for missing; default: such a clip cannot be used."""
-    resample: float | None = None
+    resample: Annotated[float | None, tyro.conf.arg(metavar="FPS", help_behavior_hint="")] = None
     """Frames per second, 1 to 1000, that every clip is brought to; default: each clip keeps its own."""
     centre: Literal["frame", "last"] = "frame"
     """Origin of the hands: each frame's own midpoint of the wrists, as published, or the last observed frame's, so
     that the motion of the hands as a whole is predicted too."""
-    cache: Path | None = None
+    cache: OptionalPath = None
     """Folder for the file of frames that the next run maps instead of reading the clips; default: the data root."""
-    no_cache: bool = False
+    no_cache: Flag = False
     """Read the clips every time, and leave no file of frames."""
 
     def __post_init__(self) -> None:
+        expand_home(self)
         for name in ("observed", "predicted", "stride"):
             _at_least(1, **{name: getattr(self, name)})
         if self.observed != self.predicted:
@@ -162,7 +177,7 @@ class RunConfig:
     """Which implementation of the GRU to run."""
     precision: Literal["fp32", "tf32"] = "fp32"
     """Products of the recurrence: fp32 (error below 1e-5) or tf32."""
-    weights: Path | None = None
+    weights: OptionalPath = None
     """Start from these weights (.pt, .pth or .safetensors), the published state dict's names."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Forward and backward passes of training under autocast: bf16, or fp16 with a scaled loss. Weights, validation
@@ -173,6 +188,7 @@ class RunConfig:
     """Write curves and pictures for TensorBoard into the run's folder; needs `pip install 'bigru[tensorboard]'`."""
 
     def __post_init__(self) -> None:
+        expand_home(self)
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed: expected 0 to 2147483647, got {self.seed}")
         if self.graph and self.amp == "fp16":
@@ -194,27 +210,6 @@ class TrainConfig:
             section: {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
             for section, settings in asdict(self).items()
         }
-
-
-@dataclass(frozen=True)
-class Arguments(TrainConfig):
-    """The command line: a run's settings, and where to take them from."""
-
-    config: Path | None = None
-    """YAML file of settings, under our names or the reference trainer's; other options override it."""
-    resume: Path | None = None
-    """Run folder to go on with, with its settings; `latest`: the last one. Beside it may stand --data-root and --index
-    (where its data are now), --device, --epochs and --tensorboard."""
-    changes: tyro.conf.Suppress[dict[str, Any] | None] = None
-    """Settings that stand beside --resume."""
-
-    sweep: Literal["modalities"] | None = None
-    """Train once with hands alone, then with gaze, objects, surrogate and all; what is done is not done again."""
-
-    @property
-    def settings(self) -> TrainConfig:
-        """The run's settings alone."""
-        return TrainConfig(self.data, self.model, self.optim, self.run)
 
 
 SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
@@ -247,97 +242,23 @@ REFERENCE_FIXED: dict[str, Any] = {
     "data.obj_box_dim": 120,
     "data.sur_box_dim": 8,
 }
+# What others call our settings, for a hint: too unlike for difflib.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_grad_norm": "grad_clip",
+    "clip": "grad_clip",
+    "fps": "resample",
+    "gpu": "device",
+}
 NESTS = {*SECTIONS, "loss", "scheduler", "early_stopping"}
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Reads the command line, over the YAML file it may name, over the defaults.
-
-    Args:
-        argv: the arguments without the program's name.
-
-    Raises:
-        ConfigError: for a file or a value that cannot be used, or options beside --resume.
-        SystemExit: after --help (0) or an unknown option (2).
-    """
-    # These two are needed before the rest can be read: the file's settings are the other options' defaults.
-    first = argparse.ArgumentParser(prog="python -m bigru.train", add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--resume", type=Path)
-    known, others = first.parse_known_args(argv)
-    asks_help = "-h" in others or "--help" in others
-    if known.resume is not None and not asks_help:
-        if known.config is not None:
-            others = ["--config", *others]
-        return Arguments(resume=known.resume, changes=_resume_changes(others))
-    base = read_yaml(known.config) if known.config is not None else TrainConfig()
-    return tyro.cli(
-        Arguments,
-        prog="python -m bigru.train",
-        description="Train the hand-motion forecaster, score it on the test split and write results_bigru.md. "
-        "The defaults are the published protocol.",
-        default=Arguments(base.data, base.model, base.optim, base.run, config=known.config),
-        args=others,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-def _resume_changes(argv: Sequence[str]) -> dict[str, Any] | None:
-    """Returns the settings that may stand beside --resume, by name; None for none."""
-    parser = argparse.ArgumentParser(prog="python -m bigru.train --resume RUN", allow_abbrev=False)
-    parser.add_argument("--data-root", type=_path)
-    parser.add_argument("--index", type=_path)
-    parser.add_argument("--device")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction)
-    known, others = parser.parse_known_args(argv)
-    if others:
-        raise ConfigError(
-            "--resume: a run goes on with the settings it began with; only --data-root, --index, --device, --epochs "
-            f"and --tensorboard may stand beside it, got {shlex.join(others)}"
-        )
-    return {name: value for name, value in vars(known).items() if value is not None} or None
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def read_yaml(path: Path) -> TrainConfig:
-    """Reads settings from a YAML file, under our names (flat or in sections) or the reference trainer's.
-
-    A file that holds several models' settings by name is read at `bigru`; what stands beside it must be mappings
-    under other names: other models, or what they share. Relative paths are relative to the current folder, as they
-    are on the command line.
-
-    Raises:
-        ConfigError: for a file that cannot be read, an unknown key, a setting beside `bigru` or a value that cannot be
-            used.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML: {error}") from error
-    if content is None:
-        content = {}
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"config: {path}: expected a mapping of settings, got {type(content).__name__}")
-    if "bigru" not in content:
-        return from_mapping(content, str(path))
-    # What is not read must not look like a setting.
-    stray = [
-        str(key)
-        for key, value in content.items()
-        if key != "bigru" and (key in NESTS or not isinstance(value, Mapping))
-    ]
-    if stray:
-        raise ConfigError(
-            f"config: {path}: {', '.join(stray)} beside bigru: settings belong in it; only other models' "
-            "may stand beside it"
-        )
-    return from_mapping(content["bigru"], str(path))
+def shown(value: Any) -> str:
+    """Returns a value as an error shows it: not all of a long one, or of one that its aliases make endless."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxlong = shown.maxother = 60
+    shown.maxlevel = 2
+    return shown.repr(value)
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str) -> TrainConfig:
@@ -347,7 +268,7 @@ def from_mapping(mapping: Mapping[str, Any], source: str) -> TrainConfig:
         ConfigError: for an unknown or repeated key, or a value that cannot be used.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of settings, got {mapping!r}")
+        raise ConfigError(f"{source}: expected a mapping of settings, got {shown(mapping)}")
     settings: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value in _leaves(mapping):
         name = _our_name(key, value, source)
@@ -361,22 +282,6 @@ def from_mapping(mapping: Mapping[str, Any], source: str) -> TrainConfig:
         return TrainConfig(**{section: SECTIONS[section](**values) for section, values in settings.items()})
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
-
-
-def command_line(config: TrainConfig) -> str:
-    """The command that starts a run with these settings."""
-    words = ["python", "-m", "bigru.train"]
-    default = TrainConfig().as_dict()
-    for section, settings in config.as_dict().items():
-        for name, value in settings.items():
-            if value == default[section][name]:
-                continue
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", str(value)]
-    return shell_line(words)
 
 
 def _leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -396,17 +301,18 @@ def _our_name(key: str, value: Any, source: str) -> str | None:
         return name
     if section == "loss" and key not in REFERENCE_FIXED:
         if value not in (0, None, False):
-            raise ConfigError(f"{source}: {key}: the forecaster has the pose loss only; expected 0, got {value!r}")
+            raise ConfigError(f"{source}: {key}: the forecaster has the pose loss only; expected 0, got {shown(value)}")
         log.warning("%s: %s is ignored: the forecaster has the pose loss only", source, key)
         return None
     if key in REFERENCE_FIXED:
         expected = REFERENCE_FIXED[key]
         same = value.lower() == expected if isinstance(value, str) and isinstance(expected, str) else value == expected
         if not same:
-            raise ConfigError(f"{source}: {key}: expected {expected!r}, the only choice there is, got {value!r}")
+            raise ConfigError(f"{source}: {key}: expected {expected!r}, the only choice there is, got {shown(value)}")
         return None
     known = [*OWNER, *REFERENCE_NAMES, *REFERENCE_FIXED]
-    near = difflib.get_close_matches(key, known, n=3) or difflib.get_close_matches(name, known, n=3)
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
+    near = near or difflib.get_close_matches(key, known, n=3) or difflib.get_close_matches(name, known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists the settings"
     raise ConfigError(f"{source}: unknown setting {key}{hint}")
 
@@ -416,13 +322,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise ConfigError(f"{key}: expected one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
+        raise ConfigError(f"{key}: expected one of {', '.join(map(repr, get_args(hint)))}, got {shown(value)}")
     optional = type(None) in get_args(hint)
     if optional:
         if value is None:
             return None
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    wrong = ConfigError(f"{key}: expected {_KINDS[hint]}, got {value!r}")
+    # YAML takes 2025-02-28 for a date and 3 for a number.
+    quotes = "; in quotes it is text" if hint in (Path, str) and value is not None else ""
+    wrong = ConfigError(f"{key}: expected {_KINDS[hint]}, got {shown(value)}" + quotes)
     if hint in (int, float):
         try:
             if isinstance(value, bool):
@@ -438,7 +346,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is Path:
         if not isinstance(value, (str, Path)) or not str(value):
             raise wrong
-        return Path(value).expanduser()
+        return Path(value)
     if not isinstance(value, hint):
         raise wrong
     return value

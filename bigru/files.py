@@ -109,6 +109,14 @@ def named(error: OSError, path: Path) -> OSError:
     return type(error)(error.errno, error.strerror, str(path)) if error.errno is not None else error
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Returns a path with the home folder in place of a leading ~, which a shell leaves as it is in --out=~/runs.
+
+    The ~ of a user whom the system does not know stays, as in a shell.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111, which fails for an unknown user
+
+
 def printable(text: str | os.PathLike[str]) -> str:
     r"""Returns a path, or text from a file, as it can be shown and encoded anywhere.
 

@@ -8,19 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bigru.config import (
-    Arguments,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    command_line,
-    from_mapping,
-    parse_arguments,
-    read_yaml,
-)
+from bigru.arguments import Arguments, command_line, parse_arguments, read_yaml
+from bigru.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, from_mapping
 
 REFERENCE = """
 defaults: &defaults
@@ -156,6 +145,24 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ("speed: 3\n7: x\nbigru: {lr: 1e-3}", "speed, 7 beside bigru"),
         ("optim: {lr: 1e-3}\nbigru: {epochs: 3}", "optim beside bigru"),
         ("scheduler: {min_lr: 0}\nbigru: {epochs: 3}", "scheduler beside bigru"),
+        pytest.param("lr: " + "[" * 5000, "is not YAML", id="deep"),
+        ("learning_rate: 1", "unknown setting learning_rate; did you mean lr?"),
+        ("data: {fps: 23}", r"unknown setting data\.fps; did you mean resample?"),
+        ("optim: {lr: 1}\nrun: {seed: 1}\noptim: {epochs: 3}", r"yaml, line 3: optim is given twice, first in line 1"),
+        ("optim:\n  lr: 1\n  lr: 2", r"yaml, line 3: optim\.lr is given twice, first in line 2"),
+        ("bigru: {a: &x {lr: 1, lr: 2}, optim: *x}", r"yaml, line 1: bigru\.a\.lr is given twice, first in line 1"),
+        ("optim:\n  lr: !!float 1,5", r"yaml, line 2: optim\.lr: '1,5' is no float; in quotes it is text"),
+        ("epochs: 3\nseed: !!int 1e3", r"yaml, line 2: seed: '1e3' is no int"),
+        ("out: 2025-02-30", r"yaml, line 1: out: '2025-02-30' is no timestamp; in quotes it is text"),
+        ("out: 2025-02-28", r"out: expected a path, got datetime\.date\(2025, 2, 28\); in quotes it is text"),
+        pytest.param("epochs: " + "1" * 5000, r"yaml, line 1: epochs: '1{20,40}\.\.\.1+' is no int", id="5000 digits"),
+        pytest.param(
+            "epochs: '" + "1" * 5000 + "'", r"epochs: expected a whole number, got '1+\.\.\.1+'$", id="as text"
+        ),
+        ("epochs: !!int ''", "epochs: '' is no int"),
+        ("gaze: !!bool maybe", "gaze: 'maybe' is no bool"),
+        ("out: !!timestamp now", "out: 'now' is no timestamp"),
+        ("[epochs]: 3", "is not YAML"),
         ("a: [", "is not YAML"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
     ],
@@ -163,6 +170,38 @@ def test_an_empty_file_changes_nothing(tmp_path):
 def test_a_bad_file_is_named_with_its_key(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         read_yaml(write(tmp_path, text))
+
+
+def test_a_key_may_stand_beside_a_merged_one(tmp_path):
+    text = "a: &a {lr: 1e-3, wd: 1}\nb: &b {<<: *a, wd: 0}\nbigru: {optim: {<<: *a, <<: *b, lr: 2e-3}}"
+    assert read_yaml(write(tmp_path, text.replace("wd", "weight_decay"))).optim.lr == 2e-3
+
+
+def test_aliases_that_grow_without_end_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 8)}]" for n in range(30)]
+    with pytest.raises(ConfigError, match=r"epochs: expected a whole number, got \[\[") as caught:
+        read_yaml(write(tmp_path, "\n  ".join(["other:", *lines]) + "\nbigru: {epochs: *a30}"))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["data_root", "index", "cache", "out", "weights"])
+def test_home_folder_in_every_path(tmp_path, monkeypatch, name):
+    """On the command line, where a shell leaves --out=~/x as it is, and in YAML alike."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flag = f"--{name.replace('_', '-')}"
+    given = parse_arguments([f"{flag}=~/x y"]).settings
+    section = given.run if name in ("out", "weights") else given.data
+    assert getattr(section, name) == tmp_path / "x y"
+    assert read_yaml(write(tmp_path, f"{name}: ~/x y")) == given
+    assert from_mapping({name: "~no-such-user/x"}, "x") == parse_arguments([flag, "~no-such-user/x"]).settings
+
+
+def test_home_folder_of_the_files_that_the_command_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "epochs: 7")
+    assert parse_arguments(["--config=~/settings.yaml"]).settings.optim.epochs == 7
+    assert parse_arguments(["--resume=~/run"]).resume == tmp_path / "run"
 
 
 def test_an_ignored_loss_is_said(tmp_path, caplog):
@@ -225,6 +264,9 @@ def test_every_setting_is_an_option_with_help(capsys):
     for kind in (DataConfig, ModelConfig, OptimConfig, RunConfig):
         for item in dataclasses.fields(kind):
             assert re.search(f"--{item.name.replace('_', '-')}[ ,]", text), item.name
+    assert "--no-no-cache" not in text
+    assert "{None}" not in text
+    assert "(default: None)" not in text
     for words in ("of all processes together. (default: 64)", "--config", "--resume", "(default: runs)"):
         assert words in text
 
@@ -252,21 +294,22 @@ def test_little_stands_beside_resume():
 def test_json_and_command_line_bring_the_settings_back():
     config = TrainConfig(
         DataConfig(
-            Path("a b"),
-            Path("i.csv"),
-            10,
-            10,
-            5,
-            "time",
-            True,
-            True,
-            True,
-            False,
-            True,
-            29.97,
-            "last",
-            Path("caches"),
-            True,
+            data_root=Path("a b"),
+            index=Path("i.csv"),
+            observed=10,
+            predicted=10,
+            stride=5,
+            split="time",
+            gaze=True,
+            objects=True,
+            surrogate=True,
+            mask_missing=False,
+            strict=True,
+            nan_missing=True,
+            resample=29.97,
+            centre="last",
+            cache=Path("caches"),
+            no_cache=True,
         ),
         ModelConfig(16, 1, 0.0),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
@@ -281,6 +324,7 @@ def test_json_and_command_line_bring_the_settings_back():
 
 def test_what_departs_from_the_protocol_is_named():
     assert DataConfig(gaze=True, strict=True, no_cache=True).departures == []
+    assert DataConfig(nan_missing=True).departures == ["NaN read as missing"]
     assert DataConfig(resample=30.0, centre="last").departures == [
         "centred on the last observed frame",
         "resampled to 30 frames per second",

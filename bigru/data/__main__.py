@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
@@ -12,10 +11,10 @@ from typing import Annotated, Literal
 import tyro
 
 from bigru.command import prepare_console
-from bigru.config import ConfigError, DataConfig
+from bigru.config import ConfigError, DataConfig, OptionalPath, expand_home
 from bigru.data.check import MOST_SHOWN, describe, survey
 from bigru.data.hdf5 import ClipError, DataError
-from bigru.files import ESCAPE, printable, write_atomically, write_lines
+from bigru.files import printable, write_atomically, write_lines
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Describe:
 
     clip: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CLIP")]]
     """An .h5 file."""
-    out: Path | None = None
+    out: OptionalPath = None
     """Where the picture goes; default: the clip's name with .png, in the current folder."""
     observed: int = 60
     """Frames observed per window, and as many predicted."""
@@ -55,13 +54,12 @@ class Describe:
     nan_missing: bool = False
     """Take a hand, a gaze or a box with NaN in it for missing."""
 
+    def __post_init__(self) -> None:
+        expand_home(self)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        # A path may have letters that the terminal lacks.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=ESCAPE)
     try:
         command = tyro.cli(
             Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
 from bigru.data.frames import SPLITS
-from bigru.files import replacing
+from bigru.files import replacing, user_path
 from bigru.layout import IMAGE_PX
 
 FORMAT = 1
@@ -350,7 +350,7 @@ def ensure_synthetic(root: Path, clips: int, seed: int, progress: bool | None = 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a synthetic dataset and say what was written."""
     parser = argparse.ArgumentParser(prog="python -m bigru.data.synthetic", description=__doc__.partition(":")[0])
-    parser.add_argument("dir", type=Path, help="folder to write")
+    parser.add_argument("dir", type=user_path, help="folder to write")
     parser.add_argument("--clips", type=int, default=EMBEDDED["clips"], help="number of clips (%(default)s)")
     parser.add_argument("--seed", type=int, default=EMBEDDED["seed"], help="source of chance (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that was generated before")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import tyro
 
-from bigru.config import ConfigError, DataConfig, from_mapping
+from bigru.config import ConfigError, DataConfig, expand_home, from_mapping
 from bigru.data.clips import ClipError, read_clip
 from bigru.data.windows import frame_features, hands_origin
 from bigru.environment import pick_device
@@ -98,6 +98,9 @@ class Arguments:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     backend: Backend = "auto"
     """Which implementation of the GRU to run."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,9 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from bigru.command import prepare_console
-from bigru.files import printable
+from bigru.files import printable, user_path
 from bigru.report.document import write_files
 from bigru.report.record import RunError, read_run
 
@@ -31,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"'python -m bigru.report {PERFORMANCE} --help': the document of the benchmarks; a run folder of that "
         f"name is ./{PERFORMANCE}",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, e.g. runs/20261123_224500")
-    parser.add_argument("--out", type=Path, help="folder for the document and plots/ (default: the parent of RUN)")
+    parser.add_argument(
+        "run", type=user_path, metavar="RUN", help="folder of a finished run: runs/20261123_224500, say"
+    )
+    parser.add_argument("--out", type=user_path, help="folder for the document and plots/ (default: the parent of RUN)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="bigru.report: %(message)s")
     try:

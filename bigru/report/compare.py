@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from bigru.config import expand_home
 from bigru.files import ESCAPE, write_atomically
 from bigru.report import figures
 from bigru.report.comparison import comparison
@@ -27,6 +28,9 @@ class Arguments:
     """Folders of finished runs, two or more."""
     out: Path | None = None
     """Folder for the two files; default: the one that the first run is in."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

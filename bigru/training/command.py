@@ -11,7 +11,8 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from bigru.config import ConfigError, parse_arguments
+from bigru.arguments import parse_arguments
+from bigru.config import ConfigError
 from bigru.data.windows import NoWindowsError
 from bigru.model.weights import CheckpointError
 from bigru.report.record import RunError

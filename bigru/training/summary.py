@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from bigru.config import TrainConfig, command_line
+from bigru.arguments import command_line
+from bigru.config import TrainConfig
 from bigru.data.clips import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
 from bigru.environment import describe_environment

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from data.dataset import clip_arrays as clip_datasets
 
-from bigru.config import DataConfig, read_yaml
+from bigru.arguments import read_yaml
+from bigru.config import DataConfig
 from bigru.data.clips import (
     COLUMNS,
     INDEX_NAME,
