@@ -131,7 +131,8 @@ def test_what_is_written(tmp_path, capsys, monkeypatch):
     clip, _ = write(tmp_path, 9)
     assert run(weights(tmp_path, network()), clip, out=tmp_path / "out", extra=["--start", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(f"{clip.stem}: frames 2 to 5 observed, 4 predicted (0.17 s); mean error ")
+    rate = "at a frame rate that is assumed: no timestamps"
+    assert printed[0].startswith(f"{clip.stem}: frames 2 to 5 observed, 4 predicted (0.17 s {rate}); mean error ")
     assert printed[0].endswith(" px over 3 true frames")
     files = {path.suffix[1:]: path for path in (tmp_path / "out").iterdir()}
     assert printed[1:] == [f"  {tmp_path / 'out' / clip.stem}.{kind}" for kind in ("npz", "csv", "png", "gif")]

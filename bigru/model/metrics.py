@@ -149,13 +149,14 @@ def window_error_px(rows: Tensor) -> Tensor:
     return rows[:, _COLUMNS.index("joint_error_px")] / rows[:, _COLUMNS.index("joints")]
 
 
-def by_frame_rate(rows: Tensor, fps: Tensor) -> list[dict[str, Any]]:
-    """The scores of each frame rate's windows, slowest first.
+def by_frame_rate(rows: Tensor, fps: Tensor, assumed: Tensor) -> list[dict[str, Any]]:
+    """Returns the scores of each frame rate's windows, slowest first, and how many of the windows it is assumed for.
 
     Args:
         rows: (N, 7) of `window_errors`.
         fps: (N,) frames per second, put together by whole ones, but never by 0: 22.998 and 23 are one rate, called 23.
             A rate that all windows of one have, as after resampling, is called what it is: 1.4 is not 1.
+        assumed: (N,) bool: whether the window's frame rate is assumed and not measured.
     """
     fps = fps.to(rows.device)
     rates = torch.where(fps < 1, fps, fps.round())
@@ -164,7 +165,9 @@ def by_frame_rate(rows: Tensor, fps: Tensor) -> list[dict[str, Any]]:
         chosen = rates == rate
         own = fps[chosen].unique().tolist()
         # float32 holds 29.97 as 29.9699993.
-        scores.append({"fps": round(own[0], 4) if len(own) == 1 else rate, **summarise(rows[chosen]).scores()})
+        called = round(own[0], 4) if len(own) == 1 else rate
+        count = int(assumed.to(rows.device)[chosen].sum())
+        scores.append({"fps": called, "assumed": count, **summarise(rows[chosen]).scores()})
     return scores
 
 

@@ -119,6 +119,8 @@ class Forecast:
     observed_present: np.ndarray  # (T, 2) bool: left, right
     predicted: np.ndarray  # (T, 84)
     target: np.ndarray  # (T, 84), NaN where a hand is missing or the clip has ended
+    assumed: str = ""
+    """Why the frame rate, and so every time, is assumed; empty where it is measured."""
 
     def in_image(self, poses: np.ndarray) -> np.ndarray:
         """84-vectors in centred units, (T, 84), as fractions of the image's width and height, (T, 2, 21, 2)."""
@@ -274,6 +276,7 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
         observed_present=present[start:now],
         predicted=predicted,
         target=target,
+        assumed=content.assumed,
     )
 
 
@@ -300,7 +303,8 @@ def as_npz(result: Forecast) -> bytes:
     predicted, true, observed (T, 2, 21, 2): hand (left, right), joint, x and y as fractions of the image's width and
     height from `origin`, as in the table; true is NaN where it is not known. observed_present (T, 2). error_px
     (T, 2, 21). frame, time_s, ahead_s (T,) of the predicted frames. last_origin (2,): where in the image the midpoint
-    of the wrists lies in the last observed frame. fps, start, image_px (2,), stem, origin.
+    of the wrists lies in the last observed frame. fps, fps_assumed (why the rate is assumed, empty where it is
+    measured), start, image_px (2,), stem, origin.
     """
     frame, time_s, ahead_s = _times(result)
     buffer = io.BytesIO()
@@ -316,6 +320,7 @@ def as_npz(result: Forecast) -> bytes:
         ahead_s=ahead_s,
         last_origin=result.last_origin,
         fps=result.fps,
+        fps_assumed=result.assumed,
         start=result.start,
         image_px=IMAGE,
         stem=result.stem,
@@ -374,9 +379,10 @@ def _carry_out(model: HandForecaster, config: DataConfig, clip: Path, arguments:
         return False
     known = int(np.isfinite(result.target).any(axis=1).sum())
     judged = f"mean error {result.mean_error_px:.1f} px over {known} true frames" if known else "no true future"
+    rate = f" at a frame rate that is assumed: {result.assumed}" if result.assumed else ""
     print(
         f"{clip.stem}: frames {result.start} to {result.start + config.observed - 1} observed, "
-        f"{config.predicted} predicted ({config.predicted / result.fps:.2f} s); {judged}"
+        f"{config.predicted} predicted ({config.predicted / result.fps:.2f} s{rate}); {judged}"
     )
     print(*(f"  {path}" for path in write(result, arguments.out)), sep="\n")
     return True

@@ -294,9 +294,16 @@ def _by_frame_rate(record: RunRecord) -> str:
     if not rows:
         return "No test window was scored."
     headers = ["fps", "horizon (s)", "windows", *(metric.label for metric in METRICS)]
-    return blocks(
-        f"The {predicted} predicted frames reach further ahead the lower the frame rate.", table(headers, rows, left=0)
-    )
+    texts = [
+        f"The {predicted} predicted frames reach further ahead the lower the frame rate.",
+        table(headers, rows, left=0),
+    ]
+    if assumed := [f"{windows:,} at {fps:g} fps" for fps, windows in record.assumed_rates]:
+        texts.append(
+            "Windows whose frame rate is assumed, as documented for the participant, since their clips' timestamps "
+            f"tell none: {', '.join(assumed)}."
+        )
+    return blocks(*texts)
 
 
 def _by_subtask(record: RunRecord) -> str:

@@ -128,6 +128,8 @@ class RunRecord:
     test: Scores
     baselines: dict[str, Scores]
     by_frame_rate: tuple[tuple[float, Scores], ...]
+    assumed_rates: tuple[tuple[float, int], ...]
+    """Frame rates that are assumed for some windows, and for how many of them."""
     by_subtask: tuple[tuple[str, Scores], ...]
     """Empty where the run did not record it, as are the next two."""
     horizon: dict[str, Series]
@@ -304,6 +306,12 @@ def _from_summary(
         test=_scores(summary["test"]),
         baselines={name: _scores(scores) for name, scores in summary["baselines"].items()},
         by_frame_rate=rates,
+        # Runs of earlier versions do not say.
+        assumed_rates=tuple(
+            (_number(entry, "fps"), _count(entry, "assumed"))
+            for entry in summary["by_frame_rate"]
+            if entry.get("assumed")
+        ),
         by_subtask=tuple((str(row["subtask"]), _scores(row)) for row in summary["by_subtask"]) if broken_down else (),
         horizon=horizon,
         by_joint=_series(summary["by_joint"], JOINTS) if broken_down else None,

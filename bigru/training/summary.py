@@ -64,7 +64,7 @@ def finish(folder: Path, trainer: Trainer, backend: str) -> None:
         "baselines": {
             name: summarise(score(predict, windows.batches(size), mask)).scores() for name, predict in BASELINES.items()
         },
-        "by_frame_rate": by_frame_rate(rows, windows.fps),
+        "by_frame_rate": by_frame_rate(rows, windows.fps, windows.fps_is_assumed),
         "by_subtask": by_subtask(rows, windows.subtask, SUBTASKS),
         "horizon": {name: mean_errors(sums.sum(1)) for name, sums in joints.items()},
         "by_joint": mean_errors(joints[NETWORK].sum(0)),

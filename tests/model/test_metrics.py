@@ -214,9 +214,9 @@ def test_baselines_score_by_their_names():
 def test_frame_rates_are_told_apart():
     _, prediction, target, present = windows()
     fps = torch.tensor([23, 59, 22.998, 59, 59.01, 59, 23])
-    slow, fast = by_frame_rate(window_errors(prediction, target, present), fps)
+    slow, fast = by_frame_rate(window_errors(prediction, target, present), fps, fps > 30)
     chosen = fps < 30
-    assert (slow["fps"], slow["windows"], fast["fps"], fast["windows"]) == (23, 3, 59, 4)
+    assert [(rate["fps"], rate["windows"], rate["assumed"]) for rate in (slow, fast)] == [(23, 3, 0), (59, 4, 4)]
     expected = naive(prediction[chosen], target[chosen], present[chosen])
     assert slow["joint_error_px"] == pytest.approx(expected["joint_error_px"], rel=1e-9)
     assert "loss" not in slow
@@ -224,15 +224,17 @@ def test_frame_rates_are_told_apart():
 
 def test_no_frame_rate_is_rounded_to_none():
     _, prediction, target, present = windows(4)
-    rates = by_frame_rate(window_errors(prediction, target, present), torch.tensor([1.25, 0.25, 1.0, 0.25]))
+    fps = torch.tensor([1.25, 0.25, 1.0, 0.25])
+    rates = by_frame_rate(window_errors(prediction, target, present), fps, fps < 0)
     assert [(rate["fps"], rate["windows"]) for rate in rates] == [(0.25, 2), (1, 2)]
 
 
 def test_a_resampled_rate_is_called_what_it_is():
     _, prediction, target, present = windows(4)
     rows = window_errors(prediction, target, present)
-    assert [rate["fps"] for rate in by_frame_rate(rows, torch.full((4,), 29.97))] == [29.97]
-    assert [rate["fps"] for rate in by_frame_rate(rows, torch.full((4,), 1.4))] == [1.4]
+    for rate in (29.97, 1.4):
+        fps = torch.full((4,), rate)
+        assert [entry["fps"] for entry in by_frame_rate(rows, fps, fps < 0)] == [rate]
 
 
 def test_evaluation_leaves_the_mode_as_it_was():

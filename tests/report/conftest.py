@@ -77,7 +77,7 @@ def fabricate_summary(stamp: str, epochs: int, predicted: int = 60) -> dict[str,
         },
         "by_frame_rate": [
             {"fps": 23, **scores(1.1, 0.05, 0.06, 0.12, 61)},
-            {"fps": 59, **scores(0.7, 0.02, 0.03, 0.08, 62)},
+            {"fps": 59, "assumed": 7, **scores(0.7, 0.02, 0.03, 0.08, 62)},
         ],
         "by_subtask": [
             {"subtask": "BHO", **scores(1.0, 0.04, 0.05, 0.11, 100)},

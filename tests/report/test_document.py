@@ -185,6 +185,8 @@ def test_comparison_and_frame_rates(make_run: MakeRun) -> None:
         ["23", "2.61", "61", "1.100", "0.050", "0.060", "0.120", "84.0"],
         ["59", "1.02", "62", "0.700", "0.020", "0.030", "0.080", "56.0"],
     ]
+    assert "Windows whose frame rate is assumed, as documented for the participant" in text
+    assert "clips' timestamps tell none: 7 at 59 fps." in text
 
 
 @pytest.mark.parametrize(
