@@ -189,7 +189,9 @@ class ResidentConfig:
 
     def options(self) -> dict[str, int | bool]:
         """Returns the compiler's options."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        # Told nothing, ptxas stops near 170 registers with 16-bit storage, and has loads wait for one another.
+        return options | PTXAS_LIMIT if self.padded == ONE_PROCESSOR else options
 
 
 @functools.lru_cache

@@ -44,6 +44,17 @@ def _quads(HP, N, SPLIT):
 
 
 @gluon.constexpr_function
+def _all_warps(HP, N, SPLIT):
+    """Layout of (HP / 16, N), a number for each warp and row: a thread has all warps' for its rows in `_units`."""
+    warps = (HP // 16).bit_length() - 1
+    tile = 4 if SPLIT else 8
+    registers = [[1 << i, 0] for i in range(warps)] + ([] if SPLIT else [[0, 1]])
+    registers += [[0, tile << i] for i in range((N // tile).bit_length() - 1)]
+    lanes = ([[0, 1], [0, 2]] if SPLIT else [[0, 2], [0, 4]]) + [[0, 0]] * 3
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0]] * warps, [], [HP // 16, N])
+
+
+@gluon.constexpr_function
 def _buffer(HP):
     """Shared memory of (columns, HP) 16-bit numbers, in the order that ldmatrix reads without bank conflicts."""
     return gl.SwizzledSharedLayout(8, 1, min(8, HP // 8), [1, 0])
@@ -135,20 +146,27 @@ def _peak(w, H: gl.constexpr, HP: gl.constexpr):
 
 @gluon.jit
 def _load_operand(w, unit_stride, k_stride, scale, H: gl.constexpr, HP: gl.constexpr):
+    """High and low parts of one gate's weights, each in chunks of 16 columns, the depth of one MMA."""
     LAYOUT: gl.constexpr = gl.DotOperandLayout(0, _accumulator(HP), 2)
     p = gl.arange(0, HP, layout=gl.SliceLayout(1, LAYOUT))
-    k = gl.arange(0, HP, layout=gl.SliceLayout(0, LAYOUT))
     # Row p of a warp's 16 is the unit that `_units` names so.
     unit = gl.minimum((p & ~15) | ((p & 7) << 1) | ((p >> 3) & 1), H - 1)
-    high = gl.load(w + unit[:, None] * unit_stride + gl.minimum(k, H - 1)[None, :] * k_stride)
-    if H < HP:
-        high = gl.where((k < H)[None, :], high, 0.0)
-    low = high
-    if high.dtype == gl.float32:
-        high, low = _halves(high * scale)
-        # What comes next is not to be loaded while these weights, not yet packed, fill the registers.
-        barrier()
-    return high, low
+    highs = ()
+    lows = ()
+    for c in gl.static_range(HP // 16):
+        k = c * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, LAYOUT))
+        high = gl.load(w + unit[:, None] * unit_stride + gl.minimum(k, H - 1)[None, :] * k_stride)
+        if H < HP:
+            high = gl.where((k < H)[None, :], high, 0.0)
+        low = high
+        if w.dtype.element_ty == gl.float32:
+            high, low = _halves(high * scale)
+            if c % 4 == 3:
+                # What comes next is not to be loaded while these weights, not yet packed, fill the registers.
+                barrier()
+        highs += (high,)
+        lows += (low,)
+    return highs, lows
 
 
 @gluon.jit
@@ -184,10 +202,36 @@ def _put(buffer, x, OPERAND: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SP
 
 
 @gluon.jit
-def _multiply(weights, x, acc, SPLIT: gl.constexpr):
+def _multiply(weights, c: gl.constexpr, x, acc, SPLIT: gl.constexpr):
+    """Adds the product of chunk c of a gate's weights and x, the same chunk of the other factor."""
     if SPLIT:
-        acc = mma_v2(weights[1], x, acc)
-    return mma_v2(weights[0], x, acc)
+        acc = mma_v2(weights[1][c], x, acc)
+    return mma_v2(weights[0][c], x, acc)
+
+
+@gluon.jit
+def _load_chunk(buffer, c: gl.constexpr, HP: gl.constexpr):
+    """Chunk c of what `_put` stored, as B operand."""
+    return buffer.slice(c * 16, 16, 1).permute((1, 0)).load(gl.DotOperandLayout(1, _accumulator(HP), 2))
+
+
+@gluon.jit
+def _load_chunks(buffer, HP: gl.constexpr):
+    chunks = ()
+    for c in gl.static_range(HP // 16):
+        chunks += (_load_chunk(buffer, c, HP),)
+    return chunks
+
+
+@gluon.jit
+def _multiply_all(weights, chunks, acc, HP: gl.constexpr, SPLIT: gl.constexpr):
+    """Adds the product of a gate's weights and all chunks of the other factor."""
+    if SPLIT:
+        for c in gl.static_range(HP // 16):
+            acc = mma_v2(weights[1][c], chunks[c], acc)
+    for c in gl.static_range(HP // 16):
+        acc = mma_v2(weights[0][c], chunks[c], acc)
+    return acc
 
 
 @gluon.jit
@@ -202,9 +246,52 @@ def _to_units(acc, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _row(t, place):
-    """Index of a program's first row in (T, B, D), 64-bit."""
-    B, b0, d = place
-    return (t.to(gl.int64) * B + b0) * 2 + d
+    """Index of a program's first row at step t in (T, B, D) or (P, D), 64-bit."""
+    varlen_ptr, B, b0, d = place
+    first = t.to(gl.int64) * B if varlen_ptr is None else gl.load(varlen_ptr + B + t)
+    return (first + b0) * 2 + d
+
+
+@gluon.jit
+def _present(t, lengths, LAYOUT: gl.constexpr):
+    """Whether there is a row at step t, by unit and batch row; None if all rows are there at all steps."""
+    present = None
+    if lengths is not None:
+        present = (t < lengths).broadcast_to(LAYOUT.shape)
+    return present
+
+
+@gluon.jit
+def _load(pointers, present):
+    if present is None:
+        return gl.load(pointers)
+    else:
+        return gl.load(pointers, present, 0.0)
+
+
+@gluon.jit
+def _keep(present, new, old):
+    """New values of the rows that are there, old ones of the others."""
+    if present is None:
+        return new
+    else:
+        return gl.where(present, new, old)
+
+
+@gluon.jit
+def _to_quads(r, z, n, q, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
+    """Four numbers of each unit as (4 HP, N), r, z, n, q side by side; nothing moves between threads."""
+    quads = gl.join(gl.join(r, n), gl.join(z, q)).permute([0, 2, 3, 1]).reshape([4 * HP, N])
+    return gl.convert_layout(quads, _quads(HP, N, SPLIT))
+
+
+@gluon.jit
+def _quads_present(present, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
+    """`_present` for the numbers of `_to_quads`."""
+    quads = None
+    if present is not None:
+        quads = _to_quads(present, present, present, present, HP, N, SPLIT)
+    return quads
 
 
 @gluon.jit
@@ -218,6 +305,6 @@ def _store_state(state_ptr, state, offs_y, B, b0, d, H: gl.constexpr):
 
 
 @gluon.jit
-def _load_gates_in(gi_ptr, row, offs, H: gl.constexpr):
+def _load_gates_in(gi_ptr, row, offs, present, H: gl.constexpr):
     gi = gi_ptr + row * (3 * H) + offs
-    return gl.load(gi), gl.load(gi + H), gl.load(gi + 2 * H)
+    return _load(gi, present), _load(gi + H, present), _load(gi + 2 * H, present)

@@ -43,7 +43,7 @@ BUDGETS = {
     # Without gates saved, forward: 16-bit operands and TF32's accuracy; fp32's as much again for a quarter of the rows.
     ("resident", "forward", False): {"bf16": (160, 2), "fp16": (160, 2), "tf32": (200, 2), "fp32": (230, 2)},
     ("resident", "forward", True): {"bf16": (230, 2), "fp16": (230, 2), "tf32": (230, 2), "fp32": (230, 2)},
-    ("resident", "backward", True): {"bf16": (275, 4), "fp16": (275, 4), "tf32": (345, 4), "fp32": (345, 4)},
+    ("resident", "backward", True): {"bf16": (265, 1), "fp16": (265, 1), "tf32": (310, 1), "fp32": (260, 2)},
 }
 """Most instructions and barriers of one step by kernel, direction and whether gates are saved, on sm_90 with the
 narrowest block."""
@@ -166,7 +166,7 @@ def cases_of(arch: str, name: str, hidden: int, dtype: torch.dtype, precision: s
         for direction in kernel.functions(config):
             case = Case(arch, name, direction, hidden, SHORT_NAMES[dtype], precision, config)
             yield case
-            if hidden in kernel.varlen_widths:
+            if hidden in kernel.varlen_widths and kernel.refusal(replace(call, varlen=True)) is None:
                 yield replace(case, varlen=True)
             if hidden == BUDGETED_HIDDEN and (name, direction, False) in BUDGETS:
                 yield replace(case, save=False)
@@ -277,7 +277,11 @@ def budget(case: Case, version: tuple[int, ...] = TRITON_VERSION) -> tuple[int, 
     """Returns the most instructions and barriers of one step under a triton, for the cases that have a budget."""
     narrowest = 4 if case.config.split else 8
     of_kernel = BUDGETS.get((case.kernel, case.direction, case.save))
-    if of_kernel is None or (case.arch, case.hidden, case.config.rows) != ("sm_90", BUDGETED_HIDDEN, narrowest):
+    if (
+        of_kernel is None
+        or case.varlen
+        or (case.arch, case.hidden, case.config.rows) != ("sm_90", BUDGETED_HIDDEN, narrowest)
+    ):
         return None
     instructions, barriers = of_kernel[case.mode]
     return int(instructions * (1.15 if version > BUDGETED_TRITON else 1)), barriers

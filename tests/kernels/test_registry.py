@@ -55,11 +55,24 @@ class TestRefusal:
         assert replace(compiled, interpreted=True).refusal(on_cpu) is None
         assert "the input is on cpu" in gpu_kernel("resident").refusal(on_cpu)
 
-    @pytest.mark.parametrize(("name", "hidden"), [("resident", 128), ("cooperative", 256)])
-    def test_sequences_of_different_lengths(self, name, hidden):
-        call = replace(SINGLE, hidden=hidden)
-        assert gpu_kernel(name).refusal(call) is None
-        assert gpu_kernel(name).refusal(replace(call, varlen=True)) == "the input is a PackedSequence"
+    def test_sequences_of_different_lengths(self):
+        call = replace(SINGLE, hidden=256)
+        assert gpu_kernel("cooperative").refusal(call) is None
+        assert gpu_kernel("cooperative").refusal(replace(call, varlen=True)) == "the input is a PackedSequence"
+
+    @pytest.mark.parametrize(
+        ("hidden", "dtype", "precision", "served"),
+        [
+            (64, torch.float32, "fp32", True),
+            (65, torch.float32, "fp32", False),
+            (128, torch.float32, "tf32", True),
+            (128, torch.bfloat16, "fp32", True),
+        ],
+    )
+    def test_lengths_where_w_hh_leaves_registers_for_them(self, hidden, dtype, precision, served):
+        call = replace(SINGLE, hidden=hidden, dtype=dtype, precision=precision, varlen=True)
+        reason = gpu_kernel("resident").refusal(call)
+        assert reason is None if served else "W_hh leaves too few registers for a PackedSequence" in reason
 
     def test_an_unknown_kernel(self):
         with pytest.raises(ValueError, match=r"kernel: expected one of .* got 'fast'"):
@@ -139,6 +152,10 @@ class TestChooseResident:
         assert choose_resident(Call(B200, torch.float32, 3), 1).options()["num_warps"] == 1
         assert choose_resident(Call(B200, torch.float32, 128), 1).options()["num_warps"] == 8
 
+    def test_the_compiler_is_told_to_use_all_registers_where_one_program_fits(self):
+        assert choose_resident(Call(H100, torch.bfloat16, 128), 1).options()["maxnreg"] == 255
+        assert "maxnreg" not in choose_resident(Call(H100, torch.bfloat16, 64), 1).options()
+
 
 def unproven(entry, record):
     """What of an entry the record does not show right, on this architecture, storage and precision."""
@@ -186,6 +203,7 @@ class TestProven:
         entry = Proven("resident", (9, 0), (64,), "bfloat16", "fp32", "card.json")
         call = Call(H100, torch.bfloat16, 64, "tf32")
         assert entry.covers(call)
+        assert not entry.covers(replace(call, varlen=True))
         assert not entry.covers(replace(call, hidden=65))
         assert not entry.covers(replace(call, dtype=torch.float16))
         assert not entry.covers(replace(call, device=A100))

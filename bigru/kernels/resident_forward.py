@@ -1,0 +1,145 @@
+"""The forward kernel of `bigru.kernels.resident`, which says where the numbers lie, and why."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from bigru.kernels.cell import SIZES
+from bigru.kernels.resident_tiles import (
+    _accumulator,
+    _buffer,
+    _indices,
+    _inverse,
+    _keep,
+    _load_chunks,
+    _load_gates_in,
+    _load_operands,
+    _multiply_all,
+    _present,
+    _put,
+    _quads,
+    _quads_present,
+    _row,
+    _scale_of,
+    _sigmoid,
+    _store_state,
+    _tanh,
+    _to_quads,
+    _to_units,
+    _units,
+)
+
+
+@gluon.jit
+def _forward_step(
+    pointers, read, write, h, gates_in, weights, b_hn, scales, t, t_next, place, lengths, offs, H: gl.constexpr,
+    HP: gl.constexpr, N: gl.constexpr, SAVE: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    """One step: the state comes from one buffer and goes to the other; returns it and the next step's input gates."""
+    gi_ptr, y_ptr, gates_ptr = pointers
+    w_r, w_z, w_n = weights
+    scale, unscale = scales
+    offs_gi, offs_y, offs_gates = offs
+    UNITS: gl.constexpr = _units(HP, N, SPLIT)
+    row, row_next = _row(t, place), _row(t_next, place)
+    present = _present(t, lengths, UNITS)
+    x = _load_chunks(read, HP)
+    zero = gl.zeros([HP, 2 * N if SPLIT else N], gl.float32, _accumulator(HP))
+    h_r = _to_units(_multiply_all(w_r, x, zero, HP, SPLIT), HP, N, SPLIT) * unscale
+    h_z = _to_units(_multiply_all(w_z, x, zero, HP, SPLIT), HP, N, SPLIT) * unscale
+    q = _to_units(_multiply_all(w_n, x, zero, HP, SPLIT), HP, N, SPLIT) * unscale + b_hn
+    r = _sigmoid(gates_in[0].to(gl.float32) + h_r, not SPLIT)
+    z = _sigmoid(gates_in[1].to(gl.float32) + h_z, not SPLIT)
+    n = _tanh(gates_in[2].to(gl.float32) + r * q, not SPLIT)
+    # Asked for now, into the registers of this step's; the next step's products hide the latency.
+    gates_in = _load_gates_in(gi_ptr, row_next, offs_gi, _present(t_next, lengths, UNITS), H)
+    h = _keep(present, n + z * (h - n), h)
+    _put(write, h * scale, OPERAND, HP, N, SPLIT)
+    gl.store(y_ptr + row * H + offs_y, h.to(y_ptr.dtype.element_ty), present)
+    if SAVE:
+        quads = _to_quads(r, z, n, q, HP, N, SPLIT).to(gates_ptr.dtype.element_ty)
+        gl.store(gates_ptr + row * (4 * H) + offs_gates, quads, _quads_present(present, HP, N, SPLIT))
+    return h, gates_in
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def gru_forward_resident_kernel(
+    gi_ptr,  # (T, B, D, 3H)
+    w_hh_ptr,  # (D, 3H, H)
+    b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
+    h0_ptr,  # (D, B, H)
+    y_ptr,  # (T, B, D, H)
+    h_n_ptr,  # (D, B, H)
+    gates_ptr,  # (T, B, D, H, 4), r, z, n, q; not touched unless SAVE
+    varlen_ptr,  # (B + T) int64, or None
+    T,
+    B,
+    H: gl.constexpr,
+    HP: gl.constexpr,  # H padded to a power of two; a warp for every 16
+    N: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    SAVE: gl.constexpr,
+    SPLIT: gl.constexpr,
+):
+    UNITS: gl.constexpr = _units(HP, N, SPLIT)
+    QUADS: gl.constexpr = _quads(HP, N, SPLIT)
+    SCALED: gl.constexpr = gi_ptr.dtype.element_ty == gl.float32
+    OPERAND: gl.constexpr = gl.float16 if SCALED else gi_ptr.dtype.element_ty
+    COLUMNS: gl.constexpr = 2 * N if SPLIT else N
+    b0 = gl.program_id(0) * N
+    d = gl.program_id(1)
+    w = w_hh_ptr + d * (3 * H * H)
+    w_r, w_z, w_n, w_scale = _load_operands(w, H, 1, H, HP)
+    j, b = _indices(B, b0, H, UNITS, 1)
+    jg, bg = _indices(B, b0, H, QUADS, 4)
+    offs_gi, offs_y, offs_gates = b * (6 * H) + j, b * (2 * H) + j, bg * (8 * H) + jg
+    h = gl.load(h0_ptr + (d.to(gl.int64) * B + b0) * H + (b * H + j)).to(gl.float32)
+    b_hn = gl.zeros([HP, N], gl.float32, UNITS)
+    if HAS_BIAS:
+        b_hn += gl.load(b_hn_ptr + d * H + j).to(gl.float32)
+    scale = 1.0
+    unscale = 1.0
+    if SCALED:
+        # Every state lies between its predecessor and n, so a row never exceeds its largest initial state or 1.
+        scale = _scale_of(gl.maximum(gl.max(gl.abs(h), 0), 1.0))[None, :]
+        unscale = _inverse(scale) * _inverse(w_scale)
+    # Two allocations rather than one with an index: so it is plain that a step's two accesses never meet.
+    even = gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP))
+    odd = gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP))
+
+    pointers, weights, scales = (gi_ptr, y_ptr, gates_ptr), (w_r, w_z, w_n), (scale, unscale)
+    place, offs = (varlen_ptr, B, b0, d), (offs_gi, offs_y, offs_gates)
+    lengths = None
+    if varlen_ptr is not None:
+        # As many steps as the longest of the program's sequences has, which is the first.
+        T = gl.load(varlen_ptr + b0).to(gl.int32)
+        lengths = gl.load(varlen_ptr + b0 + b).to(gl.int32)
+    t = d * (T - 1)
+    step = 1 - 2 * d
+    gates_in = _load_gates_in(gi_ptr, _row(t, place), offs_gi, _present(t, lengths, UNITS), H)
+    if T % 2 == 1:
+        _put(odd, h * scale, OPERAND, HP, N, SPLIT)
+        t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
+        h, gates_in = _forward_step(
+            pointers, odd, even, h, gates_in, weights, b_hn, scales, t, t_next, place, lengths, offs,
+            H, HP, N, SAVE, SPLIT, OPERAND,
+        )  # fmt: skip
+        t += step
+    else:
+        _put(even, h * scale, OPERAND, HP, N, SPLIT)
+    for _ in range(T // 2):
+        h, gates_in = _forward_step(
+            pointers, even, odd, h, gates_in, weights, b_hn, scales, t, t + step, place, lengths, offs,
+            H, HP, N, SAVE, SPLIT, OPERAND,
+        )  # fmt: skip
+        t += step
+        # There is nothing after the last step, so it asks for its own input gates once more.
+        t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
+        h, gates_in = _forward_step(
+            pointers, odd, even, h, gates_in, weights, b_hn, scales, t, t_next, place, lengths, offs,
+            H, HP, N, SAVE, SPLIT, OPERAND,
+        )  # fmt: skip
+        t += step
+    d = gl.where(t < 0, 1, 0)
+    _store_state(h_n_ptr, h, offs_y, B, b0, d, H)
