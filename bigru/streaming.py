@@ -11,10 +11,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bigru.config import DataConfig
-from bigru.data.clips import Clip
+from bigru.data.clips import Clip, read_clip
 from bigru.data.windows import frame_features, hands_origin
 from bigru.layout import CENTRED_UNIT, JOINTS_PER_HAND, MODALITY_SHAPES, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
+from bigru.model.load import load_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,29 @@ class StreamedForecast:
     and height, relative to the midpoint of the wrists of that very frame, or, with `centre="last"`, in the image."""
     latency_s: float
     """Seconds from the frame's arrival to its forecast."""
+
+
+def replay(model: HandForecaster, clip: Path, config: DataConfig) -> list[StreamedForecast]:
+    """Feeds a clip to a stream frame by frame, as fast as it takes them.
+
+    Args:
+        model: the network.
+        clip: the .h5 file.
+        config: how the network's clips were read.
+
+    Returns:
+        The forecast of every frame from number T - 1 on.
+
+    Raises:
+        ClipError: the clip cannot be read, or has fewer than T frames.
+    """
+    content, stream = read_clip(clip, config, needed=config.observed), ForecastStream(model, config)
+    others = {name: getattr(content, name) for name in MODALITY_SHAPES if getattr(config, name)}
+    forecasts = [
+        stream.push(hands[:, :, :2], **{name: values[number] for name, values in others.items()})
+        for number, hands in enumerate(content.hands)
+    ]
+    return [forecast for forecast in forecasts if forecast is not None]
 
 
 class ForecastStream:
@@ -78,8 +102,6 @@ class ForecastStream:
         Raises:
             CheckpointError, ConfigError: for weights or settings that cannot be used.
         """
-        from bigru.model.prediction import load_model
-
         return cls(*load_model(Path(weights), device=device, backend=backend))
 
     def reset(self) -> None:

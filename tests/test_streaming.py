@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from bigru.config import DataConfig, ModelConfig, TrainConfig
 from bigru.data.clips import read_clip
 from bigru.data.synthetic import clip_arrays, plan_clips, write_clip
 from bigru.model.forecaster import HandForecaster
-from bigru.model.prediction import forecast
+from bigru.model.prediction import forecast, main
 from bigru.model.weights import save_weights
 from bigru.streaming import ForecastStream
 
@@ -113,3 +114,20 @@ def test_load_reads_weights_and_settings(tmp_path, clip):
     for hands in read_clip(clip, config).hands[:LENGTH]:
         ours, theirs = loaded.push(hands), expected.push(hands)
     np.testing.assert_array_equal(ours.positions, theirs.positions)
+
+
+def test_the_command_replays_a_clip_and_prints_its_latency(tmp_path, clip, capsys):
+    model, config = build()
+    save_weights(tmp_path / "weights.safetensors", model.state_dict())
+    run = TrainConfig(data=config, model=ModelConfig(hidden_size=8))
+    (tmp_path / "config.json").write_text(json.dumps(run.as_dict()))
+    arguments = ["--weights", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path), "--stream", str(clip)]
+    assert main(arguments) == 0
+    assert re.search(
+        r"15 forecasts of 7 frames on \d+ threads? of the CPU, latency median [\d.]+ ms, 99th", capsys.readouterr().out
+    )
+    with np.load(tmp_path / f"{clip.stem}.stream.npz") as written:
+        assert written["frame"].tolist() == list(range(LENGTH - 1, 3 * LENGTH))
+        assert (written["latency_s"] > 0).all()
+        expected = forecast(model.eval(), clip, config, start=5)
+        np.testing.assert_allclose(written["predicted"][5], expected.in_image(expected.predicted), rtol=0, atol=1e-6)

@@ -11,9 +11,7 @@ whole window, says where in the image the hands will be.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -25,18 +23,19 @@ import numpy as np
 import torch
 import tyro
 
-from bigru.config import ConfigError, DataConfig, expand_home, from_mapping
+from bigru.config import ConfigError, DataConfig, expand_home
 from bigru.data.clips import ClipError, read_clip
 from bigru.data.windows import frame_features, hands_origin
-from bigru.environment import pick_device
-from bigru.files import write_atomically
+from bigru.files import printable, write_atomically, write_npz
 from bigru.kernels.registry import Backend
 from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
-from bigru.model.weights import CheckpointError, load_forecaster, modalities_of
+from bigru.model.load import load_model
+from bigru.model.weights import CheckpointError
 from bigru.report import figures
 from bigru.report.animation import gif
 from bigru.report.record import Samples
+from bigru.streaming import replay
 
 IMAGE = np.array(IMAGE_PX)
 ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
@@ -94,6 +93,9 @@ class Arguments:
     """First observed frame, from 0. Default: the last with its whole true future in the clip, else the last at all."""
     observed: int | None = None
     """Frames observed, and as many predicted. Default: as in config.json beside the weights, else 60."""
+    stream: bool = False
+    """Replay each clip frame by frame as a robot's loop would: a forecast after every frame that has the observed
+    length behind it. Prints the latency and writes CLIP.stream.npz instead of the other files."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     backend: Backend = "auto"
@@ -171,47 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bigru.predict: interrupted", file=sys.stderr)
         return 130
     return 0 if not any(failed) else 2 if all(failed) else 1
-
-
-def load_model(
-    weights: Path, *, device: str = "auto", backend: str = "auto", observed: int | None = None
-) -> tuple[HandForecaster, DataConfig]:
-    """Builds the network of a file of weights, ready to forecast, and reads the settings of its clips.
-
-    Args:
-        weights: a run's weights.safetensors, whose settings are in the config.json beside it, or a published state
-            dict, whose clips are read as published.
-        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
-        backend: of the GRU, as for `BiGRU`.
-        observed: frames observed, and as many predicted; default: as in the settings, else 60.
-
-    Raises:
-        ConfigError: settings, a device or a backend that cannot be used.
-        CheckpointError: weights that cannot be used.
-    """
-    where = pick_device(device)
-    settings = weights.with_name("config.json")
-    if settings.is_file():
-        config = _read_settings(settings)
-    else:
-        config = DataConfig()
-        print(
-            "bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
-            "on its own wrists, each clip at its own rate",
-            file=sys.stderr,
-        )
-    length = config.observed if observed is None else observed
-    model = load_forecaster(weights, backend=backend).to(where).eval()
-    fed = modalities_of(model.encoder.core.input_size)
-    assert fed is not None
-    config = dataclasses.replace(
-        config, observed=length, predicted=length, gaze=fed["gaze"], objects=fed["objects"], surrogate=fed["surrogate"]
-    )
-    try:
-        model.encoder.core.resolve_backend(torch.empty(1, length, config.input_size, device=where))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"backend: {backend} cannot run the network on {where}: {error}") from error
-    return model, config
 
 
 def _check_names(clips: Sequence[Path]) -> None:
@@ -353,6 +314,35 @@ def as_csv(result: Forecast) -> str:
     return buffer.getvalue()
 
 
+def _stream(model: HandForecaster, config: DataConfig, clip: Path, out: Path) -> None:
+    """Forecasts after every frame of a clip, prints the latency and writes CLIP.stream.npz.
+
+    The file holds predicted (N, T, 2, 21, 2) as in CLIP.npz, frame (N,), the last frame that each forecast has seen,
+    latency_s (N,), and origin.
+    """
+    forecasts = replay(model, clip, config)
+    latency_s = np.array([forecast.latency_s for forecast in forecasts])
+    device, threads = next(model.parameters()).device, torch.get_num_threads()
+    where = f"{threads} thread{'s' * (threads > 1)} of the CPU" if device.type == "cpu" else str(device)
+    median, slow = 1e3 * np.percentile(latency_s, (50, 99))
+    print(
+        f"{printable(clip.stem)}: {len(forecasts)} forecasts of {config.predicted} frames on {where}, "
+        f"latency median {median:.2f} ms, 99th percentile {slow:.2f} ms"
+    )
+    path = out / f"{clip.stem}.stream.npz"
+    out.mkdir(parents=True, exist_ok=True)
+    write_npz(
+        path,
+        {
+            "predicted": np.stack([forecast.positions for forecast in forecasts]),
+            "frame": [forecast.frame for forecast in forecasts],
+            "latency_s": latency_s,
+            "origin": ORIGINS[config.centre],
+        },
+    )
+    print(f"  {printable(path)}")
+
+
 def _times(result: Forecast) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each predicted frame: its number in the clip, its time, and how far it is ahead of the last observed one."""
     ahead = np.arange(1, len(result.predicted) + 1)
@@ -360,19 +350,12 @@ def _times(result: Forecast) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return frame, frame / result.fps, ahead / result.fps
 
 
-def _read_settings(path: Path) -> DataConfig:
-    """The data settings of the run whose config.json lies beside the weights."""
-    try:
-        return from_mapping(json.loads(path.read_text(encoding="utf-8")), str(path)).data
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-
-
 def _carry_out(model: HandForecaster, config: DataConfig, clip: Path, arguments: Arguments) -> bool:
     """Forecasts one clip, says what was written or why not, and tells whether it was."""
     try:
+        if arguments.stream:
+            _stream(model, config, clip, arguments.out)
+            return True
         result = forecast(model, clip, config, arguments.start)
     except (ClipError, ConfigError) as error:
         print(f"bigru.predict: {clip}: {error}", file=sys.stderr)

@@ -1,0 +1,66 @@
+"""A trained network together with the settings that its clips are read under."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bigru.config import ConfigError, DataConfig, from_mapping
+from bigru.environment import pick_device
+from bigru.model.forecaster import HandForecaster
+from bigru.model.weights import load_forecaster, modalities_of
+
+
+def load_model(
+    weights: Path, *, device: str = "auto", backend: str = "auto", observed: int | None = None
+) -> tuple[HandForecaster, DataConfig]:
+    """Builds the network of a file of weights, ready to forecast, and reads the settings of its clips.
+
+    Args:
+        weights: a run's weights.safetensors, whose settings are in the config.json beside it, or a published state
+            dict, whose clips are read as published.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        backend: of the GRU, as for `BiGRU`.
+        observed: frames observed, and as many predicted; default: as in the settings, else 60.
+
+    Raises:
+        ConfigError: settings, a device or a backend that cannot be used.
+        CheckpointError: weights that cannot be used.
+    """
+    where = pick_device(device)
+    settings = weights.with_name("config.json")
+    if settings.is_file():
+        config = _read_settings(settings)
+    else:
+        config = DataConfig()
+        print(
+            "bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
+            "on its own wrists, each clip at its own rate",
+            file=sys.stderr,
+        )
+    length = config.observed if observed is None else observed
+    model = load_forecaster(weights, backend=backend).to(where).eval()
+    fed = modalities_of(model.encoder.core.input_size)
+    assert fed is not None
+    config = dataclasses.replace(
+        config, observed=length, predicted=length, gaze=fed["gaze"], objects=fed["objects"], surrogate=fed["surrogate"]
+    )
+    try:
+        model.encoder.core.resolve_backend(torch.empty(1, length, config.input_size, device=where))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"backend: {backend} cannot run the network on {where}: {error}") from error
+    return model, config
+
+
+def _read_settings(path: Path) -> DataConfig:
+    """The data settings of the run whose config.json lies beside the weights."""
+    try:
+        return from_mapping(json.loads(path.read_text(encoding="utf-8")), str(path)).data
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
