@@ -42,7 +42,7 @@ def speed_up(record: Record) -> Figure | None:
         for (name, line), (color, marker) in zip(lines.items(), LOOKS, strict=False):
             own = sorted((row for row in line if row.mode == mode), key=lambda row: row.batch)
             x, y = [row.batch for row in own], [row.ratio for row in own]
-            bars = [[row.ratio - row.low for row in own], [row.high - row.ratio for row in own]]  # type: ignore[operator]
+            bars = [[row.ratio - row.low for row in own], [row.high - row.ratio for row in own]]
             axes.errorbar(x, y, bars, label=name, color=color, marker=marker, markersize=4, linewidth=1.3, capsize=2)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
         axes.set_xscale("log")
@@ -74,20 +74,21 @@ def over_time(records: Sequence[Record]) -> Figure | None:
     if len(dates) < 2:
         return None
     figure, panels = _panels(
-        "Main workload (B=64, T=60, H=128, fp32) over time; nn.GRU of the same rounds dashed", records[-1]
+        "Main workload (B=64, T=60, H=128, fp32) over time; nn.GRU in the same rounds dotted", records[-1]
     )
     names = list(dict.fromkeys(name for _, name in found))
     for mode, axes in zip(MODES, panels, strict=True):
         for name, (color, marker) in zip(names, LOOKS, strict=False):
             line = found.get((mode, name), [])
             look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.3}
-            axes.plot([date for date, _ in line], [row.ours_ms for _, row in line], label=name, **look)
-            axes.plot([date for date, _ in line], [row.rival_ms for _, row in line], **look | {"linestyle": ":"})
+            days = [matplotlib.dates.date2num(date) for date, _ in line]
+            axes.plot(days, [row.ours_ms for _, row in line], label=name, **look)
+            axes.plot(days, [row.rival_ms for _, row in line], **look | {"linestyle": ":"})
+        axes.margins(x=0.15, y=0.1)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
         axes.xaxis.set_major_locator(FixedLocator([matplotlib.dates.date2num(date) for date in (dates[0], dates[-1])]))
         axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m-%d"))
-        axes.margins(x=0.15)
         axes.set_title(mode, loc="left", fontweight="bold")
     panels[0].set_ylabel("ms")
     panels[1].legend(loc="best", fontsize=7.5)
@@ -109,9 +110,9 @@ def _name(row: Row) -> str:
 
 def _scale_ratios(axes: Axes, rows: Sequence[Row]) -> None:
     """Sets a logarithmic axis, on which 2 and 1/2 are as far from 1, with plain numbers at its ticks."""
-    low, high = min(row.low for row in rows), max(row.high for row in rows)  # type: ignore[type-var]
+    low, high = min(row.low for row in rows), max(row.high for row in rows)
     axes.set_yscale("log")
-    axes.set_ylim(min(0.8, low / 1.15), max(1.25, high * 1.15))  # type: ignore[operator]
+    axes.set_ylim(min(0.8, low / 1.15), max(1.25, high * 1.15))
     ticks = [
         tick
         for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)

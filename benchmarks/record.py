@@ -53,14 +53,15 @@ class Row:
     clock: str = "wall"
     threads: int | None = None
     """Of the CPU; None for work of a GPU."""
-    ours_ms: float | None = None
-    """Median over the rounds, as all figures here."""
-    rival_ms: float | None = None
-    ratio: float | None = None
+    # Any number, since a row that was not measured has None for all of them.
+    ours_ms: Any = None
+    """Median over the rounds, as all figures here; milliseconds."""
+    rival_ms: Any = None
+    ratio: Any = None
     """The rival's time over ours, round by round: above 1 ours is faster."""
-    low: float | None = None
+    low: Any = None
     """First quartile of the ratio."""
-    high: float | None = None
+    high: Any = None
     """Third quartile of the ratio."""
     rounds: int = 0
     error: float | None = None

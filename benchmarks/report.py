@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from benchmarks import plots
 from benchmarks.record import CLOCKS, NN_GRU, Record, RecordError, Row, read_records
 from bigru.files import write_atomically
@@ -46,7 +48,7 @@ def write_performance(results: Path, out: Path) -> tuple[list[Path], dict[str, s
     if broken and not records:
         raise RecordError("; ".join(f"{results / name}: {why}" for name, why in broken.items()))
     folder = Path(os.path.relpath(results.resolve(), out.parent.resolve())).as_posix()
-    pictures = {}
+    pictures: dict[Path, Figure] = {}
     for machine, own in by_machine(records).items():
         drawn = {"speed-up": plots.speed_up(own[-1]), "over-time": plots.over_time(own)}
         pictures |= {picture(machine, name): figure for name, figure in drawn.items() if figure is not None}
@@ -115,7 +117,7 @@ def _machine(machine: str, records: Sequence[Record], folder: str, drawn: set[Pa
     others = [row for row in measured if row not in main]
     if others:
         parts += ["### Every other case", _rows(others)]
-    if losses := [row for row in measured if row.ratio < LOSS]:  # type: ignore[operator]
+    if losses := [row for row in measured if row.ratio < LOSS]:
         parts += ["### Where the rival is faster", _losses(losses, len(measured))]
     if (path := picture(machine, "over-time")) in drawn:
         parts += ["### Over time", f"![Times of the main workload by date]({path.as_posix()})", _over_time(records)]
@@ -151,7 +153,7 @@ def headline(record: Record) -> list[Row]:
     best: dict[tuple[object, ...], Row] = {}
     for row in rows:
         key = row.batch, row.mode, row.threads, row.clock
-        if row.precision == first and (key not in best or row.ours_ms < best[key].ours_ms):  # type: ignore[operator]
+        if row.precision == first and (key not in best or row.ours_ms < best[key].ours_ms):
             best[key] = row
     batches = sorted({row.batch for row in best.values()})
     while len(batches) > MOST_ROWS // 2:
@@ -177,7 +179,7 @@ def answer(machine: str, record: Record, rows: Sequence[Row]) -> str:
     names = sorted({row.candidate for row in judged})
     backend = f"backend {code(names[0])}" if len(names) == 1 else f"backends {' and '.join(map(code, names))}"
     lost = sum(ratio < LOSS for row in judged if (ratio := row.ratio) is not None)
-    where = "nowhere slower" if not lost else f"slower in {lost} of {len(judged)} cases"
+    where = f"slower by more than 5 % in {lost or 'none'} of {len(judged)} cases"
     incomplete = "" if record.complete else " The run ended before its last case."
     return (
         f"**On {plain(machine)}, `BiGRU` ({backend}) is {' and '.join(words)} beside `torch.nn.GRU`** "

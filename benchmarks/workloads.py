@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from support import TOLERANCE, error
@@ -26,7 +28,7 @@ class Precision:
     """Storage, and the precision of products on either side."""
 
     dtype: torch.dtype
-    precision: str
+    precision: Literal["fp32", "tf32"]
     """BiGRU's argument."""
     cudnn_tf32: bool = False
     matmul_tf32: bool = False
@@ -68,7 +70,8 @@ class Candidate:
     """One implementation at one case.
 
     Args:
-        name: a backend of BiGRU (never "auto": the one that it takes), "nn.GRU", "torch.compile" or "flashrnn".
+        name: a backend of BiGRU (never "auto": the one that it takes), "nn.GRU", "onnxruntime" (forward on a CPU),
+            "torch.compile" or "flashrnn".
         works: what is timed, by mode.
         outcome: outputs and every gradient, by name.
     """
@@ -108,6 +111,8 @@ def make(name: str, case: Case, device: torch.device, *, defect: bool = False) -
     """
     if case.group == "training step":
         return _make_training_step(name, case, device)
+    if name == "onnxruntime":
+        return _make_onnx(case)
     return _make_layer(name, case, device, defect)
 
 
@@ -183,6 +188,24 @@ def _make_layer(name: str, case: Case, device: torch.device, defect: bool) -> Ca
     return Candidate(name, {"forward": run_forward, "training": run_training}, outcome)
 
 
+def _make_onnx(case: Case) -> Candidate:
+    """Returns the forward pass of a BiGRU exported to ONNX in onnxruntime, on as many threads as torch has."""
+    try:
+        import onnxruntime
+
+        from bigru import export_onnx
+    except ImportError as why:
+        raise Refused("onnxruntime is not installed") from why
+    gru = _make_gru("torch", case, torch.device("cpu")).eval()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(gru, path := Path(folder) / "gru.onnx")  # type: ignore[arg-type]
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    x = _normal((case.batch, case.steps, case.input), torch.device("cpu"), torch.float32).numpy()
+    return Candidate("onnxruntime", {"forward": lambda: session.run(None, {"input": x})}, lambda dtype: {})
+
+
 def _make_gru(name: str, case: Case, device: torch.device) -> nn.Module:
     """A module with everybody's weights: those of an nn.GRU after a fixed seed."""
     mode = PRECISIONS[case.precision]
@@ -202,7 +225,7 @@ def _make_gru(name: str, case: Case, device: torch.device) -> nn.Module:
     except (ValueError, RuntimeError) as why:
         raise Refused(str(why)) from why
     gru.load_state_dict(nn_gru.state_dict())
-    return torch.compile(gru) if name == "torch.compile" else gru
+    return torch.compile(gru) if name == "torch.compile" else gru  # type: ignore[return-value]
 
 
 def _normal(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -293,6 +316,6 @@ class FlashRNN(nn.Module):
         return x, torch.stack(states)
 
 
-def sweep(case: Case, **sizes: tuple[int, ...]) -> list[Case]:
+def sweep(case: Case, **sizes: tuple[Any, ...]) -> list[Case]:
     """Returns the cases that differ from one in a single size: `sweep(MAIN, batch=(1, 8))`."""
     return [replace(case, **{name: size}) for name, values in sizes.items() for size in values]

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 # The benchmarks are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu, machine, workloads
+from benchmarks import cpu, gpu, machine, workloads
 from benchmarks.gpu import SMOKE, Plan, Run
 from benchmarks.pool import JobFailed, JobLate, Worker
 from benchmarks.record import NN_GRU, Check, Record, Row, read_record
@@ -306,3 +306,22 @@ def test_the_kernels_own_tests_are_run():
     )
     assert check.status == "passed", check
     assert gpu.kernel_tests("kernels' tests", "all", ("tests/no_such_file.py", "-q")).status == "failed"
+
+
+def test_the_cpu_command_goes_on_with_a_record(tmp_path):
+    ticks = count()
+    record, found = Record("cpu", "command", FOUND, {}, complete=False), []
+    for _ in range(2):
+        # The clock is read four times a turn: each has the seconds for one job.
+        cpu.run(record, tmp_path, "torch", [1], 0.0, 2.0, lambda: float(next(ticks)))
+        record = read_record(tmp_path / record.name)
+        found.append([(row.mode, row.batch, row.status, row.threads) for row in record.rows])
+    assert found[0] == [(mode, 1, "measured", 1) for mode in ("forward", "training")]
+    assert found[1] == found[0] + [(mode, 8, "measured", 1) for mode in ("forward", "training")]
+    assert record.complete is False
+
+
+def test_onnxruntime_is_a_rival_of_the_forward_pass():
+    pytest.importorskip("onnxruntime")
+    (row,) = machine.measure(TINY, "torch", torch.device("cpu"), 0.0, rival="onnxruntime", modes=("forward",))
+    assert (row.status, row.rival) == ("measured", "onnxruntime")

@@ -120,7 +120,7 @@ def text(records: Sequence[RunRecord], left_out: Mapping[str, str], out: Path) -
         left_out: names of runs that are not in it, and why.
         out: the document's folder, as seen from which paths are given.
     """
-    sections = []
+    sections: list[str] = []
     for record in records:
         own_model = any(part(record) != part(records[0]) for part in (_total_params, _breakdown))
         sections += ["---"] * bool(sections) + [section(record, out, own_model)]
@@ -187,7 +187,7 @@ def _protocol(record: RunRecord) -> str:
 
 
 def _breakdown_sections(record: RunRecord) -> list[str]:
-    sections = []
+    sections: list[str] = []
     if record.horizon:
         sections += ["### Error against horizon", breakdown.horizon(record, _picture(record, "horizon"))]
     if record.by_joint is not None:
