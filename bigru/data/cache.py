@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigru.config import DataConfig
-from bigru.data.clips import FRAME_RATES, IndexedClip, Skipped, clip_places
+from bigru.data.clips import FRAME_RATES
 from bigru.data.hdf5 import MAX_FRAMES
+from bigru.data.index import IndexedClip, Skipped, clip_places
 from bigru.files import remove_partials, replacing
 
 FORMAT = 2
@@ -80,7 +81,7 @@ class Frames:
 
 
 def cache_path(root: Path, config: DataConfig) -> Path:
-    """Return where the cache of a dataset read with these settings belongs."""
+    """Returns where the cache of a dataset read with these settings belongs."""
     names: list[Any] = [getattr(config, name) for name in SETTINGS[:-1]]
     # By default the name is that of versions without the last setting, whose file is replaced.
     names += ["nan_missing"] * config.nan_missing
@@ -91,7 +92,7 @@ def cache_path(root: Path, config: DataConfig) -> Path:
 
 
 def cache_key(index: Path, root: Path, clips: Iterable[IndexedClip], config: DataConfig) -> str:
-    """Return a digest of all that a dataset's frames depend on: the index's content, the place, size and time of
+    """Returns a digest of all that a dataset's frames depend on: the index's content, the place, size and time of
     change of each file, the settings, and how the frames are made."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     digest = hashlib.sha256(json.dumps([FORMAT, sys.byteorder, settings]).encode())
@@ -102,7 +103,7 @@ def cache_key(index: Path, root: Path, clips: Iterable[IndexedClip], config: Dat
 
 
 def _stamp(root: Path, clip: IndexedClip) -> tuple[int, int, int] | None:
-    """Return which of its places a clip's file is in, its size and its time of change; None without one."""
+    """Returns which of its places a clip's file is in, its size and its time of change; None without one."""
     for number, place in enumerate(clip_places(str(root), clip)):
         try:
             found = os.stat(place)  # noqa: PTH116, a Path for each of thousands takes longer than asking for it
@@ -114,7 +115,7 @@ def _stamp(root: Path, clip: IndexedClip) -> tuple[int, int, int] | None:
 
 
 def write_cache(path: Path, key: str, frames: Frames) -> None:
-    """Write the file; it appears whole or not at all.
+    """Writes the file; it appears whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -137,7 +138,7 @@ def write_cache(path: Path, key: str, frames: Frames) -> None:
 
 
 def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems: set[str]) -> Frames:
-    """Map the file: its frames are read from the disk when they are first used, and shared by all who map it.
+    """Maps the file: its frames are read from the disk when they are first used, and shared by all who map it.
 
     Args:
         path: the file.

@@ -12,17 +12,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bigru.config import DataConfig
-from bigru.data.clips import (
-    Clip,
-    ClipIndex,
-    IndexedClip,
-    Skipped,
-    find_clip,
-    find_index,
-    open_clip,
-    read_index,
-    read_open_clip,
-)
+from bigru.data.clips import Clip, open_clip, read_open_clip
 from bigru.data.frames import (
     ASSUMED,
     IN_TWO_SPLITS,
@@ -45,6 +35,7 @@ from bigru.data.hdf5 import (
     own_dataset,
     read_values,
 )
+from bigru.data.index import ClipIndex, IndexedClip, Skipped, find_clip, find_index, read_index
 from bigru.files import printable
 
 MOST_LISTED = 50
@@ -72,7 +63,7 @@ class Tally:
     """Clips that do not hold gaze, objects or the surrogate."""
 
     def add(self, row: IndexedClip, clip: Clip, frames: slice, without: list[str], config: DataConfig) -> None:
-        """Count some frames of a clip."""
+        """Counts some frames of a clip."""
         present = clip.present[frames]
         self.clips += 1
         self.windows += window_count(len(present), config)
@@ -124,7 +115,7 @@ class Survey:
         return Counter(skip.reason for skip in self.skipped)
 
     def text(self) -> str:
-        """Returns how many clips have each fault, the first of each, and a table of what is left."""
+        """Returnss how many clips have each fault, the first of each, and a table of what is left."""
         index = self.index
         others = f" ({index.other_cameras:,} more of other cameras)" if index.other_cameras else ""
         lines = []
@@ -147,7 +138,7 @@ class Survey:
 
 
 def survey(config: DataConfig, *, progress: bool | None = None) -> Survey:
-    """Read every clip of a dataset as training with these settings would, and its gaze too.
+    """Reads every clip of a dataset as training with these settings would, and its gaze too.
 
     Args:
         config: `data_root` must be set; `strict` and the cache play no part.
@@ -181,7 +172,7 @@ def survey(config: DataConfig, *, progress: bool | None = None) -> Survey:
 
 
 def _read_with_gaze(path: Path, config: DataConfig) -> tuple[Clip, list[str]]:
-    """Return the clip, with gaze wherever that can be read, and the modalities it has no dataset of."""
+    """Returns the clip, with gaze wherever that can be read, and the modalities it has no dataset of."""
     needed = config.observed + config.predicted
     with open_clip(path) as file:
         lacking = lacking_datasets(file, MODALITIES.values())
@@ -248,7 +239,7 @@ def describe(path: Path, observed: int, stride: int, nan_missing: bool = False) 
 
 
 def _dataset_row(file: h5py.File, name: str, nan_missing: bool) -> list[str]:
-    """Returns name, shape, type and share of frames in which it is missing, or what is wrong with it."""
+    """Returnss name, shape, type and share of frames in which it is missing, or what is wrong with it."""
     # Names come from the file: no control characters onto a terminal.
     shown = printable(name)
     try:

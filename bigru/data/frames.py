@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from bigru.config import DataConfig
 from bigru.data.cache import CacheMiss, Entry, Frames, Part, cache_key, cache_path, read_cache, write_cache
-from bigru.data.clips import Clip, ClipIndex, Skipped, clips_below, find_clip, read_clip
+from bigru.data.clips import Clip, read_clip
 from bigru.data.hdf5 import ClipError
+from bigru.data.index import ClipIndex, Skipped, clips_below, find_clip
 from bigru.files import printable
 from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND
 
@@ -28,7 +29,7 @@ HELD_OUT = 0.15
 
 
 def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool | None) -> tuple[Frames, str]:
-    """Return the frames from the cache, or from the clips into the cache, and a line that says which.
+    """Returns the frames from the cache, or from the clips into the cache, and a line that says which.
 
     Raises:
         ClipError: with `config.strict`, the first clip that cannot be used.
@@ -60,8 +61,8 @@ def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool
 
 
 def _can_be_read_now(frames: Frames, index: ClipIndex, root: Path, config: DataConfig) -> bool:
-    """Whether a clip that could not be read can be now: neither its size nor its time tells of a disk that failed or
-    of a permission that was lacking."""
+    """Tells whether a clip that could not be read can be now: a disk that failed or a permission that was lacking
+    changes neither its size nor its time."""
     unreadable = {skip.stem for skip in frames.skipped if skip.reason == "unreadable"}
     for row in index.clips:
         if row.stem in unreadable:
@@ -74,7 +75,7 @@ def _can_be_read_now(frames: Frames, index: ClipIndex, root: Path, config: DataC
 
 
 def _read_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool | None) -> Frames:
-    """Read every clip once."""
+    """Reads every clip once."""
     skipped = list(index.skipped)
     _refuse_skipped(skipped, config)
     parts = {split: _GrowingPart(config) for split in SPLITS}
@@ -98,7 +99,7 @@ def _refuse_skipped(skipped: Sequence[Skipped], config: DataConfig) -> None:
 
 
 def frame_features(clip: Clip, centre: Literal["frame", "last"] = "frame") -> np.ndarray:
-    """Return a clip's features, (F, I) float32: hands 84, then gaze 2, objects 120, surrogate 8 where read.
+    """Returns a clip's features, (F, I) float32: hands 84, then gaze 2, objects 120, surrogate 8 where read.
 
     Hands are the left 21, then the right 21 joints as x, y pairs, centred as in the published benchmark:
     (joint - (left wrist + right wrist) / 2) / 0.5. A missing hand's zeros take part in this like any other
@@ -115,12 +116,12 @@ def frame_features(clip: Clip, centre: Literal["frame", "last"] = "frame") -> np
 
 
 def window_count(frames: int, config: DataConfig) -> int:
-    """Return how many windows fit: floor((frames - observed - predicted) / stride) + 1, or 0."""
+    """Returns how many windows fit: floor((frames - observed - predicted) / stride) + 1, or 0."""
     return max(0, (frames - config.observed - config.predicted) // config.stride + 1)
 
 
 def split_frames(frames: int, participant: int, config: DataConfig) -> dict[str, tuple[int, int]]:
-    """Return which frames [start, stop) of a clip belong to which split.
+    """Returns which frames [start, stop) of a clip belong to which split.
 
     By participant a clip goes whole into one split. By time a clip that holds three disjoint windows gives its
     last frames to val and then test, to each 15 % or one window if that is more, and the rest to train; a
@@ -147,7 +148,7 @@ def split_names(config: DataConfig) -> str:
 
 
 def content_digest(*arrays: np.ndarray) -> str:
-    """Return a digest of what arrays hold, 128 bits in hexadecimal."""
+    """Returns a digest of what arrays hold, 128 bits in hexadecimal."""
     digest = hashlib.sha256()
     for values in arrays:
         digest.update(np.ascontiguousarray(values).data)
@@ -155,12 +156,12 @@ def content_digest(*arrays: np.ndarray) -> str:
 
 
 def counted(reasons: Counter[str]) -> str:
-    """Returns how often each reason occurs, the most frequent first."""
+    """Returnss how often each reason occurs, the most frequent first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "none"
 
 
 def folder_hint(root: Path, index: ClipIndex, skipped: Sequence[Skipped]) -> str:
-    """Returns where the clips lie, in words, where none of them was found; else nothing."""
+    """Returnss where the clips lie, in words, where none of them was found; else nothing."""
     if not index.clips or sum(skip.reason == "missing" for skip in skipped) < len(index.clips):
         return ""
     below = clips_below(root, index.clips)
@@ -210,6 +211,6 @@ class _GrowingPart:
         self.present.resize((rows, 2), refcheck=False)
 
     def finish(self) -> Part:
-        """Give up the frames, without a copy."""
+        """Gives up the frames, without a copy."""
         self._resize(self.used)
         return Part(self.frames, self.present, tuple(self.clips))

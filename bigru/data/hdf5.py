@@ -80,7 +80,7 @@ def dataset_names(file: h5py.File) -> list[str]:
 
 @h5py_errors()
 def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
-    """Return a dataset stored in the file itself, None if there is none of that name."""
+    """Returns a dataset stored in the file itself, None if there is none of that name."""
     key = name.encode()
     # `name in file` and `file.get` would open the target of an external link; the link's own record does not.
     if not file.id.links.exists(key):
@@ -97,7 +97,7 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
 
 @h5py_errors()
 def lacking_datasets(file: h5py.File, names: Iterable[str]) -> list[str]:
-    """Returns those of the names under which a file holds nothing, not even a link."""
+    """Returnss those of the names under which a file holds nothing, not even a link."""
     return [name for name in names if not file.id.links.exists(name.encode())]
 
 
@@ -111,7 +111,7 @@ def require_datasets(file: h5py.File, names: Sequence[str]) -> None:
 
 @h5py_errors()
 def checked_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """Return a dataset whose type and shape, (F, *FRAME_SHAPES[name]), are as expected; nothing is read yet."""
+    """Returns a dataset whose type and shape, (F, *FRAME_SHAPES[name]), are as expected; nothing is read yet."""
     dataset = own_dataset(file, name)
     if dataset is None:
         raise ClipError("missing dataset", name)
@@ -163,7 +163,7 @@ def read_values(dataset: h5py.Dataset, nan_missing: bool = False) -> np.ndarray:
 
 @h5py_errors()
 def read_array(dataset: h5py.Dataset, dtype: np.dtype) -> np.ndarray:
-    """Read a whole dataset of numbers as `dtype`, whatever the values."""
+    """Reads a whole dataset of numbers as `dtype`, whatever the values."""
     # Bits in another order than any machine's, which h5py calls by the nearest name.
     if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)):
         raise ClipError("wrong dtype", f"{_name(dataset)} is no common type of numbers, such as float32")
@@ -180,7 +180,7 @@ def _name(dataset: h5py.Dataset) -> str:
 
 
 def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
-    """Read a chunked dataset, unpacking here: libhdf5 lets a chunk unpack to any size, and trusts its sizes."""
+    """Reads a chunked dataset, unpacking here: libhdf5 lets a chunk unpack to any size, and trusts its sizes."""
     name = _name(dataset)
     chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
     if chunk_bytes > MAX_CHUNK_BYTES:
@@ -215,7 +215,7 @@ def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
 
 
 def _unpack(packed: bytes, filters: list[int], size: int, itemsize: int) -> bytes:
-    """Undo the filters, last one first; what would unpack to more than `size` bytes ends one byte later."""
+    """Undoes the filters, last one first; what would unpack to more than `size` bytes ends one byte later."""
     for code in reversed(filters):
         if code == h5py.h5z.FILTER_DEFLATE:
             try:

@@ -15,8 +15,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from bigru.data.clips import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, published_frame_rate, read_index
+from bigru.data.clips import published_frame_rate
 from bigru.data.frames import SPLITS
+from bigru.data.index import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, read_index
 from bigru.files import replacing, user_path
 from bigru.layout import IMAGE_PX
 
@@ -79,7 +80,7 @@ class PlannedClip:
 
 
 def plan_clips(clips: int, seed: int, participants: Sequence[int] = PARTICIPANTS) -> list[PlannedClip]:
-    """Decide participant, subtask, name and length of every clip.
+    """Decides participant, subtask, name and length of every clip.
 
     Clips are shared out over train, val and test, at least one each, and within a split evenly over its
     participants. Lengths follow the published quantiles; the longest of a split always has 150 frames or more.
@@ -106,7 +107,7 @@ def plan_clips(clips: int, seed: int, participants: Sequence[int] = PARTICIPANTS
 
 
 def _share_out(clips: int, splits: list[str]) -> dict[str, int]:
-    """Return the number of clips per split, in proportion to CLIP_SHARES and at least one each."""
+    """Returns the number of clips per split, in proportion to CLIP_SHARES and at least one each."""
     total = sum(CLIP_SHARES[split] for split in splits)
     counts = {split: max(1, round(clips * CLIP_SHARES[split] / total)) for split in splits}
     # The first split takes what rounding left over.
@@ -115,7 +116,7 @@ def _share_out(clips: int, splits: list[str]) -> dict[str, int]:
 
 
 def _clip_lengths(fps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw the lengths, (N,) int64, of clips at `fps` (N,), one from each of N equal slices of the distribution."""
+    """Draws the lengths, (N,) int64, of clips at `fps` (N,), one from each of N equal slices of the distribution."""
     lengths = np.empty(len(fps), np.int64)
     for rate, median in MEDIAN_FRAMES.items():
         (clips,) = np.nonzero(fps == rate)
@@ -137,7 +138,7 @@ def _plan_clip(number: int, participant: int, frames: int, rng: np.random.Genera
 
 
 def clip_arrays(plan: PlannedClip, seed: int) -> dict[str, np.ndarray]:
-    """Draw the datasets of one clip, float32, in the published layout (F frames).
+    """Draws the datasets of one clip, float32, in the published layout (F frames).
 
     Both hands reach and return in a rhythm of 1.3 to 1.7 s, nearly in opposition, while they turn and the fingers
     close and open in step: with period, phase and extent drawn per clip, the 60 frames seen (2.6 s at 23 fps, 1.0 s
@@ -172,7 +173,7 @@ def clip_arrays(plan: PlannedClip, seed: int) -> dict[str, np.ndarray]:
 
 
 def _hand(theta: np.ndarray, rest: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw the landmarks of a right hand, (F, 21, 3), moving with phase `theta` (F,) about `rest` (x, y)."""
+    """Draws the landmarks of a right hand, (F, 21, 3), moving with phase `theta` (F,) about `rest` (x, y)."""
     frames = len(theta)
     # A second harmonic makes the way out quicker than the way back.
     reach = np.sin(theta) + 0.25 * np.sin(2 * theta + 0.6)
@@ -204,12 +205,12 @@ def _hand(theta: np.ndarray, rest: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def _mirrored(hand: np.ndarray) -> np.ndarray:
-    """Turn a right hand on the image's left into a left hand on its right: the camera looks down, facing them."""
+    """Turns a right hand on the image's left into a left hand on its right: the camera looks down, facing them."""
     return np.concatenate([1 - hand[..., :1], hand[..., 1:]], axis=-1)
 
 
 def _missing(frames: int, rng: np.random.Generator, *, whole: float, runs: float) -> np.ndarray:
-    """Draw the frames, (F,) bool, in which something is not seen.
+    """Draws the frames, (F,) bool, in which something is not seen.
 
     Args:
         frames: F.
@@ -229,7 +230,7 @@ def _missing(frames: int, rng: np.random.Generator, *, whole: float, runs: float
 
 
 def _object_boxes(palm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw 4 to 12 boxes, (F, 30, 4), zero-padded: the first in the right hand, the others lying on the table."""
+    """Draws 4 to 12 boxes, (F, 30, 4), zero-padded: the first in the right hand, the others lying on the table."""
     frames, count = len(palm), int(rng.integers(4, 13))
     boxes = np.zeros((frames, 30, 4))
     boxes[:, :count, :2] = rng.uniform([0.25, 0.4], [0.75, 0.75], (count, 2))
@@ -240,7 +241,7 @@ def _object_boxes(palm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _surrogate_boxes(seconds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw the surrogate's two hands, (F, 2, 4), moving slowly on the far side; in a third of the clips one is away."""
+    """Draws the surrogate's two hands, (F, 2, 4), moving slowly on the far side; in a third of clips one is gone."""
     boxes = np.zeros((len(seconds), 2, 4))
     for hand, x in enumerate((0.4, 0.6)):
         phase = 2 * np.pi * seconds / rng.uniform(3, 6) + rng.uniform(0, 2 * np.pi)
@@ -253,7 +254,7 @@ def _surrogate_boxes(seconds: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def write_clip(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write one clip's datasets; the file appears whole or not at all."""
+    """Writes one clip's datasets; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         for name, values in arrays.items():
@@ -261,7 +262,7 @@ def write_clip(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_index(root: Path, stems: Sequence[str]) -> Path:
-    """Write the index of the named clips into `root` and return its path; it appears whole or not at all."""
+    """Writes the index of the named clips into `root` and returns its path; it appears whole or not at all."""
     lines = ["\t".join(COLUMNS)]
     for stem in stems:
         participant, camera, task, subtask, times = stem.split("-")
@@ -281,7 +282,7 @@ def write_synthetic(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write a synthetic dataset: `{root}/{subtask}/{stem}.h5`, a marker, and last the index.
+    """Writes a synthetic dataset: `{root}/{subtask}/{stem}.h5`, a marker, and last the index.
 
     A folder without an index is therefore incomplete. The same arguments give the same bytes in every array.
 
@@ -316,7 +317,7 @@ def _marker(clips: int, seed: int, participants: Sequence[int] = PARTICIPANTS) -
 
 
 def _clear(root: Path, overwrite: bool) -> None:
-    """Make `root` ready for writing: remove the clips that its index names, and nothing that is not ours."""
+    """Makes `root` ready for writing: removes the clips that its index names, and nothing that is not ours."""
     root.mkdir(parents=True, exist_ok=True)
     index = root / INDEX_NAME
     if any(root.iterdir()) and not (root / MARKER_NAME).is_file():
@@ -333,7 +334,7 @@ def _clear(root: Path, overwrite: bool) -> None:
 
 
 def ensure_synthetic(root: Path, clips: int, seed: int, progress: bool | None = None) -> Path:
-    """Return `root` holding the synthetic dataset of `clips` and `seed`, written only if it is not there yet.
+    """Returns `root` holding the synthetic dataset of `clips` and `seed`, written only if it is not there yet.
 
     Raises:
         ValueError, FileExistsError: as `write_synthetic`.
@@ -348,7 +349,7 @@ def ensure_synthetic(root: Path, clips: int, seed: int, progress: bool | None = 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a synthetic dataset and say what was written."""
+    """Writes a synthetic dataset and says what was written."""
     parser = argparse.ArgumentParser(prog="python -m bigru.data.synthetic", description=__doc__.partition(":")[0])
     parser.add_argument("dir", type=user_path, help="folder to write")
     parser.add_argument("--clips", type=int, default=EMBEDDED["clips"], help="number of clips (%(default)s)")

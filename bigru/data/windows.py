@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bigru.config import DataConfig
 from bigru.data.cache import Part
-from bigru.data.clips import ClipIndex, Skipped, find_index, read_index, subtask_number
 from bigru.data.frames import (
     ASSUMED,
     SPLITS,
@@ -27,6 +26,7 @@ from bigru.data.frames import (
     window_count,
 )
 from bigru.data.hdf5 import DataError
+from bigru.data.index import ClipIndex, Skipped, find_index, read_index, subtask_number
 from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND, POSE_SIZE
 
 __all__ = ["SPLITS", "Batch", "Dataset", "NoWindowsError", "Windows", "frame_features", "hands_origin", "load_dataset"]
@@ -89,7 +89,7 @@ class Windows:
         return of_clip.to(self.clip.device)[self.clip]
 
     def batch(self, indices: Tensor) -> Batch:
-        """Gather the windows numbered `indices`, (B,) int64, on the device of `frames`."""
+        """Gathers the windows numbered `indices`, (B,) int64, on the device of `frames`."""
         indices = indices.to(self.starts.device)
         starts = self.starts[indices]  # (B,)
         steps = torch.arange(self.observed + self.predicted, device=starts.device)
@@ -110,7 +110,7 @@ class Windows:
         )
 
     def batches(self, batch_size: int, order: Tensor | None = None, drop_last: bool = False) -> Iterator[Batch]:
-        """Yield the windows in batches.
+        """Yields the windows in batches.
 
         Args:
             batch_size: B, windows per batch.
@@ -131,7 +131,7 @@ class Windows:
                 yield self.batch(indices)
 
     def to(self, device: torch.device | str) -> Windows:
-        """Return the same windows with every tensor on `device`; tensors already there are shared."""
+        """Returns the same windows with every tensor on `device`; tensors already there are shared."""
         tensors = {name: getattr(self, name).to(device) for name in ("frames", "present", "starts", "fps", "clip")}
         return dataclasses.replace(self, **tensors)
 
@@ -162,11 +162,11 @@ class Dataset:
     the clips lie or when they were written: two datasets with one digest train alike under the same settings."""
 
     def skip_counts(self) -> dict[str, int]:
-        """Return how many clips were skipped for each reason, the most frequent first."""
+        """Returns how many clips were skipped for each reason, the most frequent first."""
         return dict(Counter(skip.reason for skip in self.skipped).most_common())
 
     def describe(self) -> str:
-        """Return a few lines for the start of a run: clips and windows per split, what was skipped and why."""
+        """Returns a few lines for the start of a run: clips and windows per split, what was skipped and why."""
         others = f" ({self.other_cameras:,} more of other cameras)" if self.other_cameras else ""
         lines = [f"{self.listed:,} clips listed in {self.index}{others}, read from {self.root}"]
         for split, clips in self.clips.items():
@@ -177,7 +177,7 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset:
-    """Read every clip of the index once, or map what an earlier run read of them, and cut the splits into windows.
+    """Reads every clip of the index once, or map what an earlier run read of them, and cut the splits into windows.
 
     The first read leaves a file of the frames in the data root, or in `config.cache`; one that does not fit the index,
     the clips' sizes and times and the settings, or is cut off, is made again. Where it cannot be written, `cache` of
@@ -219,7 +219,7 @@ def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset
 
 
 def hands_origin(hands: Tensor, present: Tensor) -> Tensor:
-    """Return the middle of the wrists that are seen, (B, 2), or of the image where neither is.
+    """Returns the middle of the wrists that are seen, (B, 2), or of the image where neither is.
 
     Args:
         hands: (B, 84), x, y pairs of 42 joints in units of half the image, as `frame_features(clip, "last")` has them.
@@ -233,7 +233,7 @@ def hands_origin(hands: Tensor, present: Tensor) -> Tensor:
 
 
 def _windows(part: Part, config: DataConfig) -> Windows:
-    """Cut the clips of one split, whose frames are shared."""
+    """Cuts the clips of one split, whose frames are shared."""
     starts: list[int] = []
     clip: list[int] = []
     offset = 0
@@ -277,7 +277,7 @@ def _warnings(parts: dict[str, Part]) -> Iterator[str]:
 
 
 def _skip_lines(skipped: tuple[Skipped, ...]) -> list[str]:
-    """Say how many clips were skipped, by reason, with the first two of each."""
+    """Says how many clips were skipped, by reason, with the first two of each."""
     if not skipped:
         return []
     lines = [f"skipped {len(skipped):,}:"]
@@ -291,7 +291,7 @@ def _skip_lines(skipped: tuple[Skipped, ...]) -> list[str]:
 
 
 def _check_windows(dataset: Dataset, config: DataConfig, index: ClipIndex) -> None:
-    """Raise NoWindowsError, naming every split that is empty, if one is."""
+    """Raises NoWindowsError, naming every split that is empty, if one is."""
     empty = [split for split in SPLITS if not len(getattr(dataset, split))]
     if not empty:
         return

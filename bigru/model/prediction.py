@@ -24,7 +24,8 @@ import torch
 import tyro
 
 from bigru.config import ConfigError, DataConfig, expand_home
-from bigru.data.clips import ClipError, read_clip
+from bigru.data.clips import read_clip
+from bigru.data.hdf5 import ClipError
 from bigru.data.windows import frame_features, hands_origin
 from bigru.files import printable, write_atomically, write_npz
 from bigru.kernels.registry import Backend

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigru.arguments import command_line
 from bigru.config import TrainConfig
-from bigru.data.clips import SUBTASKS
+from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
 from bigru.environment import describe_environment
 from bigru.files import write_json

@@ -9,18 +9,9 @@ from data.dataset import clip_arrays as clip_datasets
 
 from bigru.arguments import read_yaml
 from bigru.config import DataConfig
-from bigru.data.clips import (
-    COLUMNS,
-    INDEX_NAME,
-    ClipError,
-    DataError,
-    IndexedClip,
-    find_clip,
-    find_index,
-    published_frame_rate,
-    read_clip,
-    read_index,
-)
+from bigru.data.clips import published_frame_rate, read_clip
+from bigru.data.hdf5 import ClipError, DataError
+from bigru.data.index import COLUMNS, INDEX_NAME, IndexedClip, find_clip, find_index, read_index
 from bigru.data.synthetic import write_clip, write_index
 
 STEM = "p01-CAM_AV-BIAH_RB-BHO-0.0007253558395636801_1.4222339664428545"

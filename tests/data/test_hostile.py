@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigru.config import DataConfig
-from bigru.data.clips import COLUMNS, MAX_INDEX_BYTES, ClipError, DataError, read_clip, read_index
-from bigru.data.hdf5 import MAX_FRAMES
+from bigru.data.clips import read_clip
+from bigru.data.hdf5 import MAX_FRAMES, ClipError, DataError
+from bigru.data.index import COLUMNS, MAX_INDEX_BYTES, read_index
 from bigru.data.synthetic import write_clip, write_index
 
 FRAMES = 7

@@ -9,7 +9,8 @@ from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
 from bigru.data import load_dataset
-from bigru.data.clips import Clip, ClipError, read_clip, resampled, resampled_length
+from bigru.data.clips import Clip, read_clip, resampled, resampled_length
+from bigru.data.hdf5 import ClipError
 from bigru.data.synthetic import write_clip
 
 FRAMES = 12

@@ -8,7 +8,7 @@ import pytest
 
 from bigru.config import DataConfig
 from bigru.data import load_dataset
-from bigru.data.clips import CLIP_NAME, INDEX_NAME, SUBTASKS, read_index
+from bigru.data.index import CLIP_NAME, INDEX_NAME, SUBTASKS, read_index
 from bigru.data.synthetic import (
     EMBEDDED,
     FORMAT,

@@ -9,8 +9,9 @@ from data.dataset import CONFIG, clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
 from bigru.data import ClipError, NoWindowsError, load_dataset
-from bigru.data.clips import SUBTASKS, Clip
+from bigru.data.clips import Clip
 from bigru.data.frames import frame_features, split_frames, window_count
+from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import write_clip, write_index
 from bigru.model.metrics import repeat_last_frame, score, summarise
 

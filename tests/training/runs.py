@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from bigru.data.clips import Skipped
+from bigru.data.index import Skipped
 from bigru.data.windows import Dataset, Windows
 from bigru.model.metrics import masked_mse
 from bigru.training import command, run
