@@ -26,6 +26,7 @@ def events(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_watched_run_is_the_same_to_the_bit_and_shows_all(config):
     pytest.importorskip("tensorboard")
     plain = train(config)
@@ -75,7 +76,7 @@ def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'bigru\[tensorboard\]'"):
-        board.require()
+        board.require(config.run.out)
     assert main([*options(config), "--tensorboard"]) == 2
     assert "tensorboard: expected the package tensorboard, which is not installed" in capsys.readouterr().err
     assert not config.run.out.exists()
