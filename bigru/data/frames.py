@@ -43,7 +43,7 @@ def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool
         frames = read_cache(path, key, config.input_size, SPLITS, {clip.stem for clip in index.clips})
         if not _can_be_read_now(frames, index, root, config):
             _refuse_skipped(frames.skipped, config)
-            return frames, f"frames mapped from {path}"
+            return frames, f"frames mapped from {printable(path)}"
         missed = "stale"
     except CacheMiss as miss:
         missed = str(miss)
@@ -55,9 +55,12 @@ def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool
     try:
         write_cache(path, key, frames)
     except OSError as error:
-        return frames, f"no cache: {path}: {error.strerror}; --cache DIR puts it elsewhere, --no-cache does without"
+        return (
+            frames,
+            f"no cache: {printable(path)}: {error.strerror}; --cache DIR puts it elsewhere, --no-cache does without",
+        )
     why = "" if missed == "none yet" else f" (the one there was {missed})"
-    return frames, f"frames written to {path}, which the next run maps{why}"
+    return frames, f"frames written to {printable(path)}, which the next run maps{why}"
 
 
 def _can_be_read_now(frames: Frames, index: ClipIndex, root: Path, config: DataConfig) -> bool:

@@ -117,7 +117,7 @@ def read_index(path: Path) -> ClipIndex:
         except ClipError as error:
             name = row["filename"][:100].removesuffix(".mp4")
             # From the file, and shown: no control characters onto a terminal.
-            skipped.append(Skipped(name if name.isprintable() else ascii(name), error.reason, error.detail))
+            skipped.append(Skipped(printable(name), error.reason, error.detail))
             continue
         first_line[clip.stem] = line
         clips.append(clip)
@@ -129,7 +129,7 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     expected = f"expected tab-separated columns {' '.join(COLUMNS)}"
     size = path.stat().st_size
     if size > MAX_INDEX_BYTES:
-        raise DataError(f"index {path}: {size:,} bytes, at most {MAX_INDEX_BYTES:,} are read; {expected}")
+        raise DataError(f"index {printable(path)}: {size:,} bytes, at most {MAX_INDEX_BYTES:,} are read; {expected}")
     header: list[str] = []
     rows = []
     # Bytes, decoded line by line, so that the message can name the line that is not text.
@@ -140,24 +140,28 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             except UnicodeDecodeError:
                 text = "\0"
             if "\0" in text:
-                raise DataError(f"index {path}, line {line}: not text; {expected}")
+                raise DataError(f"index {printable(path)}, line {line}: not text; {expected}")
             fields = [_unquoted(field) for field in text.split("\t")]
             if not header:
                 missing = [name for name in COLUMNS if name not in fields]
                 if missing:
-                    raise DataError(f"index {path}, line {line}: no column {', '.join(missing)}; {expected}")
+                    raise DataError(f"index {printable(path)}, line {line}: no column {', '.join(missing)}; {expected}")
                 repeated = [name for name in COLUMNS if fields.count(name) > 1]
                 if repeated:
-                    raise DataError(f"index {path}, line {line}: repeated column {', '.join(repeated)}; {expected}")
+                    raise DataError(
+                        f"index {printable(path)}, line {line}: repeated column {', '.join(repeated)}; {expected}"
+                    )
                 header = fields
             elif text.strip():
                 if len(fields) != len(header):
-                    raise DataError(f"index {path}, line {line}: {len(fields)} columns, not {len(header)}; {expected}")
+                    raise DataError(
+                        f"index {printable(path)}, line {line}: {len(fields)} columns, not {len(header)}; {expected}"
+                    )
                 rows.append((line, dict(zip(header, fields, strict=True))))
     if not header:
-        raise DataError(f"index {path}, line 1: the file is empty; {expected}")
+        raise DataError(f"index {printable(path)}, line 1: the file is empty; {expected}")
     if not rows:
-        raise DataError(f"index {path}, line 2: no row after the header; {expected}")
+        raise DataError(f"index {printable(path)}, line 2: no row after the header; {expected}")
     return rows
 
 
@@ -195,7 +199,7 @@ def find_clip(root: Path, clip: IndexedClip) -> Path:
                 return path
     except OSError as error:
         raise ClipError("unreadable", str(error)) from error
-    raise ClipError("missing", f"no .h5 file in {root / clip.subtask} or {root}")
+    raise ClipError("missing", f"no .h5 file in {printable(root / clip.subtask)} or {printable(root)}")
 
 
 def clips_below(root: Path, clips: Sequence[IndexedClip]) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -281,6 +281,7 @@ def write_synthetic(
     participants: Sequence[int] = PARTICIPANTS,
     *,
     overwrite: bool = False,
+    write: Callable[[Path, Mapping[str, np.ndarray]], None] | None = None,
 ) -> Path:
     """Writes a synthetic dataset: `{root}/{subtask}/{stem}.h5`, a marker, and last the index.
 
@@ -293,6 +294,7 @@ def write_synthetic(
         progress: show a progress bar; None: only on a terminal.
         participants: numbers to share the clips out over.
         overwrite: replace a complete dataset that this function wrote.
+        write: writes a clip; default: `write_clip`.
 
     Returns:
         `root`.
@@ -307,7 +309,7 @@ def write_synthetic(
     with replacing(root / MARKER_NAME) as temporary:
         temporary.write_text(json.dumps(_marker(clips, seed, participants)) + "\n", encoding="utf-8")
     for plan in tqdm(planned, desc="writing", unit="clip", disable=None if progress is None else not progress):
-        write_clip(root / plan.subtask / f"{plan.stem}.h5", clip_arrays(plan, seed))
+        (write or write_clip)(root / plan.subtask / f"{plan.stem}.h5", clip_arrays(plan, seed))
     write_index(root, [plan.stem for plan in planned])
     return root
 

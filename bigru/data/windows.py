@@ -27,6 +27,7 @@ from bigru.data.frames import (
 )
 from bigru.data.hdf5 import DataError
 from bigru.data.index import ClipIndex, Skipped, find_index, read_index, subtask_number
+from bigru.files import printable
 from bigru.layout import CENTRED_UNIT, JOINTS, JOINTS_PER_HAND, POSE_SIZE
 
 __all__ = ["SPLITS", "Batch", "Dataset", "NoWindowsError", "Windows", "frame_features", "hands_origin", "load_dataset"]
@@ -168,7 +169,7 @@ class Dataset:
     def describe(self) -> str:
         """Returns a few lines for the start of a run: clips and windows per split, what was skipped and why."""
         others = f" ({self.other_cameras:,} more of other cameras)" if self.other_cameras else ""
-        lines = [f"{self.listed:,} clips listed in {self.index}{others}, read from {self.root}"]
+        lines = [f"{self.listed:,} clips listed in {printable(self.index)}{others}, read from {printable(self.root)}"]
         for split, clips in self.clips.items():
             lines.append(f"{split:<5} {clips:>6,} clips {len(getattr(self, split)):>7,} windows")
         lines += [self.cache] * bool(self.cache)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -365,6 +366,15 @@ def load_and_be_killed(root, after_bytes):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+
+
+def test_runs_at_once_leave_one_whole_file(root):
+    with ThreadPoolExecutor(4) as pool:
+        datasets = [*pool.map(load_dataset, [config_for(root)] * 8)]
+    assert len([path for path in root.iterdir() if path.is_file()]) == 2  # It and the index.
+    assert "mapped" in load_dataset(config_for(root)).cache
+    for dataset in datasets:
+        assert_same(dataset, datasets[0])
 
 
 @POSIX

@@ -1,6 +1,7 @@
 """Windows: features, centring, masks, counts, splits, batches, and what happens to clips that cannot be used."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -269,6 +270,17 @@ def test_description_stays_short_with_thousands_of_missing_clips(tmp_path):
     assert len(lines) == 11
     assert "  missing: 3,000" in lines
     assert "    and 2,998 more" in lines
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs names that are no text")
+def test_folder_whose_name_is_no_utf_8(tmp_path):
+    root = tmp_path / os.fsdecode(b"d\xe4ta")
+    write_dataset(root, {stem_of(p): clip_arrays(8, seed=p) for p in (1, 49, 60)})
+    for _ in ("read", "mapped"):
+        assert load_dataset(config_for(root)).describe().encode().count(b"d\\xe4ta") == 3
+    with pytest.raises(NoWindowsError) as caught:
+        load_dataset(config_for(root, observed=5, predicted=5))
+    assert b"d\\xe4ta" in str(caught.value).encode()
 
 
 def test_no_windows_error_tells_where_and_why(tmp_path):
