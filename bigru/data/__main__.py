@@ -28,7 +28,7 @@ class Check(DataConfig):
     """Folder of clips, `{subtask}/{stem}.h5`, with the index in it or beside it."""
     strict: bool = False
     """Exit with 1 if a clip is skipped or lies in two splits."""
-    out: Path = Path("skipped.tsv")
+    out: Path = Path("data_check.tsv")
     """Where the list of all such clips goes, if they are too many to be shown."""
     cache: tyro.conf.Suppress[Path | None] = None
     no_cache: tyro.conf.Suppress[bool] = True

@@ -140,7 +140,7 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             except UnicodeDecodeError:
                 text = "\0"
             if "\0" in text:
-                raise DataError(f"index {printable(path)}, line {line}: not text; {expected}")
+                raise DataError(f"index {printable(path)}, line {line}: not text in UTF-8; {expected}")
             fields = [_unquoted(field) for field in text.split("\t")]
             if not header:
                 missing = [name for name in COLUMNS if name not in fields]
