@@ -55,7 +55,7 @@ def _step(h: Tensor, i: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
     """Runs one time step of one direction; returns the state (B, H) for a scan to carry, and again to keep."""
     hidden = h.shape[1]
     gh = h @ w.T
-    r, z = torch.sigmoid(i[:, : 2 * hidden] + gh[:, : 2 * hidden]).split(hidden, 1)
+    r, z = torch.sigmoid(i[:, : 2 * hidden] + gh[:, : 2 * hidden]).chunk(2, 1)
     n = torch.tanh(i[:, 2 * hidden :] + r * (gh[:, 2 * hidden :] + bias))
     h = n + z * (h - n)
     return [h, h.clone()]
