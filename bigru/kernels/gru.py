@@ -48,7 +48,8 @@ class BiGRU(nn.RNNBase):
             "auto": on a GPU the first kernel that `bigru.kernels.proven` lists for the call, else "torch"; but
             "reference" inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
-            weight is some 10^5 times as large as the others) or "tf32" (below 2e-3). Products over all steps at once
+            weight, or an initial state, is some 10^5 times as large as the others) or "tf32" (below 2e-3); weights
+            must be finite. Products over all steps at once
             (of the inputs, and for the gradients of inputs and weights) are ATen's and follow
             torch.backends.cuda.matmul.allow_tf32; the "torch" backend follows torch.backends.cudnn.allow_tf32.
         device: of the parameters.
@@ -180,8 +181,8 @@ class BiGRU(nn.RNNBase):
                 x, hx, weights, self.bias, self.num_layers, self.dropout, self.training, True, not time_first
             )
         else:
-            y, h_n = self._forward_layers(x if time_first else x.transpose(0, 1), hx, weights, backend)
-            y = y if time_first else y.transpose(0, 1)
+            x = x if time_first else x.transpose(0, 1)
+            y, h_n = self._forward_layers(x, hx, weights, backend, batch_first=not time_first)
         return (y, h_n) if batched else (y.squeeze(1), h_n.squeeze(1))
 
     def resolve_backend(self, input: Tensor | PackedSequence) -> str:
@@ -290,8 +291,15 @@ class BiGRU(nn.RNNBase):
         return hx
 
     def _forward_layers(
-        self, x: Tensor, hx: Tensor, weights: list[Tensor], backend: str, varlen: Varlen | None = None
+        self,
+        x: Tensor,
+        hx: Tensor,
+        weights: list[Tensor],
+        backend: str,
+        varlen: Varlen | None = None,
+        batch_first: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """y, of the batch first if asked, and h_n, of x (T, B, I) or, packed, (P, I)."""
         per_layer = len(weights) // self.num_layers
         device = x.device.type
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
@@ -302,18 +310,23 @@ class BiGRU(nn.RNNBase):
         states = []
         with inside:
             for layer in range(self.num_layers):
+                last = layer == self.num_layers - 1
                 own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
                 if backend == "onnx":
                     x, h_n = onnx_gru_layer(x, h0, own)
+                    x = x.transpose(0, 1) if last and batch_first else x
                 elif backend == "reference":
                     operands = layer_operands(x.to(dtype), [w.to(dtype) for w in own])
                     y, h_n, _ = gru_recurrence(*operands, h0.to(dtype), batch_sizes=sizes)
                     x = y.flatten(-2)
+                    # A copy, since a view could not be detached in place.
+                    x = (x.transpose(0, 1) if batch_first else x).clone() if last else x
                 else:
                     kernel = "scan" if backend == "torch" else backend
-                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, kernel, varlen)
+                    first = last and batch_first
+                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, kernel, varlen, first)
                 states.append(h_n)
-                if self.dropout and layer < self.num_layers - 1:
+                if self.dropout and not last:
                     x = nn.functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(states)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bigru.kernels.recurrence import fused_gru_recurrence, recurrent_gradients, run_backward, run_forward
+from bigru.kernels.recurrence import fused_gru_recurrence, recurrent_gradients, run_backward, run_forward, states_before
 from bigru.kernels.reference import layer_operands
 from bigru.kernels.transforms import refuse_second_derivative, refuse_transforms
 from bigru.kernels.varlen import Varlen
@@ -27,6 +27,7 @@ def fused_gru_layer(
     precision: str,
     kernel: str,
     varlen: Varlen | None = None,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer; the equations are in `bigru.kernels.reference`.
 
@@ -39,9 +40,10 @@ def fused_gru_layer(
         precision: "fp32" or "tf32", for fp32 storage.
         kernel: name of a kernel that does not refuse the call.
         varlen: how the rows make steps, if they are packed; not under a compiler.
+        batch_first: whether y is returned as (B, T, D * H).
 
     Returns:
-        y (T, B, D * H), or (P, D * H), and h_n (D, B, H).
+        y (T, B, D * H), or (P, D * H), no view in eager mode, and h_n (D, B, H).
 
     Raises:
         RuntimeError: inside a transform of torch.func, in forward mode, for a second derivative, for a traced varlen,
@@ -49,15 +51,18 @@ def fused_gru_layer(
     """
     refuse_transforms(x, h0, *weights)
     if varlen is not None and torch.jit.is_tracing():  # make_fx refuses by itself
-        raise RuntimeError("a PackedSequence cannot be traced in the fused kernels: which rows there are is data")
+        raise RuntimeError(
+            "a PackedSequence cannot be traced in the fused kernels, since which rows there are is data; with "
+            'backend="auto" or "torch" it can'
+        )
     if varlen is None and (torch.compiler.is_compiling() or _watched()):
         gi, w_hh, b_hn = layer_operands(x.to(dtype), [weight.to(dtype) for weight in weights])
         y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0.to(dtype), precision, kernel)
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
-        y, h_n = _Layer.apply(x, h0, precision, kernel, dtype, varlen, *weights)
-    else:
-        y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, varlen, save=False)
-    return y.flatten(-2), h_n
+        y = y.flatten(-2)
+        return y.transpose(0, 1) if batch_first else y, h_n
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
+        return _Layer.apply(x, h0, precision, kernel, dtype, varlen, batch_first, *weights)
+    return _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=False)[:2]
 
 
 def _forward(
@@ -68,10 +73,10 @@ def _forward(
     kernel: str,
     dtype: torch.dtype,
     varlen: Varlen | None,
+    batch_first: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    """y (T, B, D, H), h_n and, for the backward pass, gates, y once more, between the rows that `_states_before` wants
-    (T + 2, B, D, H) unless packed, and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
+    """y, h_n and, for the backward pass, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     hidden = h0.shape[2]
     half = len(weights) // 2
     # Gathered below whatever their shapes; what a functional_call or an assignment brings need not fit.
@@ -95,24 +100,13 @@ def _forward(
         bias.view(2, -1)[:, : 2 * hidden] += b_hh.view(2, -1)[:, : 2 * hidden]
         b_hn = b_hn.view(2, hidden)
     gi = torch.nn.functional.linear(x, w_ih, bias).unflatten(-1, (2, 3 * hidden))
-    if varlen is not None:
-        y, h_n, gates = run_forward(gi, w_hh, b_hn, h0, precision, save, kernel, varlen)
-        return y, h_n, gates, y, x, h0, w_ih, w_hh
-    # A row before the first step and one behind the last hold h0, so that the states before all steps are one tensor.
-    padded = gi.new_empty(gi.shape[0] + 2, *gi.shape[1:3], hidden)
-    y, h_n, gates = run_forward(gi, w_hh, b_hn, h0, precision, save, kernel, out=padded[1:-1])
-    if save:
-        # Both halves of both rows, though one of each is read: hooks of saved tensors see all of it.
-        padded[:: len(gi) + 1] = h0.transpose(0, 1)
-    return y, h_n, gates, padded, x, h0, w_ih, w_hh
-
-
-def _states_before(padded: Tensor) -> Tensor:
-    """(D, T * B, H) state before each step: direction 0 has it a row earlier, direction 1 a row later."""
-    rows, batch, _, hidden = padded.shape
-    # A hook of saved tensors may have given it back in another layout.
-    padded = padded.contiguous()
-    return padded.as_strided((2, (rows - 2) * batch, hidden), (2 * batch * 2 * hidden + hidden, 2 * hidden, 1))
+    # No view, and no row more than there are steps: y may be detached in place, and is saved as it is.
+    y = gi.new_empty(*gi.shape[:-2], 2 * hidden)
+    out = y.unflatten(-1, (2, hidden))
+    _, h_n, gates = run_forward(gi, w_hh, b_hn, h0, precision, save, kernel, varlen, out)
+    if batch_first:
+        y.transpose_(0, 1)
+    return y, h_n, gates, x, h0, w_ih, w_hh
 
 
 def _watched() -> bool:
@@ -123,11 +117,11 @@ def _watched() -> bool:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, precision, kernel, dtype, varlen, *weights):
-        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, varlen, save=True)
+    def forward(ctx, x, h0, precision, kernel, dtype, varlen, batch_first, *weights):
+        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept)
-        ctx.precision, ctx.kernel, ctx.varlen = precision, kernel, varlen
+        ctx.save_for_backward(y, *kept)
+        ctx.precision, ctx.kernel, ctx.varlen, ctx.batch_first = precision, kernel, varlen, batch_first
         ctx.dtypes = [t.dtype for t in (x, h0, *weights)]
         return y, h_n
 
@@ -135,13 +129,15 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, dy, dh_n):
         # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
         refuse_second_derivative(dy, dh_n)
-        gates, states, x, h0, w_ih, w_hh = ctx.saved_tensors
-        y = states[1:-1] if ctx.varlen is None else states
-        filled = None if ctx.varlen is None else torch.empty_like(y)
+        y, gates, x, h0, w_ih, w_hh = ctx.saved_tensors
+        hidden = h0.shape[2]
+        if ctx.batch_first:
+            y, dy = y.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
+        y, dy = y.unflatten(-1, (2, hidden)), None if dy is None else dy.unflatten(-1, (2, hidden))
+        filled = None if ctx.varlen is None else y.new_empty(y.shape)
         dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, ctx.varlen, filled)
-        h_prev = _states_before(states) if filled is None else filled.transpose(0, 1)
-        hidden = y.shape[-1]
-        needs_x, needs_h0, _, _, _, _, *needs = ctx.needs_input_grad
+        h_prev = states_before(y, h0) if filled is None else filled.transpose(0, 1)
+        needs_x, needs_h0, _, _, _, _, _, *needs = ctx.needs_input_grad
         half = len(needs) // 2
         dgi, dq = dgi.view(-1, 2, 3 * hidden), dq.view(-1, 2, hidden)
         rows = dgi.flatten(1)
@@ -157,4 +153,4 @@ class _Layer(torch.autograd.Function):
         per_direction = (gradient[d] if gradient is not None else None for d in range(2) for gradient in dw)
         gradients = [dx, dh0 if needs_h0 else None, *per_direction]
         gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *gradients[:2], None, None, None, None, *gradients[2:]
+        return *gradients[:2], None, None, None, None, None, *gradients[2:]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigru.kernels import registry
 from bigru.kernels.config import Call, describe
+from bigru.kernels.flops import register_flop_formulas
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
 from bigru.kernels.varlen import Varlen
 
@@ -94,6 +95,11 @@ def run_backward(
     return dgi, dq, dh0
 
 
+def states_before(y: Tensor, h0: Tensor) -> Tensor:
+    """Returns the state before each step, (D, T * B, H): direction 0 has it a row of y earlier, direction 1 later."""
+    return torch.cat([h0[:1], y[:-1, :, 0], y[1:, :, 1], h0[1:]]).view(2, -1, h0.shape[2])
+
+
 def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
     """Computes the gradient of the recurrent weights: dgh h_prev^T, summed over time and batch.
 
@@ -129,6 +135,8 @@ def fused_gru_recurrence(
     refuse_transforms(gi, w_hh, b_hn, h0)
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (gi, w_hh, b_hn, h0))
     save = wanted and torch.is_grad_enabled()
+    if not torch.compiler.is_compiling():
+        register_flop_formulas()
     y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)
     return y, h_n
 
@@ -145,6 +153,7 @@ def gru_forward(
 
 @gru_forward.register_fake
 def _(gi, w_hh, b_hn, h0, precision, save, kernel_name):
+    register_flop_formulas()
     rows, hidden = tuple(gi.shape[:-1]), h0.shape[-1]
     gates = gi.new_empty(registry.get(kernel_name).gates_shape(rows, hidden) if save else (0,))
     return gi.new_empty(*rows, hidden), h0.new_empty(h0.shape), gates
@@ -215,8 +224,7 @@ def _backward(ctx, dy, dh_n, _):
     dgi, dq, dh0 = torch.ops.bigru.gru_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel)
     dw_hh = None
     if ctx.needs_input_grad[1]:
-        h_prev = torch.cat([h0[:1], y[:-1, :, 0]]), torch.cat([y[1:, :, 1], h0[1:]])
-        dw_hh = recurrent_gradients(dgi, dq, torch.stack(h_prev).flatten(1, 2))
+        dw_hh = recurrent_gradients(dgi, dq, states_before(y, h0))
     db_hn = dq.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return dgi, dw_hh, db_hn, dh0, None, None, None
 

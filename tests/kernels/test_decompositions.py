@@ -55,6 +55,19 @@ def test_onnx_gets_its_own_operator(backend, bias, tmp_path):
     check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model)
 
 
+@pytest.mark.slow
+def test_nn_gru_keeps_its_time(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Whole(nn.GRU(3, 4, 2, bidirectional=True)).eval()
+    program = torch.onnx.export(model, (torch.randn(4, 2, 3),), dynamo=True, dynamic_shapes=FREE, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[0] == "time"
+    y, _ = session.run(None, {session.get_inputs()[0].name: torch.randn(6, 2, 3).numpy()})
+    assert y.shape == (4, 3, 2)  # of 6 steps of 2 sequences
+
+
 @pytest.mark.parametrize(("free", "bias"), [(True, True), (False, False)])
 def test_a_program_becomes_aten_operators(free, bias):
     model = whole("torch", bias=bias)

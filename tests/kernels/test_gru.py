@@ -80,6 +80,36 @@ def test_precisions_of_the_fused_kernel(dtype, precision, kernel_device):
     check(gru, theirs, x, hx, TOLERANCE[dtype, precision])
 
 
+def test_a_large_initial_state_may_be_forgotten(kernel_device):
+    # The products' scale is that of the initial state, also once the state is small again.
+    pytest.importorskip("triton")
+    gru, theirs = pair(3, 8, backend="triton", device=kernel_device)
+    with torch.no_grad():
+        for module in (gru, theirs):
+            for weight in (module.weight_hh_l0, module.weight_hh_l0_reverse):
+                weight[:, 0] = 0
+                weight[8:16, 0] = -0.2  # z = 0 where unit 0 is large
+        x, hx = torch.randn(9, 1, 3), torch.zeros(2, 1, 8)
+        hx[:, 0, 0] = 1e5
+        actual, expected = gru(x.to(kernel_device), hx.to(kernel_device)), theirs(x.double(), hx.double())
+    assert expected[1].abs().max() < 1
+    assert all(error(ours, wanted) < 1e-5 for ours, wanted in zip(actual, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_infinite_weight_makes_its_direction_nan(kernel_device):
+    pytest.importorskip("triton")
+    gru, theirs = pair(3, 4, backend="triton", device=kernel_device)
+    x, hx = torch.rand(2, 1, 3), torch.rand(2, 1, 4)
+    with torch.no_grad():
+        for module in (gru, theirs):
+            module.weight_hh_l0[0, 1] = float("inf")
+        y, expected = gru(x.to(kernel_device), hx.to(kernel_device))[0].cpu(), theirs(x.double(), hx.double())[0]
+    assert expected.isfinite().all()
+    assert y[..., :4].isnan().all()
+    assert error(y[..., 4:], expected[..., 4:]) < 1e-5
+
+
 def test_double_precision_through_the_reference():
     torch.manual_seed(1)
     gru, theirs = pair(3, 4, 2, backend="reference", dtype=torch.float64)

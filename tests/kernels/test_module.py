@@ -10,6 +10,7 @@ from support import error
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigru import BiGRU
 
@@ -388,10 +389,44 @@ class TestWhatIsGiven:
     def test_y_is_not_to_be_changed_in_place_while_training(self, x, kernel_device):
         pytest.importorskip("triton")
         gru = BiGRU(3, 4, backend="triton", device=kernel_device)
+        y = gru(x)[0].mul_(2)
         with pytest.raises(RuntimeError, match="inplace"):
-            gru(x)[0].mul_(2)
+            y.sum().backward()
         with torch.no_grad():
             assert error(gru(x)[0].mul_(2), 2 * gru(x)[0]) == 0
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_outputs_own_their_storage_and_are_detached_in_place(self, batch_first, backend, x):
+        ours, theirs = (
+            BiGRU(3, 4, 2, batch_first=batch_first, backend=backend).to(x),
+            nn.GRU(3, 4, 2, True, batch_first),
+        )
+        for module in (ours, theirs):
+            for enabled in (True, False):
+                with torch.set_grad_enabled(enabled):
+                    y, h_n = module.to(x)(x)
+                    for output in (y, h_n):
+                        assert output.untyped_storage().nbytes() == output.numel() * output.element_size()
+                        assert not output._is_view()
+                    assert y.detach_().requires_grad is False
+                if enabled:
+                    h_n.sum().backward()
+        y, h_n = ours(x)
+        (dx,) = torch.autograd.grad(h_n.sum(), ours.weight_hh_l0)
+        assert error(ours.weight_hh_l0.grad, dx) == 0
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_flops_are_nn_grus(gru, x, trained):
+    hx = torch.randn(2, 2, 4, device=x.device, requires_grad=trained)
+    counts = []
+    for module in (gru, nn_gru(gru)):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
+            y, _ = module(x.clone().requires_grad_(trained), hx)
+            if trained:
+                y.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_meta_device():
