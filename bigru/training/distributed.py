@@ -39,8 +39,12 @@ class Team:
     def first(self) -> bool:
         return self.rank == 0
 
-    def device(self, name: str) -> str:
+    def device(self, name: str, gpus: int | None = None) -> str:
         """Returns the name of this process's device: `auto` and `cuda` mean a GPU of its own.
+
+        Args:
+            name: as given on the command line.
+            gpus: how many this machine has; default: as PyTorch finds.
 
         Raises:
             ConfigError: a numbered GPU for several processes, or fewer GPUs than processes on this machine.
@@ -49,9 +53,9 @@ class Team:
             raise ConfigError(
                 f"device: expected auto, cuda or cpu for {self.size} processes, which take a GPU each, got {name}"
             )
-        if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        gpus = torch.cuda.device_count() if gpus is None else gpus
+        if self.size == 1 or name not in ("auto", "cuda") or not gpus:
             return name
-        gpus = torch.cuda.device_count()
         # Those of all processes here are asked for in each of them, since only the first says what is wrong.
         wanted = max(self.local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if wanted > gpus:

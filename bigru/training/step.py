@@ -122,6 +122,9 @@ class TrainStep:
         return torch.autocast(self.device.type, self._amp_dtype, cache_enabled=False)
 
 
+Capture = Callable[[Callable[[], object], torch.device], Callable[[], None]]
+
+
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Runs work three times to warm it up, records it as a CUDA graph, and returns the function that replays it."""
     side = torch.cuda.Stream(device)
@@ -137,7 +140,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     return graph.replay
 
 
-def capture_training(work: Callable[[], object], step: TrainStep) -> Callable[[], None]:
+def capture_training(work: Callable[[], object], step: TrainStep, capture: Capture = capture) -> Callable[[], None]:
     """Captures work that trains; weights, optimiser and random state are then as if it had not been warmed up.
 
     They are put back in place, since the graph holds their addresses.

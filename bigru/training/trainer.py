@@ -30,7 +30,16 @@ from bigru.training.checkpoint import Progress, save_checkpoint
 from bigru.training.distributed import Team
 from bigru.training.run_dir import write_metrics
 from bigru.training.signals import Interrupted, StopRequest, on_signals
-from bigru.training.step import Loss, TrainStep, capture_training, get_random_state, make_optimizer, set_rate
+from bigru.training.step import (
+    Capture,
+    Loss,
+    TrainStep,
+    capture,
+    capture_training,
+    get_random_state,
+    make_optimizer,
+    set_rate,
+)
 
 log = logging.getLogger("bigru.train")
 
@@ -62,6 +71,8 @@ class Trainer:
         ConfigError: for a CUDA graph without a GPU or with several processes, or a batch too small to share.
     """
 
+    capture: Capture = staticmethod(capture)
+
     def __init__(
         self, config: TrainConfig, model: HandForecaster, dataset: Dataset, team: Team, loss: Loss = masked_mse
     ) -> None:
@@ -92,6 +103,7 @@ class Trainer:
         # Where a captured step finds its windows and leaves their errors.
         self.indices = torch.zeros(self.batch, dtype=torch.int64, device=device)
         self.errors = torch.empty(0)
+        self.graph = run.graph
         self.replay: Callable[[], None] | None = None
         self.watch: Callable[[dict[str, Any], bool], None] = lambda row, best: None
 
@@ -109,9 +121,9 @@ class Trainer:
         """
         with on_signals(self.stop.receive):
             optim = self.config.optim
-            if self.config.run.graph:
+            if self.graph:
                 # Only now: a checkpoint brings the optimiser other tensors.
-                self.replay = capture_training(self._learn, self.step)
+                self.replay = capture_training(self._learn, self.step, self.capture)
             while self.progress.epoch < optim.epochs and not self.progress.stalled(optim.patience):
                 self.run_epoch(folder)
                 # The epoch has left its checkpoint.

@@ -237,15 +237,13 @@ def test_a_team():
 
 
 def test_a_team_has_a_gpu_for_each(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert Team(3, 4, 1).device("auto") == Team(3, 4, 1).device("cuda") == "cuda:1"
-    assert Team().device("auto") == "auto"
+    assert Team(3, 4, 1).device("auto", 2) == Team(3, 4, 1).device("cuda", 2) == "cuda:1"
+    assert Team().device("auto", 2) == "auto"
     with pytest.raises(ConfigError, match=r"device: expected a GPU for each process .*, got 2 for 3"):
-        Team(2, 3, 2).device("auto")
+        Team(2, 3, 2).device("auto", 2)
     # The first, which alone speaks, has one, but the others have none.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"device: expected a GPU for each process .*, got 2 for 3"):
-        Team(0, 3, 0).device("auto")
+        Team(0, 3, 0).device("auto", 2)
     with pytest.raises(ConfigError, match="device: expected auto, cuda or cpu for 2 processes, which take a GPU each"):
-        Team(0, 2, 0).device("cuda:1")
+        Team(0, 2, 0).device("cuda:1", 2)

@@ -41,7 +41,6 @@ from bigru.data.windows import NoWindowsError, Windows
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, masked_mse, mean_errors, score, score_joints, summarise
 from bigru.report.record import read_run
-from bigru.training import summary
 from bigru.training.trainer import Trainer, learning_rate
 
 
@@ -204,11 +203,18 @@ def test_no_resume_shortens_what_is_there(config):
     assert rows(folder) == before
 
 
-def test_a_kill_after_the_last_epoch(config, monkeypatch):
+class KilledInTest(Windows):
+    def batches(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_a_kill_after_the_last_epoch(config):
+    def load(_):
+        made = dataset()
+        return dataclasses.replace(made, test=KilledInTest(**vars(made.test)))
+
     whole = train(config)
-    with monkeypatch.context() as patch:
-        patch.setattr(summary, "write_example_windows", killed)
-        folder = killed_run(config, whole)
+    folder = killed_run(config, whole, load=load)
     # A copy may be without it.
     (folder / "metrics.jsonl").unlink()
     # Weights of an epoch beyond the checkpoint, say.
@@ -390,25 +396,32 @@ def test_learning_rate_literally():
     assert learning_rate(0, 4, OptimConfig(warmup_epochs=0, epochs=1)) == pytest.approx(1e-3 - 0.1464466 * 0.99e-3)
 
 
-def test_the_rate_of_each_step_reaches_the_optimiser(config, monkeypatch):
-    used, real = [], torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *rest: (used.append(self.param_groups[0]["lr"]), real(self, *rest))[1]
-    )
-    folder = train(config)
+def test_the_rate_of_each_step_reaches_the_optimiser(config):
+    used = []
+
+    class Noted(Trainer):
+        def learn(self, indices):
+            used.append(self.step.optimizer.param_groups[0]["lr"])
+            super().learn(indices)
+
+    folder = train(config, trainer=Noted)
     assert used == [learning_rate(step, 5, config.optim) for step in range(30)]
     assert [row["lr"] for row in rows(folder)] == used[4::5]
 
 
-def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config, monkeypatch):
-    orders, real = [], Windows.batch
+def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config):
+    orders = []
 
-    def recorded(self, indices):
-        orders.append((len(self), indices.tolist()))
-        return real(self, indices)
+    class Recorded(Windows):
+        def batch(self, indices):
+            orders.append((len(self), indices.tolist()))
+            return super().batch(indices)
 
-    monkeypatch.setattr(Windows, "batch", recorded)
-    train(change(config, "optim", epochs=2))
+    def load(_):
+        made = dataset()
+        return dataclasses.replace(made, train=Recorded(**vars(made.train)), val=Recorded(**vars(made.val)))
+
+    train(change(config, "optim", epochs=2), load=load)
     # The first batch is looked at before training, for the backend.
     seen = [indices for count, indices in orders if count == 21][1:]
     assert [len(indices) for indices in seen] == [4] * 10

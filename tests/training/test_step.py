@@ -126,16 +126,16 @@ def test_mixed_precision_learns_in_fp32_weights(amp):
     assert mixed.scaler.is_enabled() == (amp == "fp16")
 
 
-def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config, monkeypatch):
+def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config):
     """The loss scale of the first steps is far too large; the weights must not notice."""
+
+    class Overscaled(Trainer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+
     config = change(change(config, "run", amp="fp16"), "optim", epochs=1)
-    real = torch.amp.GradScaler.__init__
-    monkeypatch.setattr(
-        torch.amp.GradScaler,
-        "__init__",
-        lambda self, device, enabled: real(self, device, init_scale=2.0**40, enabled=enabled),
-    )
-    folder = train(config)
+    folder = train(config, trainer=Overscaled)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["scaler"]["scale"] < 2.0**40
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
@@ -162,8 +162,7 @@ def warmed_up(work, device):
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["new", "resumed"])
-def test_a_capture_leaves_no_trace(monkeypatch, begun):
-    monkeypatch.setattr(steps, "capture", warmed_up)
+def test_a_capture_leaves_no_trace(begun):
     step, data = make_step(dropout=0.3), batch()
     if begun:
         step(data.x, data.target, data.present)
@@ -172,7 +171,7 @@ def test_a_capture_leaves_no_trace(monkeypatch, begun):
         untouched(data.x, data.target, data.present)
     held = [parameter.data_ptr() for parameter in step.model.parameters()]
     torch.manual_seed(5)
-    replay = capture_training(lambda: step(data.x, data.target, data.present), step)
+    replay = capture_training(lambda: step(data.x, data.target, data.present), step, warmed_up)
     assert torch.rand(1) == (torch.manual_seed(5), torch.rand(1))[1]
     # A graph holds addresses.
     assert held == [parameter.data_ptr() for parameter in step.model.parameters()]
@@ -186,18 +185,17 @@ def test_a_capture_leaves_no_trace(monkeypatch, begun):
             assert torch.equal(step.optimizer.state[one][name], tensor), name
 
 
-def test_a_graphed_run_is_the_eager_one(config, monkeypatch):
+def test_a_graphed_run_is_the_eager_one(config):
     """The loop around a captured step, with a capture that a CPU can do."""
-    whole = train(config)
-    monkeypatch.setattr(steps, "capture", warmed_up)
 
     class Graphed(Trainer):
-        """Believes that it runs on a GPU."""
+        capture = staticmethod(warmed_up)
 
-        def __init__(self, config, *others):
-            super().__init__(config, *others)
-            self.config = change(config, "run", graph=True)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.graph = True
 
+    whole = train(config)
     folder = train(config, trainer=Graphed)
     assert timeless(folder) == timeless(whole)
     assert same_weights(folder, whole)

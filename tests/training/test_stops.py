@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -127,6 +128,7 @@ def test_a_second_signal_does_not_wait(config):
     assert torch.load(only_run(config) / "checkpoint.pt", weights_only=True)["progress"]["step"] == 0
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_does_not_cost_the_epoch(config, tmp_path):
     """SIGHUP comes when every write to the terminal already fails, the progress bar's among them."""
     program = "import sys; from training.test_stops import hang_up; sys.exit(hang_up(*sys.argv[1:]))"
@@ -422,32 +424,32 @@ def test_the_batch_of_a_loss_that_is_no_number_is_kept(config, capsys, value, st
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-def test_a_gradient_that_is_no_number_names_its_own_batch(config, monkeypatch):
-    real, calls = torch.nn.utils.clip_grad_norm_, [0]
+def with_infinite_gradients(*steps):
+    """Returns a trainer whose gradients overflow in these steps, counted from 1; in all of them without any."""
 
-    def broken(parameters, limit):
-        parameters, calls[0] = list(parameters), calls[0] + 1
-        if calls[0] == 2:
-            parameters[0].grad[0] = float("inf")
-        return real(parameters, limit)
+    class Overflowing(Trainer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.calls = 0
+            for parameter in self.model.parameters():
+                parameter.register_hook(lambda grad: grad + math.inf if self.calls in steps or not steps else grad)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+        def learn(self, indices):
+            self.calls += 1
+            super().learn(indices)
+
+    return Overflowing
+
+
+def test_a_gradient_that_is_no_number_names_its_own_batch(config):
     with pytest.raises(DivergedError, match=r"epoch 1, batch 2 of 5: the gradient's norm is inf.*no good weights yet"):
-        train(config)
+        train(config, trainer=with_infinite_gradients(2))
 
 
-def test_fp16_gradients_that_are_never_numbers_stop_the_run(config, monkeypatch):
-    unscale = torch.amp.GradScaler.unscale_
-
-    def overflown(self, optimizer):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad.fill_(float("inf"))
-        unscale(self, optimizer)
-
-    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflown)
+def test_fp16_gradients_that_are_never_numbers_stop_the_run(config):
+    config = change(change(config, "run", amp="fp16"), "optim", epochs=20, patience=20)
     with pytest.raises(DivergedError, match="the gradient's norm is"):
-        train(change(change(config, "run", amp="fp16"), "optim", epochs=20, patience=20))
+        train(config, trainer=with_infinite_gradients())
 
 
 def test_a_run_stopped_in_an_epoch_of_other_batches(stopped, capsys):

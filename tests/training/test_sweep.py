@@ -11,15 +11,15 @@ from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
 from bigru.report import figures
-from bigru.training import run
 from bigru.training.command import main
+from bigru.training.run import Parts
 from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
-from bigru.training.trainer import DivergedError
+from bigru.training.trainer import DivergedError, Trainer
 
 SIZES = [84, 86, 204, 92, 214]
 
 
-class Trainer:
+class Runs:
     """Stands for training and resuming: leaves what a run leaves, and fails as it is told."""
 
     def __init__(self):
@@ -56,7 +56,7 @@ def sweep(config, trainer):
 
 
 def test_five_runs_and_none_of_them_twice(config):
-    trainer = Trainer()
+    trainer = Runs()
     assert sweep(config, trainer) == config.run.out / "sweep_modalities"
     assert trainer.began == SIZES
     assert trainer.resumed == []
@@ -67,7 +67,7 @@ def test_five_runs_and_none_of_them_twice(config):
 
 
 def test_an_interrupted_sweep_goes_on(config):
-    trainer = Trainer()
+    trainer = Runs()
     trainer.failures[204] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         sweep(config, trainer)
@@ -79,7 +79,7 @@ def test_an_interrupted_sweep_goes_on(config):
 
 @pytest.mark.parametrize("error", [DivergedError("the loss is nan"), NoWindowsError("no window")])
 def test_a_run_that_fails_does_not_keep_the_others(config, error):
-    trainer = Trainer()
+    trainer = Runs()
     trainer.failures[86] = error
     with pytest.raises(type(error), match=f"sweep: 1 of 5 runs failed: hands \\+ gaze: {error}"):
         sweep(config, trainer)
@@ -87,7 +87,7 @@ def test_a_run_that_fails_does_not_keep_the_others(config, error):
 
 
 def test_other_settings_are_other_runs(config):
-    trainer = Trainer()
+    trainer = Runs()
     sweep(config, trainer)
     sweep(change(config, "optim", epochs=3), trainer)
     assert trainer.began == SIZES * 2
@@ -100,7 +100,7 @@ def test_other_settings_are_other_runs(config):
 
 def test_runs_on_other_data_are_other_runs(config, monkeypatch, tmp_path):
     """Two folders with the same relative data root, and one folder of runs."""
-    trainer, config = Trainer(), change(config, "data", data_root=Path("clips"))
+    trainer, config = Runs(), change(config, "data", data_root=Path("clips"))
     for name, digest, began in (("one", "a", 5), ("other", "b", 10), ("moved", "a", 10)):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -110,7 +110,7 @@ def test_runs_on_other_data_are_other_runs(config, monkeypatch, tmp_path):
 
 
 def test_a_run_without_its_checkpoint_is_left_alone(config):
-    trainer = Trainer()
+    trainer = Runs()
     trainer.failures[84] = DivergedError("the loss is nan")
     with pytest.raises(DivergedError):
         sweep(config, trainer)
@@ -146,7 +146,7 @@ def test_the_finished_run_of_several_is_found(config):
 )
 def test_what_only_one_run_could_have_is_refused(config, section, values, message):
     with pytest.raises(ConfigError, match=message):
-        sweep(change(config, section, **values), Trainer())
+        sweep(change(config, section, **values), Runs())
     assert not config.run.out.exists()
 
 
@@ -158,22 +158,22 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     write_synthetic(root, 40, 1)
     text = "--sweep modalities --observed 8 --predicted 8 --hidden-size 4 --stride 60 --epochs 1 --device cpu"
     command = [*text.split(), "--data-root", str(root), "--out", str(tmp_path / "runs")]
-    real, finished = run.finish, []
+    begun = []
 
-    def finish(folder, trainer, backend):
-        finished.append(trainer.config.data.input_size)
-        if len(finished) == 3:
-            raise KeyboardInterrupt
-        real(folder, trainer, backend)
+    class Noted(Trainer):
+        def fit(self, folder):
+            begun.append(self.config.data.input_size)
+            if len(begun) == 3:
+                raise KeyboardInterrupt
+            super().fit(folder)
 
-    monkeypatch.setattr(run, "finish", finish)
-    assert main(command) == 130
+    assert main(command, Parts(trainer=Noted)) == 130
     error = capsys.readouterr().err
     assert "run 3 of 5: hands + objects" in error
     assert "the same command goes on with the sweep" in error
-    assert main(command) == 0
+    assert main(command, Parts(trainer=Noted)) == 0
     # Neither of the first two is trained again.
-    assert finished == [*SIZES[:3], *SIZES[2:]]
+    assert begun == [*SIZES[:3], *SIZES[2:]]
     folder = tmp_path / "runs" / "sweep_modalities"
     runs = sorted(path.parent for path in folder.glob("*/summary.json"))
     assert len(runs) == len(MODALITIES)
