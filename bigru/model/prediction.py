@@ -151,6 +151,7 @@ class Forecast:
             observed_present=self.observed_present[None],
             target_present=np.ones((1, len(self.predicted), 2), dtype=bool),
             fps=np.array([self.fps]),
+            fps_assumed=np.array([bool(self.assumed)]),
             error_px=np.array([self.mean_error_px]),
             stem=np.array([self.stem]),
             label=np.array([""]),

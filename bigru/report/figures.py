@@ -232,10 +232,12 @@ def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarra
 def row_title(samples: Samples, row: int, longest: int = 58) -> str:
     """Which window it is, its clip, frame rate and error; the clip's name is cut short: its times go to 18 digits."""
     stem, error_px, label = printable(str(samples.stem[row])), samples.error_px[row], str(samples.label[row])
-    longest -= len(label)
+    assumed = " (assumed)" if samples.fps_assumed is not None and samples.fps_assumed[row] else ""
+    longest -= len(label) + len(assumed)
     name = stem if len(stem) <= longest else f"{stem[: longest - 1]}…"
     name = f"{label}: {name}" if label else name
-    return f"{name}   {samples.fps[row]:g} fps" + ("" if math.isnan(error_px) else f", mean error {error_px:.0f} px")
+    error = "" if math.isnan(error_px) else f", mean error {error_px:.0f} px"
+    return f"{name}   {samples.fps[row]:g} fps{assumed}{error}"
 
 
 def row_limits(

@@ -106,6 +106,7 @@ class Samples:
     error_px: np.ndarray  # (S,) mean per-joint error of the whole window
     stem: np.ndarray  # (S,) str
     label: np.ndarray  # (S,) str: which of all test windows it is, such as "best"; empty where that was not recorded
+    fps_assumed: np.ndarray | None = None  # (S,) bool: whether fps is assumed and not measured; None: in no window
 
 
 @dataclass(frozen=True)
@@ -340,6 +341,7 @@ def read_samples(path: Path) -> Samples:
             arrays = {name: stored[name] for name in stored.files}
         # Runs of format 1 have none.
         arrays.setdefault("label", np.full(len(arrays["stem"]), ""))
+        arrays.setdefault("fps_assumed", np.zeros(len(arrays["stem"]), dtype=bool))
         arrays = {field.name: arrays[field.name] for field in fields(Samples)}
         (count, observed, _), predicted = arrays["observed"].shape, arrays["predicted"].shape[1]
         # Shape, and kinds of dtype in NumPy's letters.
@@ -353,6 +355,7 @@ def read_samples(path: Path) -> Samples:
             "error_px": ((count,), "fiu"),
             "stem": ((count,), "U"),
             "label": ((count,), "U"),
+            "fps_assumed": ((count,), "b"),
         }
         for name, (shape, kinds) in expected.items():
             array = arrays[name]

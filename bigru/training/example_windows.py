@@ -44,6 +44,7 @@ def example_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, erro
         # A hand is present or missing whole: its wrist stands for it.
         "target_present": batch.present[..., [0, JOINTS // 2]],
         "fps": batch.fps,
+        "fps_assumed": windows.fps_is_assumed[chosen],
         "error_px": error_px,
     }
 

@@ -250,6 +250,8 @@ def test_windows_say_which_they_are(make_run: MakeRun) -> None:
     titles = [figures.row_title(samples, row) for row in range(3)]
     assert [title.split(":")[0] for title in titles] == ["best", "median", "worst"]
     assert not figures.row_title(replace(samples, label=np.full(3, "")), 0).startswith(":")
+    assumed = replace(samples, fps_assumed=np.array([True, False, False]))
+    assert ["fps (assumed)" in figures.row_title(assumed, row) for row in range(3)] == [True, False, False]
 
 
 def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
