@@ -1,4 +1,4 @@
-"""A window as a moving picture: the observed frames, then the forecast beside the true ones."""
+"""Draws a window as a moving picture: the observed frames, then the forecast beside the true ones."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bigru.report.record import Samples
 
 DPI = 100
 FASTEST_FPS = 25
-"""Pictures a second at most: browsers slow down a GIF whose pictures stay less than 20 ms."""
+"""Most pictures a second: browsers slow down a GIF whose pictures stay less than 20 ms."""
 
 
 @figures.styled
-def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
-    """One sample window as a GIF, in real time, that repeats for ever; axes as in `figures.forecasts`.
+def gif(samples: Samples, row: int, centre: str = "frame", dpi: int = DPI) -> bytes:
+    """Returns one sample window as a GIF, in real time, that repeats for ever; axes as in `figures.forecasts`.
 
     Where a second has more frames than 25, only every second, third, ... of them is shown.
     """
@@ -31,7 +31,7 @@ def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
     left, width, below, above = 0.55, 4.75, 0.45, 0.55
     height = width * (bottom - top) / (x1 - x0)
     total = below + height + above
-    figure = Figure(figsize=(left + width + 0.1, total), dpi=DPI)
+    figure = Figure(figsize=(left + width + 0.1, total), dpi=dpi)
     across = left + width + 0.1
     axes = figure.add_axes((left / across, below / total, width / across, height / total))
     figures.frame_panel(axes, (x0, x1, top, bottom), first=True)
@@ -46,7 +46,7 @@ def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1, fontsize=7.5)
     writer = PillowWriter(fps=max(1, round(fps / step)))
     # A folder of its own: the writer wants a path.
-    with tempfile.TemporaryDirectory() as folder, writer.saving(figure, Path(folder) / "forecast.gif", DPI):
+    with tempfile.TemporaryDirectory() as folder, writer.saving(figure, Path(folder) / "forecast.gif", dpi):
         # Ending with the last frame, whatever the step; held for half a second, before all begins again.
         numbers = list(range(observed + predicted - 1, -1, -step))[::-1]
         for number in numbers + numbers[-1:] * round(fps / step / 2):
@@ -60,7 +60,7 @@ def gif(samples: Samples, row: int, centre: str = "frame") -> bytes:
 
 
 def _moment(samples: Samples, row: int, ahead: int) -> tuple[dict[str, np.ndarray], str]:
-    """The strokes by name, and the title, of a frame: `ahead` of the first predicted one, or before it (below 0)."""
+    """Returns the strokes by name, and the title, of the frame that is `ahead` of the first predicted one."""
     seconds = f"{(ahead + 1) / samples.fps[row]:+.2f} s"
     if ahead < 0:
         pose, present = samples.observed[row, ahead], samples.observed_present[row, ahead]

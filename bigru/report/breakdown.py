@@ -1,4 +1,4 @@
-"""Sections of the document that say where a run's error lies: how far ahead, at which joint, in which subtask."""
+"""Writes the sections of the document that say how far ahead and at which joint a run's error lies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMPARED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def horizon(record: RunRecord, picture: str) -> str:
-    """The error against how far ahead a frame is: picture, a few of its figures, and where a baseline is as good."""
+    """Returns the error by how far ahead a frame is: picture, some of its figures, where a baseline is as good."""
     predicted = record.config["data"]["predicted"]
     frames = sorted({max(1, math.ceil(share * predicted)) for share in COMPARED_SHARES})
     rows = [
@@ -33,7 +33,7 @@ def horizon(record: RunRecord, picture: str) -> str:
 
 
 def _not_beaten(record: RunRecord) -> list[str]:
-    """A paragraph that names the frames in which a baseline is at least as good, if there are any."""
+    """Returns a paragraph that names the frames in which a baseline is at least as good, if there are any."""
     ours = np.array(record.horizon[NETWORK].joint_error_px)
     sentences = []
     for name, series in record.horizon.items():
@@ -44,7 +44,7 @@ def _not_beaten(record: RunRecord) -> list[str]:
 
 
 def _ranges(frames: list[int]) -> str:
-    """`frame 3`, `frames 1 to 4, 7 and 9 to 12`."""
+    """Returns such as `frame 3` or `frames 1 to 4, 7 and 9 to 12`."""
     starts = [frame for frame in frames if frame - 1 not in frames]
     ends = [frame for frame in frames if frame + 1 not in frames]
     parts = [f"{start} to {end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True)]
@@ -53,7 +53,7 @@ def _ranges(frames: list[int]) -> str:
 
 
 def joints(record: RunRecord, picture: str) -> str:
-    """The error of each joint, on a picture of both hands."""
+    """Returns the error of each joint, on a picture of both hands."""
     return blocks(
         "The mean over all predicted frames, in pixels; hands as seen from their backs.",
         f"![Error per joint]({picture})",

@@ -1,4 +1,4 @@
-"""Where the error of a run lies: against how far ahead it looks, and joint by joint on two hands."""
+"""Draws where the error of a run lies: by how far ahead it looks, and joint by joint on two hands."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BASELINE_LOOKS = ((BLUE, "solid"), (INK, (0, (4, 2))), ("#009E73", (0, (1, 1))))
 HEAT = LinearSegmentedColormap.from_list("heat", ["#FFF7E0", "#FDC57B", "#E8703A", "#A82A12"])
 
 NAME_HEIGHT = 0.075
-"""Of the axes; see `name_line_ends`."""
+"""Least distance of two names in `name_line_ends`, as a fraction of the axes' height."""
 
 FINGERS = ("thumb", "index", "middle", "ring", "little")
 
 
 @styled
 def horizon(record: RunRecord) -> Figure:
-    """The per-joint error in pixels at each future frame, the network beside the baselines."""
+    """Draws the per-joint error in pixels at each future frame, the network beside the baselines."""
     figure = Figure(figsize=(WIDTH_IN, 2.9), dpi=DPI)
     axes = figure.add_axes((0.075, 0.15, 0.73, 0.78))
     frames = np.arange(1, record.config["data"]["predicted"] + 1)
@@ -81,7 +81,7 @@ def name_line_ends(axes: Axes, lines: dict[str, np.ndarray], colors: dict[str, s
 
 @styled
 def joints(record: RunRecord) -> Figure:
-    """The mean error in pixels of each joint, as its colour and a number, on a left and a right hand."""
+    """Draws the mean error in pixels of each joint, as its colour and a number, on a left and a right hand."""
     figure = Figure(figsize=(WIDTH_IN, 3.6), dpi=DPI)
     assert record.by_joint is not None
     errors = np.array(record.by_joint.joint_error_px)
@@ -103,7 +103,7 @@ def joints(record: RunRecord) -> Figure:
 
 
 def open_hand() -> np.ndarray:
-    """A right hand seen from its back, fingers up, thumb to the left, wrist at (0, 0): (21, 2), y upwards."""
+    """Returns a right hand from its back, fingers up, thumb to the left, wrist at (0, 0): (21, 2), y upwards."""
     # Direction of each finger in degrees from straight up, then how far its four joints are from the wrist.
     fingers = (
         (-48, (0.55, 0.98, 1.38, 1.74)),

@@ -1,4 +1,4 @@
-"""The picture of one clip: its hands as skeletons and as lines over time."""
+"""Draws one clip: its hands as skeletons and as lines over time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PANEL_ASPECT = 1.3
 def draw_clip(
     name: str, fps: float, seconds: np.ndarray, hands: np.ndarray, present: np.ndarray, rate: str | None = None
 ) -> Figure:
-    """A clip's hands over time: both as skeletons at five moments, the wrists' x and y, and when each hand was seen.
+    """Draws a clip's hands over time: skeletons at five moments, the wrists' x and y, and when each hand was seen.
 
     Args:
         name: the clip's.
@@ -74,7 +74,7 @@ def draw_clip(
 
 
 def _limits(joints_px: np.ndarray) -> tuple[float, float, float, float]:
-    """x0, x1, top, bottom in pixels that hold all hands, but for the few frames in which one lies far off."""
+    """Returns x0, x1, top, bottom in pixels that hold all hands, but for the few frames in which one lies far off."""
     points = joints_px.reshape(-1, 2)
     points = points[np.isfinite(points).all(axis=1)]
     if len(points) == 0:
@@ -88,7 +88,7 @@ def _limits(joints_px: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _draw_snapshot(axes: Axes, joints_px: np.ndarray, limits: tuple[float, float, float, float], first: bool) -> None:
-    """Both hands, (2, 21, 2) in pixels, NaN where not seen."""
+    """Draws both hands, (2, 21, 2) in pixels, NaN where not seen."""
     for hand, (name, colour) in enumerate(HANDS):
         if np.isnan(joints_px[hand]).any():
             axes.text(
@@ -112,7 +112,7 @@ def _draw_snapshot(axes: Axes, joints_px: np.ndarray, limits: tuple[float, float
 
 
 def _draw_presence(axes: Axes, seconds: np.ndarray, present: np.ndarray, fps: float, span: tuple[float, float]) -> None:
-    """A bar a hand, drawn where it was seen, and the share of frames in which it was not."""
+    """Draws a bar for each hand where it was seen, and writes the share of frames in which it was not."""
     labels = []
     for hand, (name, colour) in enumerate(HANDS):
         seen = present[:, hand]

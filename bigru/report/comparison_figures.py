@@ -1,4 +1,4 @@
-"""Several runs in one picture."""
+"""Draws several runs in one picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEGEND_ROW_IN = 0.17
 
 @styled
 def comparison(records: Sequence[RunRecord]) -> Figure:
-    """Validation error against the epoch and test error against the horizon, a line a run, in pixels.
+    """Draws validation error against the epoch and test error against the horizon, a line a run, in pixels.
 
     Of more runs than can be told apart, the ones with the least test error are drawn. Baselines stand beside them where
     all runs share their test windows.

@@ -27,7 +27,7 @@ DOCUMENT = "results_bigru.md"
 TITLE = "# BIGRU Performance"
 ALL_RUNS = "plots/all_runs_bigru_comparison.png"
 RUN_MARK = "<!-- run "
-"""Begins each run's section, and tells this command's own documents from others of that name."""
+"""The beginning of each run's section; it tells this command's own documents from others of that name."""
 
 PUBLISHED_WINDOWS = {"observed": 60, "predicted": 60, "stride": 15}
 
@@ -349,7 +349,7 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _options(options: dict[str, object]) -> str:
-    """All options as `name=value`, less those not given and the output folder, which the document itself is in."""
+    """Returns all options as `name=value`, less those not given and the output folder, where the document is."""
     given = {name: value for name, value in options.items() if value is not None and name != "out"}
     return code(" ".join(f"{name}={value}" for name, value in given.items())) if given else "none"
 

@@ -1,4 +1,4 @@
-"""The pictures of a run, one function a figure; each returns a Figure and touches neither files nor pyplot."""
+"""Draws the pictures of a run, one function a figure; each returns a Figure and touches neither files nor pyplot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from bigru.files import printable
 from bigru.layout import JOINTS_PER_HAND, UNIT_PX
-from bigru.report.record import RunRecord, Samples
+from bigru.report.record import PUBLISHED, RunRecord, Samples
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Figure | bytes | np.ndarray | None)
@@ -34,7 +34,7 @@ BLUE, VERMILION, INK, FAINT = "#0072B2", "#D55E00", "#444444", "#999999"
 STROKE = np.array([*(j for tip in (4, 8, 12, 16, 20) for j in (0, *range(tip - 3, tip + 1), -1)), 5, 9, 13, 17])
 
 WRISTS = [0, len(STROKE) + 1]
-"""Where in `pose_stroke` of two hands the wrists are."""
+"""Indices of the wrists in `pose_stroke` of two hands."""
 
 # True poses are drawn broad and pale under the predicted ones, so that both show where they agree.
 OBSERVED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 1.0}
@@ -70,7 +70,7 @@ def _house_style() -> Iterator[None]:
 
 
 def styled(draw: Callable[P, F]) -> Callable[P, F]:
-    """A drawing function in the style of all figures here."""
+    """Returns a drawing function that draws in the style of all figures here."""
 
     @wraps(draw)
     def in_style(*args: P.args, **kwargs: P.kwargs) -> F:
@@ -81,7 +81,7 @@ def styled(draw: Callable[P, F]) -> Callable[P, F]:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, the same bytes each time under one version of matplotlib."""
+    """Returns the figure as PNG, the same bytes each time under one version of matplotlib."""
     buffer = io.BytesIO()
     with _house_style():
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
@@ -90,7 +90,7 @@ def png(figure: Figure) -> bytes:
 
 @styled
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as (height, width, 3) uint8."""
+    """Returns the figure as pixels: (height, width, 3) uint8."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
@@ -98,14 +98,13 @@ def pixels(figure: Figure) -> np.ndarray:
 
 @styled
 def learning_curves(record: RunRecord) -> Figure:
-    """MPJPE, ADE and FDE (published definitions, centred units) of train and validation against the epoch."""
+    """Draws MPJPE, ADE and FDE (published definitions) of train and validation against the epoch."""
     figure = Figure(figsize=(WIDTH_IN, 2.75), dpi=DPI)
-    panels = (("mpjpe", "MPJPE (84-vector norm)"), ("ade", "ADE (centroid)"), ("fde", "FDE (centroid)"))
-    for i, (metric, title) in enumerate(panels):
+    for i, metric in enumerate(PUBLISHED):
         axes = figure.add_axes((0.075 + 0.325 * i, 0.155, 0.25, 0.60))
-        _draw_curves(axes, record, metric)
-        axes.set_title(title, loc="left", pad=14)
-        axes.set_ylabel("centred units")
+        _draw_curves(axes, record, metric.name)
+        axes.set_title(metric.curve, loc="left", pad=14)
+        axes.set_ylabel(metric.unit)
     handles = [
         Line2D([], [], color=BLUE, linewidth=1.3, label="train (dropout on, weights moving)"),
         Line2D([], [], color=VERMILION, linewidth=1.3, label="validation"),
@@ -140,13 +139,13 @@ def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
 
 
 def lone_points(values: list[float]) -> list[int]:
-    """Indices of values with none beside them, in a run of one epoch or between NaN, which a line would not show."""
+    """Returns the indices of values between NaN, or of a single one, which a line would not show."""
     seen = np.concatenate([[False], np.isfinite(values), [False]])
     return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()
 
 
 def scale_values(axes: Axes, values: np.ndarray) -> None:
-    """A linear axis from 0, or a logarithmic one where huge first epochs would flatten all others."""
+    """Sets a linear axis from 0, or a logarithmic one where huge first epochs would flatten all others."""
     values = values[np.isfinite(values) & (values > 0)]
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
     axes.set_axisbelow(True)
@@ -166,7 +165,7 @@ def scale_values(axes: Axes, values: np.ndarray) -> None:
 
 @styled
 def forecasts(samples: Samples, centre: str = "frame") -> Figure:
-    """Hand skeletons of the sample windows: last observed frame, then true and predicted at 25, 50, 75 and 100 %.
+    """Draws hand skeletons of the sample windows: last observed frame, then true and predicted at 25, 50, 75 and 100 %.
 
     A row is a window, in pixels of the 1728 x 972 image from the midpoint of the wrists (of `centre` "frame", each
     frame's own, or "last", the last observed one's), y pointing down as in the image; limits are the same within a row.
@@ -206,23 +205,23 @@ def forecasts(samples: Samples, centre: str = "frame") -> Figure:
 
 
 def axes_text(centre: str) -> str:
-    """What the axes of skeletons count, by the centring of the hands."""
+    """Returns the label of the axes of skeletons, by the centring of the hands."""
     when = ", as last observed" if centre == "last" else ""
     return f"x, y in px of the 1728 x 972 image, from the midpoint of the wrists{when}"
 
 
 def _horizon_frames(predicted: int) -> list[int]:
-    """Frame indices at 25, 50, 75 and 100 % of the prediction; fewer where the prediction has fewer frames."""
+    """Returns the frame indices at 25, 50, 75 and 100 % of the prediction; fewer of a prediction of fewer frames."""
     return sorted({math.ceil(predicted * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
 
 
 def hand_px(frame: np.ndarray, hand: int) -> np.ndarray:
-    """The joints of one hand, 0 left or 1 right, of an 84-vector in centred units: (21, 2) in pixels."""
+    """Returns the joints of one hand, 0 left or 1 right, of an 84-vector in centred units: (21, 2) in pixels."""
     return frame.reshape(2, JOINTS_PER_HAND, 2)[hand] * UNIT_PX
 
 
 def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarray) -> float:
-    """The mean distance in pixels over the known joints of present hands of one frame; NaN if there are none."""
+    """Returns the mean distance in pixels over the known joints of a frame's present hands; NaN for none."""
     hands = [hand for hand in (0, 1) if present[hand]]
     distances = [np.linalg.norm(hand_px(predicted, hand) - hand_px(target, hand), axis=-1) for hand in hands]
     known = [distance for distance in np.ravel(distances) if math.isfinite(distance)]
@@ -230,7 +229,7 @@ def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarra
 
 
 def row_title(samples: Samples, row: int, longest: int = 58) -> str:
-    """Which window it is, its clip, frame rate and error; the clip's name is cut short: its times go to 18 digits."""
+    """Returns a window's label, clip, frame rate and error; the clip's name is cut: its times go to 18 digits."""
     stem, error_px, label = printable(str(samples.stem[row])), samples.error_px[row], str(samples.label[row])
     assumed = " (assumed)" if samples.fps_assumed is not None and samples.fps_assumed[row] else ""
     longest -= len(label) + len(assumed)
@@ -243,7 +242,7 @@ def row_title(samples: Samples, row: int, longest: int = 58) -> str:
 def row_limits(
     samples: Samples, row: int, observed: Iterable[int], predicted: Iterable[int]
 ) -> tuple[float, float, float, float]:
-    """x0, x1, top, bottom in pixels that hold all hands of these frames, no flatter or taller than reads well."""
+    """Returns x0, x1, top, bottom in pixels that hold all hands of these frames, of readable proportions."""
     drawn = [(samples.observed[row, frame], samples.observed_present[row, frame]) for frame in observed]
     for frame in predicted:
         drawn += [
@@ -262,7 +261,7 @@ def row_limits(
 
 
 def _draw_panel(axes: Axes, samples: Samples, row: int, frame: int | None) -> None:
-    """The last observed frame (frame None), or true and predicted hands at a frame of the prediction."""
+    """Draws the last observed frame (frame None), or true and predicted hands at a frame of the prediction."""
     if frame is None:
         present = samples.observed_present[row, -1]
         poses = [(samples.observed[row, -1], OBSERVED)]
@@ -284,12 +283,12 @@ def _draw_panel(axes: Axes, samples: Samples, row: int, frame: int | None) -> No
 
 
 def stroke(joints: np.ndarray) -> np.ndarray:
-    """The line that draws a hand of (21, 2) joints: (N, 2), NaN where the pen is lifted."""
+    """Returns the line that draws a hand of (21, 2) joints: (N, 2), NaN where the pen is lifted."""
     return np.where(STROKE[:, None] < 0, np.nan, joints[STROKE])
 
 
 def pose_stroke(pose: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The line that draws the present hands of an 84-vector in centred units: (N, 2) in pixels.
+    """Returns the line that draws the present hands of an 84-vector in centred units: (N, 2) in pixels.
 
     A missing hand is NaN, which draws nothing and keeps the wrists at `WRISTS`.
     """
@@ -318,7 +317,7 @@ def frame_panel(axes: Axes, limits: tuple[float, float, float, float], first: bo
 
 
 def _inner_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values away from the ends, where the labels of neighbouring panels would run into each other."""
+    """Returns round values away from the ends, where the labels of neighbouring panels would run into each other."""
     margin = 0.1 * (high - low)
     low, high = low + margin, high - margin
     values = MaxNLocator(nbins=count, steps=[1, 2, 5, 10]).tick_values(low, high)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigru.report import animation, breakdown_figures, figures, write_report
+from bigru.report import breakdown_figures, figures, write_report
 from bigru.report.animation import gif
 from bigru.report.record import Samples, Series, read_run
 
@@ -254,8 +254,7 @@ def test_windows_say_which_they_are(make_run: MakeRun) -> None:
     assert ["fps (assumed)" in figures.row_title(assumed, row) for row in range(3)] == [True, False, False]
 
 
-def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(animation, "DPI", 30)
+def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun) -> None:
     whole = read_run(make_run()).samples
     for fps, expected in ((23.0, 6), (59.0, 2)):
         parts = {
@@ -265,7 +264,7 @@ def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: 
         samples = Samples(
             **parts, fps=np.array([fps]), error_px=np.array([9.0]), stem=np.array(["x" * 90]), label=np.array(["best"])
         )
-        with Image.open(io.BytesIO(gif(samples, 0))) as picture:
+        with Image.open(io.BytesIO(gif(samples, 0, dpi=30))) as picture:
             assert picture.n_frames == expected
             assert picture.info["loop"] == 0
             durations = []
@@ -278,10 +277,7 @@ def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, monkeypatch: 
 
 
 @pytest.mark.parametrize("seen", [(True, False), (False, True), (False, False)])
-def test_a_gif_of_a_window_with_a_hand_missing(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, seen: tuple[bool, bool]
-) -> None:
-    monkeypatch.setattr(animation, "DPI", 30)
+def test_a_gif_of_a_window_with_a_hand_missing(make_run: MakeRun, seen: tuple[bool, bool]) -> None:
     whole = read_run(make_run()).samples
     present = np.tile(seen, (1, 3, 1))
     samples = Samples(
@@ -293,7 +289,7 @@ def test_a_gif_of_a_window_with_a_hand_missing(
         stem=np.array(["x"]),
         label=np.array([""]),
     )
-    with Image.open(io.BytesIO(gif(samples, 0))) as picture:
+    with Image.open(io.BytesIO(gif(samples, 0, dpi=30))) as picture:
         assert picture.format == "GIF"
     both, one = (figures.pose_stroke(whole.observed[0, 0], there) for there in (np.array([True, True]), present[0, 0]))
     for hand, wrist in enumerate(figures.WRISTS):
