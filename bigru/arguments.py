@@ -178,7 +178,7 @@ def _check_node(node: yaml.Node, loader: yaml.SafeLoader, where: str, key: str, 
 
 
 def command_line(config: TrainConfig) -> str:
-    """The command that starts a run with these settings."""
+    """Returns the command that starts a run with these settings."""
     words = ["python", "-m", "bigru.train"]
     default = TrainConfig().as_dict()
     for section, settings in config.as_dict().items():

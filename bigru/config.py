@@ -94,7 +94,7 @@ class DataConfig:
 
     @property
     def departures(self) -> list[str]:
-        """What is done to the data that the published protocol does not do, in words; empty by default."""
+        """The departures of the data from the published protocol, in words; empty by default."""
         said = ["centred on the last observed frame"] * (self.centre == "last")
         if self.resample is not None:
             said.append(f"resampled to {self.resample:g} frames per second")
@@ -205,7 +205,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """The settings as JSON can hold them, {section: {name: value}}, paths as text."""
+        """Returns the settings as JSON can hold them, {section: {name: value}}, paths as text."""
         return {
             section: {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
             for section, settings in asdict(self).items()
@@ -293,7 +293,7 @@ def _leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _our_name(key: str, value: Any, source: str) -> str | None:
-    """The field that a key of a file sets; None for one that only confirms what is so anyway."""
+    """Returns the field that a key of a file sets, None for one that only confirms what holds anyway."""
     section, _, name = key.rpartition(".")
     if key in REFERENCE_NAMES:
         return REFERENCE_NAMES[key]
@@ -318,7 +318,7 @@ def _our_name(key: str, value: Any, source: str) -> str | None:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """A value as a file gives it, as its field's type; YAML reads 1e-5 as text, so numbers may come as text."""
+    """Returns a value from a file as its field's type; YAML reads 1e-5 as text, so numbers may come as text."""
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value

@@ -46,7 +46,7 @@ MOST_SHOWN = 5
 
 @dataclass
 class Tally:
-    """What the clips of one split amount to."""
+    """The counts of one split's clips."""
 
     clips: int = 0
     windows: int = 0
@@ -79,7 +79,7 @@ class Tally:
         self.without.update(without)
 
     def column(self) -> dict[str, str]:
-        """Name and value of everything counted, as it is shown."""
+        """Returns name and value of everything counted, as it is shown."""
         rates = sorted(self.rates.items())
         shown = [f"{clips:,} at {rate}{' (assumed)' if assumed else ''}" for (rate, assumed), clips in rates]
         shown = shown[:MOST_LISTED] + ["..."] * (len(rates) > MOST_LISTED)
@@ -115,7 +115,7 @@ class Survey:
         return Counter(skip.reason for skip in self.skipped)
 
     def text(self) -> str:
-        """Returnss how many clips have each fault, the first of each, and a table of what is left."""
+        """Returns how many clips have each fault, the first of each, and a table of what is left."""
         index = self.index
         others = f" ({index.other_cameras:,} more of other cameras)" if index.other_cameras else ""
         lines = []
@@ -239,7 +239,7 @@ def describe(path: Path, observed: int, stride: int, nan_missing: bool = False) 
 
 
 def _dataset_row(file: h5py.File, name: str, nan_missing: bool) -> list[str]:
-    """Returnss name, shape, type and share of frames in which it is missing, or what is wrong with it."""
+    """Returns name, shape, type and share of frames in which it is missing, or what is wrong with it."""
     # Names come from the file: no control characters onto a terminal.
     shown = printable(name)
     try:

@@ -155,7 +155,7 @@ def published_frame_rate(participant: int) -> float:
 
 
 def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray, str]:
-    """Returnss frames per second, each frame's time, (F,) seconds from 0, and why the rate is assumed, if it is.
+    """Returns frames per second, each frame's time, (F,) seconds from 0, and why the rate is assumed, if it is.
 
     The rate is that of the timestamps' median step. Where they tell none it is the published one.
 

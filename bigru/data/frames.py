@@ -159,12 +159,12 @@ def content_digest(*arrays: np.ndarray) -> str:
 
 
 def counted(reasons: Counter[str]) -> str:
-    """Returnss how often each reason occurs, the most frequent first."""
+    """Returns how often each reason occurs, the most frequent first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "none"
 
 
 def folder_hint(root: Path, index: ClipIndex, skipped: Sequence[Skipped]) -> str:
-    """Returnss where the clips lie, in words, where none of them was found; else nothing."""
+    """Returns where the clips lie, in words, where none of them was found; else nothing."""
     if not index.clips or sum(skip.reason == "missing" for skip in skipped) < len(index.clips):
         return ""
     below = clips_below(root, index.clips)

@@ -97,7 +97,7 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
 
 @h5py_errors()
 def lacking_datasets(file: h5py.File, names: Iterable[str]) -> list[str]:
-    """Returnss those of the names under which a file holds nothing, not even a link."""
+    """Returns those of the names under which a file holds nothing, not even a link."""
     return [name for name in names if not file.id.links.exists(name.encode())]
 
 

@@ -27,7 +27,7 @@ MARKER_NAME = "synthetic.json"
 
 
 class Size(TypedDict):
-    """What decides the content of a synthetic dataset."""
+    """The size and the source of chance of a synthetic dataset, which decide its content."""
 
     clips: int
     seed: int
@@ -69,7 +69,7 @@ FINGERS = (
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """What is decided about a clip before its motion is drawn."""
+    """The properties of a clip that are decided before its motion is drawn."""
 
     number: int
     participant: int

@@ -155,9 +155,9 @@ class Dataset:
     root: Path
     index: Path
     cache: str = ""
-    """What became of the file of frames, in words."""
+    """Whether the file of frames was mapped or written, or why not, in words."""
     warnings: tuple[str, ...] = ()
-    """What makes the data doubtful, in words."""
+    """Reasons to doubt the data, in words."""
     digest: str = ""
     """SHA-256, in hexadecimal, of the clips' names and rates and of every frame, by split. It does not depend on where
     the clips lie or when they were written: two datasets with one digest train alike under the same settings."""

@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         self.core = core
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every step's hidden states, both directions: x (B, T, I) to (B, T, 2H)."""
+        """Returns every step's hidden states, both directions: x (B, T, I) to (B, T, 2H)."""
         return self.core(x)[0]
 
 

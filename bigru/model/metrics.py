@@ -1,4 +1,4 @@
-"""What a forecast is scored by: the published definitions, the true per-joint error, and the trivial baselines.
+"""Scores of forecasts: the published definitions, the true per-joint error, and the trivial baselines.
 
 With d the difference of prediction and target, (B, T, 84) or per joint (B, T, 42, 2), in centred units:
 
@@ -30,7 +30,7 @@ ERRORS = len(_COLUMNS)
 
 
 class Scored(Protocol):
-    """What is read of a batch: see bigru.data.windows.Batch."""
+    """The part of a batch that is read here; see bigru.data.windows.Batch."""
 
     @property
     def x(self) -> Tensor:
@@ -58,14 +58,14 @@ class Metrics:
     windows: int
 
     def scores(self) -> dict[str, float]:
-        """All but the loss, by name."""
+        """Returns all but the loss, by name."""
         return {name: value for name, value in asdict(self).items() if name != "loss"}
 
 
 def masked_mse(
     prediction: Tensor, target: Tensor, present: Tensor | None = None, coordinates: Tensor | None = None
 ) -> Tensor:
-    """The squared error, averaged over the coordinates of present joints; 0 where none is present.
+    """Returns the squared error, averaged over the coordinates of present joints; 0 where none is present.
 
     Args:
         prediction: (B, T, 84) float.
@@ -89,7 +89,7 @@ def masked_mse(
 
 
 def window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
-    """Each window's errors as a row of sums, from which `summarise` makes the metrics of any set of windows.
+    """Returns each window's errors as a row of sums, from which `summarise` makes the metrics of any set of windows.
 
     Stays on the device, so that a batch costs no synchronisation; fp64, so that the figures of a set of windows do
     not depend on how it was cut into batches.
@@ -127,7 +127,7 @@ def _window_errors(prediction: Tensor, target: Tensor, present: Tensor | None = 
 
 
 def summarise(rows: Tensor) -> Metrics:
-    """The metrics of the windows whose rows of `window_errors` these are, (N, 7), N > 0."""
+    """Returns the metrics of the windows whose rows of `window_errors` these are, (N, 7), N > 0."""
     if len(rows) == 0:
         raise ValueError("rows: expected the errors of at least one window, got none")
     total = dict(zip(_COLUMNS, rows.sum(0).tolist(), strict=True))
@@ -145,7 +145,7 @@ def summarise(rows: Tensor) -> Metrics:
 
 
 def window_error_px(rows: Tensor) -> Tensor:
-    """Each window's own joint error in pixels, (N,) fp64; NaN where no joint was present."""
+    """Returns each window's own joint error in pixels, (N,) fp64; NaN where no joint was present."""
     return rows[:, _COLUMNS.index("joint_error_px")] / rows[:, _COLUMNS.index("joints")]
 
 
@@ -172,7 +172,7 @@ def by_frame_rate(rows: Tensor, fps: Tensor, assumed: Tensor) -> list[dict[str, 
 
 
 def by_subtask(rows: Tensor, subtask: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The scores of each subtask's windows, in the order of `names`, those without a window left out.
+    """Returns the scores of each subtask's windows, in the order of `names`, those without a window left out.
 
     Args:
         rows: (N, 7) of `window_errors`.
@@ -187,7 +187,7 @@ def by_subtask(rows: Tensor, subtask: Tensor, names: Sequence[str]) -> list[dict
 
 
 def joint_errors(prediction: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
-    """The errors of each future frame and joint, summed over windows; arguments as of `window_errors`.
+    """Returns the errors of each future frame and joint, summed over windows; arguments as of `window_errors`.
 
     Returns:
         (T, 42, 3) fp64: over the windows in which the joint was present the sums of its error, in centred units and in
@@ -203,19 +203,19 @@ def joint_errors(prediction: Tensor, target: Tensor, present: Tensor | None = No
 
 @torch.inference_mode()
 def score_joints(predict: Callable[[Tensor], Tensor], batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:
-    """As `score`, but `joint_errors` over all batches, (T, 42, 3)."""
+    """Runs a forecaster as `score` does; returns the sum of `joint_errors` over all batches, (T, 42, 3)."""
     sums = [joint_errors(predict(batch.x), batch.target, batch.present if mask_missing else None) for batch in batches]
     return torch.stack(sums).sum(0)
 
 
 def mean_errors(sums: Tensor) -> dict[str, list[float]]:
-    """The mean errors of sums like those of `joint_errors`, (K, 3); NaN where no joint was present."""
+    """Returns the mean errors of sums like those of `joint_errors`, (K, 3); NaN where no joint was present."""
     return {"joint_error": (sums[:, 0] / sums[:, 2]).tolist(), "joint_error_px": (sums[:, 1] / sums[:, 2]).tolist()}
 
 
 @torch.inference_mode()
 def score(predict: Callable[[Tensor], Tensor], batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:
-    """Runs a forecaster over batches: the rows of `window_errors`, (N, 7), in the batches' order.
+    """Runs a forecaster over batches; returns the rows of `window_errors`, (N, 7), in the batches' order.
 
     Args:
         predict: (B, T, I) observed to (B, T, 84) forecast.
@@ -228,7 +228,7 @@ def score(predict: Callable[[Tensor], Tensor], batches: Iterable[Scored], mask_m
 
 
 def evaluate(model: nn.Module, batches: Iterable[Scored], mask_missing: bool = True) -> Tensor:
-    """As `score`, of a network with its dropout off; changes neither weights nor gradients nor random state."""
+    """Scores a network with its dropout off, as `score` does; changes no weights, gradients or random state."""
     was_training = model.training
     model.eval()
     try:
