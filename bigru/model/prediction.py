@@ -56,22 +56,8 @@ JOINT_NAMES = (
     ),
 )
 COLUMNS = (
-    "frame",
-    "time_s",
-    "ahead_s",
-    "hand",
-    "joint",
-    "joint_name",
-    "origin",
-    "x_norm",
-    "y_norm",
-    "x_px",
-    "y_px",
-    "true_x_norm",
-    "true_y_norm",
-    "true_x_px",
-    "true_y_px",
-    "error_px",
+    *("frame", "time_s", "ahead_s", "hand", "joint", "joint_name", "origin", "x_norm", "y_norm", "x_px", "y_px"),
+    *("true_x_norm", "true_y_norm", "true_x_px", "true_y_px", "error_px"),
 )
 
 

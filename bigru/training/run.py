@@ -56,7 +56,7 @@ def train(config: TrainConfig, parts: Parts = Parts()) -> Path:
         Interrupted: after a signal in training; the step under way was finished, and a checkpoint written.
     """
     config = run_dir.with_absolute_data(config)
-    return start(config, parts) if current_team().first else work(config, None, parts)
+    return start(config, parts) if current_team().first else worker(config, None, parts)
 
 
 def resume(folder: Path, changes: Mapping[str, Any] | None = None, parts: Parts = Parts()) -> Path:
@@ -90,7 +90,7 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, parts: Parts 
         return folder
     run_dir.check_resumable(folder)
     config = run_dir.with_absolute_data(run_dir.changed(config, changes or {}))
-    return go_on(config, folder, parts) if team.first else work(config, folder, parts)
+    return go_on(config, folder, parts) if team.first else worker(config, folder, parts)
 
 
 def start(config: TrainConfig, parts: Parts) -> Path:
@@ -118,7 +118,7 @@ def go_on(config: TrainConfig, folder: Path, parts: Parts) -> Path:
     return folder
 
 
-def work(config: TrainConfig, folder: Path | None, parts: Parts) -> Path:
+def worker(config: TrainConfig, folder: Path | None, parts: Parts) -> Path:
     """Trains in a new run, or on in the given folder, as one of the processes beside the first; writes nothing."""
     team = current_team()
     trainer, _ = prepare(config, team, parts)
