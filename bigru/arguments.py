@@ -104,8 +104,10 @@ def read_yaml(path: Path) -> TrainConfig:
     """
     try:
         content = _parse_yaml(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {printable(path)} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"config: {printable(path)} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: {printable(path)} cannot be read: it is not UTF-8: {error.reason}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config: {printable(path)} is not YAML: {error}") from error
     if content is None:

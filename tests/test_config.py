@@ -210,8 +210,11 @@ def test_an_ignored_loss_is_said(tmp_path, caplog):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file or directory$"):
         parse_arguments(["--config", str(tmp_path / "none.yaml")])
+    (tmp_path / "settings.yaml").write_text("lr: 1", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"settings\.yaml cannot be read: it is not UTF-8"):
+        read_yaml(tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize(

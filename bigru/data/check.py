@@ -24,6 +24,7 @@ from bigru.data.frames import (
     leaks,
     split_frames,
     window_count,
+    window_starts,
 )
 from bigru.data.hdf5 import (
     FRAME_SHAPES,
@@ -66,7 +67,7 @@ class Tally:
         """Counts some frames of a clip."""
         present = clip.present[frames]
         self.clips += 1
-        self.windows += window_count(len(present), config)
+        self.windows += len(window_starts(present, config))
         self.frames += len(present)
         self.participants.add(row.participant)
         self.subtasks.add(row.subtask)

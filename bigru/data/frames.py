@@ -123,6 +123,21 @@ def window_count(frames: int, config: DataConfig) -> int:
     return max(0, (frames - config.observed - config.predicted) // config.stride + 1)
 
 
+def window_starts(present: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Returns the first frames, (N,) int64, of a clip's windows; after resampling without those in which no hand is
+    seen, as in a hole of the timestamps.
+
+    Args:
+        present: (F, 2) bool: whether the left and the right hand were seen.
+        config: how windows are cut.
+    """
+    starts = config.stride * np.arange(window_count(len(present), config))
+    if config.resample is None:
+        return starts
+    seen = np.concatenate([[0], np.cumsum(present.any(axis=1))])
+    return starts[seen[starts + config.observed + config.predicted] > seen[starts]]
+
+
 def split_frames(frames: int, participant: int, config: DataConfig) -> dict[str, tuple[int, int]]:
     """Returns which frames [start, stop) of a clip belong to which split.
 

@@ -23,7 +23,7 @@ from bigru.data.frames import (
     leaks,
     load_frames,
     split_names,
-    window_count,
+    window_starts,
 )
 from bigru.data.hdf5 import DataError
 from bigru.data.index import ClipIndex, Skipped, find_index, read_index, subtask_number
@@ -239,9 +239,9 @@ def _windows(part: Part, config: DataConfig) -> Windows:
     clip: list[int] = []
     offset = 0
     for number, entry in enumerate(part.clips):
-        count = window_count(entry.frames, config)
-        starts += range(offset, offset + count * config.stride, config.stride)
-        clip += [number] * count
+        first = window_starts(part.present[offset : offset + entry.frames], config)
+        starts += (offset + first).tolist()
+        clip += [number] * len(first)
         offset += entry.frames
     return Windows(
         frames=torch.from_numpy(part.frames),

@@ -9,6 +9,7 @@ from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
 from bigru.data import load_dataset
+from bigru.data.check import survey
 from bigru.data.clips import Clip, read_clip, resampled, resampled_length
 from bigru.data.hdf5 import ClipError
 from bigru.data.synthetic import write_clip
@@ -109,6 +110,20 @@ def test_hole_in_the_timestamps_is_not_bridged():
     slow = dataclasses.replace(clip_at(np.arange(FRAMES) / 2), fps=2.0)
     assert resampled(slow, 10.0).present.all()
     assert slow.holes().tolist() == []
+
+
+def test_no_window_lies_in_a_hole(tmp_path):
+    """30 s after the sixth of 12 frames, which check counts alike."""
+    clips = {stem_of(p): clip_arrays(FRAMES if p == 1 else 3 * FRAMES, seed=p) for p in (1, 49, 60)}
+    clips[stem_of(1)]["timestamps"] = np.arange(FRAMES) / 23 + np.where(np.arange(FRAMES) > 5, 30, 0)
+    write_dataset(tmp_path, clips)
+    config = config_for(tmp_path, resample=23.0)
+    windows = load_dataset(config).train
+    assert survey(config).splits["train"].windows == len(windows) == 4
+    for start in windows.starts.tolist():
+        assert windows.present[start : start + 8].any()
+    # Without resampling every window is kept, as published.
+    assert len(load_dataset(config_for(tmp_path)).train) == 2
 
 
 @pytest.mark.parametrize("frames", [1, 2])
