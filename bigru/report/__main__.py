@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -47,13 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def performance(arguments: Sequence[str]) -> int:
     """Runs `python -m benchmarks.report`, which only a checkout has."""
-    if importlib.util.find_spec("benchmarks") is None:
-        print(
-            "bigru.report: the benchmarks are no part of the installed package: run this in a checkout", file=sys.stderr
-        )
+    try:
+        from benchmarks.report import main as write
+    except ImportError:
+        print("bigru.report: the installed package lacks the benchmarks: run this in a checkout", file=sys.stderr)
         return 2
-    from benchmarks.report import main as write
-
     return write(arguments)
 
 
