@@ -164,7 +164,7 @@ def check_progress(folder: Path, progress: Progress, epochs: int) -> None:
         progress: as the checkpoint holds it.
         epochs: that the run is to have.
     """
-    # A kill between the two files leaves one row more.
+    # An older version wrote the row first, so that a kill left one more.
     if (rows := count_epochs(folder)) > progress.epoch + 1:
         raise ConfigError(
             f"resume: {printable(folder)} holds {rows} epochs in {METRICS}, but its {CHECKPOINT} is an older one, "
@@ -183,7 +183,7 @@ def count_epochs(folder: Path) -> int:
 
 
 def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Writes metrics.jsonl whole, a line an epoch: a kill leaves no torn line, and one more than the checkpoint has."""
+    """Writes metrics.jsonl whole, a line an epoch, so that a kill leaves no torn line."""
     write_lines(folder / METRICS, map(as_json, history))
 
 

@@ -28,7 +28,7 @@ from bigru.model.metrics import ERRORS, Metrics, evaluate, masked_mse, summarise
 from bigru.model.weights import save_weights
 from bigru.training.checkpoint import Progress, save_checkpoint
 from bigru.training.distributed import Team
-from bigru.training.run_dir import write_metrics
+from bigru.training.run_dir import WEIGHTS, write_metrics
 from bigru.training.signals import Interrupted, StopRequest, on_signals
 from bigru.training.step import (
     Capture,
@@ -189,11 +189,12 @@ class Trainer:
         }
         progress.history.append(row)
         progress.elapsed_s += train_s + val_s
+        # First: what a kill keeps of the next two from being written, a resume writes from it.
+        self.save(folder)
         if self.team.first:
             if best:
-                save_weights(folder / "weights.safetensors", progress.best_weights)
+                save_weights(folder / WEIGHTS, progress.best_weights)
             write_metrics(folder, progress.history)
-        self.save(folder)
         log.info("%s", epoch_line(row, optim.epochs, best))
         if self.team.first:
             self.watch(row, best)

@@ -174,20 +174,20 @@ def test_a_killed_run_goes_on_to_the_bit(config, epoch, batch):
         assert ours[name] == theirs[name], name
 
 
-class KilledInEpoch3(Trainer):
-    """Is killed when the row and the weights of epoch 3 are there, and while its checkpoint is written."""
+class KilledAfterCheckpoint(Trainer):
+    """Is killed when the checkpoint of epoch 3 is there, and neither its row nor its weights."""
 
     def save(self, folder):
-        if self.progress.epoch == 3:
-            (folder / ".checkpoint.pt.0123abcd.partial").write_bytes(b"torn")
-            raise KeyboardInterrupt
         super().save(folder)
+        if self.progress.epoch == 3:
+            (folder / ".weights.safetensors.0123abcd.partial").write_bytes(b"torn")
+            raise KeyboardInterrupt
 
 
 def test_a_kill_between_the_files_of_an_epoch(config):
     whole = train(config)
-    folder = killed_run(config, whole, trainer=KilledInEpoch3)
-    assert len(rows(folder)) == 3
+    folder = killed_run(config, whole, trainer=KilledAfterCheckpoint)
+    assert len(rows(folder)) == 2
     resume(folder)
     assert timeless(folder) == timeless(whole)
     assert same_weights(folder, whole)
@@ -195,12 +195,15 @@ def test_a_kill_between_the_files_of_an_epoch(config):
 
 
 def test_no_resume_shortens_what_is_there(config):
-    """The row of an epoch that the checkpoint does not hold stays until that epoch is trained again."""
-    folder = killed_run(config, trainer=KilledInEpoch3)
-    before = rows(folder)
+    """An older version wrote an epoch's row before its checkpoint: it stays until that epoch is trained again."""
+    whole = train(config)
+    folder = killed_run(config, whole, loss=stop_in(3))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(rows(whole)[2]) + "\n")
     with pytest.raises(KeyboardInterrupt):
         resume(folder, loss=at_step(1, killed))
-    assert rows(folder) == before
+    assert len(rows(folder)) == 3
+    assert timeless(resume(folder)) == timeless(whole)
 
 
 class KilledInTest(Windows):

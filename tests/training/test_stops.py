@@ -259,7 +259,7 @@ def test_a_run_killed_at_twenty_random_moments(tmp_path):
         text=True,
         capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=200,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     number, kills = result.stdout.split()
@@ -319,7 +319,7 @@ def test_a_full_disk(config, monkeypatch, capsys, name):
     assert re.search(rf"bigru\.train: \[Errno 28\] No space left on device: '{folder / name}'", error)
     assert "Traceback" not in error
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["epoch"]
-    assert kept == {"train.log": 3, "samples.npz": 6}.get(name, 2)
+    assert kept == {"checkpoint.pt": 2, "samples.npz": 6}.get(name, 3)
     assert not list(folder.glob(".*.partial"))
     full[0] = False
     assert timeless(resume(folder)) == timeless(whole)
