@@ -278,7 +278,7 @@ class BiGRU(nn.RNNBase):
             raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {x.shape[-1]}")
         shape = (2 * self.num_layers, batch, self.hidden_size)
         if hx is None:
-            return x.new_zeros(shape)  # of x's class too
+            return x.new_zeros(shape)  # type: ignore[arg-type]  # of x's class too
         if torch.compiler.is_compiling():
             for size, expected in zip(hx.shape, shape, strict=True):
                 torch._check(size == expected, lambda: "hx: expected shape (2 * num_layers, batch, hidden)")
@@ -305,7 +305,9 @@ class BiGRU(nn.RNNBase):
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
         # on a CPU heeds no autocast, so neither does what stands for it.
         dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
-        inside: AbstractContextManager = torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()
+        inside: AbstractContextManager[None] = (
+            torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()
+        )
         sizes = None if varlen is None else varlen.batch_sizes.tolist()
         states = []
         with inside:

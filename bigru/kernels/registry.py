@@ -53,10 +53,14 @@ class Missing(Kernel):
         """Returns the name of the missing package."""
         return f"{self.package} is not installed"
 
-    def choose(self, call: Call, batch: int) -> Any:
-        raise ModuleNotFoundError(self.refusal(call), name=self.package)
+    def choose(self, *operands: Any) -> Any:
+        raise ModuleNotFoundError(f"{self.package} is not installed", name=self.package)
 
-    forward = backward = choose
+    def forward(self, *operands: Any) -> None:
+        self.choose()
+
+    def backward(self, *operands: Any) -> None:
+        self.choose()
 
 
 @functools.cache

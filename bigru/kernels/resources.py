@@ -201,7 +201,9 @@ def compile_case(case: Case) -> Any:
     values = {"H": case.hidden, "HAS_BIAS": True, "SAVE": case.save, "ACCURATE": accurate, "WARPS": config.num_warps}
     values |= config.constants()
     operand = "*fp16" if case.storage == "fp32" else f"*{case.storage}"
-    signature, constants, aligned = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    aligned: dict[tuple[int], Any] = {}
     for i, parameter in enumerate(function.params):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
