@@ -9,6 +9,7 @@ they can see through.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def fused_gru_layer(
         return y.transpose(0, 1) if batch_first else y, h_n
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
         return _Layer.apply(x, h0, precision, kernel, dtype, varlen, batch_first, *weights)
-    return _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=False)[:2]
+    y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=False)
+    return y, h_n
 
 
 def _forward(
@@ -117,7 +119,10 @@ def _watched() -> bool:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, precision, kernel, dtype, varlen, batch_first, *weights):
+    def forward(
+        ctx: Any, x: Tensor, h0: Tensor, precision: str, kernel: str, dtype: torch.dtype, varlen: Varlen | None,
+        batch_first: bool, *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, *kept)
@@ -126,7 +131,7 @@ class _Layer(torch.autograd.Function):
         return y, h_n
 
     @staticmethod
-    def backward(ctx, dy, dh_n):
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, ...]:
         # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
         refuse_second_derivative(dy, dh_n)
         y, gates, x, h0, w_ih, w_hh = ctx.saved_tensors

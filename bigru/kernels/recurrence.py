@@ -6,6 +6,7 @@ and for whatever else records operators.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -152,7 +153,9 @@ def gru_forward(
 
 
 @gru_forward.register_fake
-def _(gi, w_hh, b_hn, h0, precision, save, kernel_name):
+def _(
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
+) -> tuple[Tensor, Tensor, Tensor]:
     register_flop_formulas()
     rows, hidden = tuple(gi.shape[:-1]), h0.shape[-1]
     gates = gi.new_empty(registry.get(kernel_name).gates_shape(rows, hidden) if save else (0,))
@@ -175,7 +178,9 @@ def gru_backward(
 
 
 @gru_backward.register_fake
-def _(dy, dh_n, y, gates, h0, w_hh, precision, kernel_name):
+def _(
+    dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, precision: str, kernel_name: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return y.new_empty(*y.shape[:-1], 3 * y.shape[-1]), y.new_empty(y.shape), h0.new_empty(h0.shape)
 
 
@@ -190,7 +195,10 @@ def check_operands(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, pr
         raise ValueError(f"gi: expected shape (T, B, 2, 3H), got {tuple(gi.shape)}")
     steps, batch, directions, gates = gi.shape
     hidden = gates // 3
-    expected = {"w_hh": (w_hh, (directions, gates, hidden)), "h0": (h0, (directions, batch, hidden))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "w_hh": (w_hh, (directions, gates, hidden)),
+        "h0": (h0, (directions, batch, hidden)),
+    }
     if b_hn is not None:
         expected["b_hn"] = (b_hn, (directions, hidden))
     for name, (tensor, shape) in expected.items():
@@ -208,7 +216,7 @@ def check_operands(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, pr
         raise RuntimeError(f"kernel {kernel!r} cannot serve this call: {reason}")
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, w_hh, b_hn, h0, precision, save, kernel = inputs
     y, _, gates = output
     ctx.mark_non_differentiable(gates)
@@ -217,7 +225,7 @@ def _setup_context(ctx, inputs, output):
     ctx.precision, ctx.kernel, ctx.saved_gates, ctx.has_bias = precision, kernel, save, b_hn is not None
 
 
-def _backward(ctx, dy, dh_n, _):
+def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.saved_gates:
         raise RuntimeError("bigru::gru_forward was called with save=False: it kept nothing for a backward pass")
     y, gates, h0, w_hh = ctx.saved_tensors
@@ -232,7 +240,7 @@ def _backward(ctx, dy, dh_n, _):
 gru_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx, *gradients):
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
     raise RuntimeError(f"bigru::gru_backward cannot be differentiated; {INSTEAD}")
 
 
