@@ -123,4 +123,19 @@ def _state_product(
     acc = tl.zeros([WARPS, N, S], tl.float32)
     for c in tl.static_range(CHUNKS):
         acc = _multiply(x[0][c], x[1][c], w[0][c], w[1][c], acc, SPLIT)
-    return tl.sum(acc, 0)
+    return _sum_over_warps(acc, WARPS, N, S)
+
+
+@triton.jit
+def _sum_over_warps(x, WARPS: tl.constexpr, N: tl.constexpr, S: tl.constexpr):
+    """Sum of (WARPS, N, S) over its first axis, along which each warp holds its own share.
+
+    tl.sum would fold the shares with shuffles, over many trips through shared memory. tl.split wants what it splits in
+    one thread, so that the first one moves all shares of a number to one thread, in one trip, and the others nothing.
+    """
+    x = tl.permute(x, (1, 2, 0))
+    for i in tl.static_range(5):
+        if WARPS >> i > 1:
+            a, b = tl.split(tl.reshape(x, [N, S, WARPS >> (i + 1), 2]))
+            x = a + b
+    return tl.reshape(x, [N, S])
