@@ -295,8 +295,8 @@ struct forward_scratch {
 static size_t lay_out_forward(struct forward_scratch *s, const struct forward *c, intptr_t rows, char *base) {
   size_t used = 0;
   s->units = (c->H + VW - 1) / VW;
-  s->chunk = rows < CHUNK_ROWS ? CHUNK_ROWS / rows : 1;
-  if (s->chunk > c->T) s->chunk = c->T;
+  intptr_t capacity = rows < CHUNK_ROWS ? CHUNK_ROWS : rows; // no less for more rows: the last block may have fewer
+  s->chunk = capacity / rows;
   // Panels a line further apart than their size: tiles that read several at once would else meet in one cache set.
   s->hh = (struct panels){NULL, s->units, c->H * 3 * VW + LINE / sizeof(real), c->H};
   s->ih = (struct panels){NULL, s->units, c->I * 3 * VW + LINE / sizeof(real), c->I};
@@ -304,8 +304,8 @@ static size_t lay_out_forward(struct forward_scratch *s, const struct forward *c
   s->w_ih = c->w_ih[0] ? piece(base, &used, s->units * s->ih.stride * sizeof(real)) : NULL;
   s->bias = piece(base, &used, s->units * 3 * VW * sizeof(real));
   s->b_hn = piece(base, &used, s->units * VW * sizeof(real));
-  s->gi = piece(base, &used, s->chunk * rows * s->units * 3 * VW * sizeof(real));
-  s->inputs = piece(base, &used, s->chunk * rows * sizeof(real *));
+  s->gi = piece(base, &used, capacity * s->units * 3 * VW * sizeof(real));
+  s->inputs = piece(base, &used, capacity * sizeof(real *));
   s->states = piece(base, &used, rows * sizeof(real *));
   s->hh.w = s->w_hh, s->ih.w = s->w_ih;
   return used;

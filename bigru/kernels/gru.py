@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -200,6 +201,8 @@ class BiGRU(nn.RNNBase):
             # mode, an operator none of all.
             aten = data.device.type == "cpu" and not varlen and not torch.compiler.is_compiling() and not vmapped()
             return "torch" if aten else "reference"
+        if self.backend == "auto" and data.device.type == "cpu" and forward_ad._current_level >= 0:
+            return "torch"  # which has a derivative in forward mode
         dtype = dtype_of_call(data.dtype, data.device.type)
         backend, refusal, warning = _choose(self.backend, data.device, dtype, self.hidden_size, self.precision, varlen)
         if refusal is not None:
@@ -220,8 +223,8 @@ class BiGRU(nn.RNNBase):
         if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
             return "torch" if tracing else "onnx"
         backend = self.resolve_backend(input)
-        packed = isinstance(input, PackedSequence) and self.backend == "auto"
-        return "torch" if tracing and (backend == "reference" or packed) else backend
+        replaced = self.backend == "auto" and (backend == "cpu" or isinstance(input, PackedSequence))
+        return "torch" if tracing and (backend == "reference" or replaced) else backend
 
     def extra_repr(self) -> str:
         """As torch.nn.GRU's, with backend and precision."""

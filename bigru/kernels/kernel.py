@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,9 @@ class Kernel(ABC):
     """Numbers of rows whose configurations are compiled: fewer programs than processors, and more."""
     steps_a_turn = 1
     """Time steps in one turn of the kernel's loop."""
+
+    layer: Callable[[Tensor, Tensor, Sequence[Tensor], Varlen | None, bool], tuple[Tensor, Tensor]] | None = None
+    """Runs a whole layer, input products and gradients included, in eager mode; None if `bigru.kernels.layer` does."""
 
     @abstractmethod
     def refusal(self, call: Call) -> str | None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigru.kernels.recurrence import fused_gru_recurrence, recurrent_gradients, run_backward, run_forward, states_before
+from bigru.kernels import registry
+from bigru.kernels.recurrence import fused_gru_recurrence, parameter_gradients, run_backward, run_forward, states_before
 from bigru.kernels.reference import layer_operands
 from bigru.kernels.transforms import refuse_second_derivative, refuse_transforms
 from bigru.kernels.varlen import Varlen
@@ -61,10 +62,22 @@ def fused_gru_layer(
         y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0.to(dtype), precision, kernel)
         y = y.flatten(-2)
         return y.transpose(0, 1) if batch_first else y, h_n
+    _check_weights(weights, x.shape[-1], h0.shape[2])
+    if (whole_layer := registry.get(kernel).layer) is not None:
+        x, h0, weights = x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights]
+        return whole_layer(x, h0, weights, varlen, batch_first)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
         return _Layer.apply(x, h0, precision, kernel, dtype, varlen, batch_first, *weights)
     y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=False)
     return y, h_n
+
+
+def _check_weights(weights: Sequence[Tensor], inputs: int, hidden: int) -> None:
+    """Raises RuntimeError unless weights have a layer's shapes; those that a functional_call brings need not."""
+    shapes = ((3 * hidden, inputs), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))[: len(weights) // 2] * 2
+    for weight, shape in zip(weights, shapes, strict=True):
+        if weight.shape != shape:
+            raise RuntimeError(f"weight: expected shape {shape}, got {tuple(weight.shape)}")
 
 
 def _forward(
@@ -81,11 +94,6 @@ def _forward(
     """y, h_n and, for the backward pass, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     hidden = h0.shape[2]
     half = len(weights) // 2
-    # Gathered below whatever their shapes; what a functional_call or an assignment brings need not fit.
-    shapes = ((3 * hidden, x.shape[-1]), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,))[:half] * 2
-    for weight, shape in zip(weights, shapes, strict=True):
-        if weight.shape != shape:
-            raise RuntimeError(f"weight: expected shape {shape}, got {tuple(weight.shape)}")
     w_ih, w_hh, *biases = zip(weights[:half], weights[half:], strict=True)
     # One copy gathers all weights, w_hh first, which the kernels read fastest where memory is aligned; b_hn comes a
     # second time, in one piece.
@@ -143,19 +151,7 @@ class _Layer(torch.autograd.Function):
         dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, ctx.varlen, filled)
         h_prev = states_before(y, h0) if filled is None else filled.transpose(0, 1)
         needs_x, needs_h0, _, _, _, _, _, *needs = ctx.needs_input_grad
-        half = len(needs) // 2
-        dgi, dq = dgi.view(-1, 2, 3 * hidden), dq.view(-1, 2, hidden)
-        rows = dgi.flatten(1)
-        dx = (rows @ w_ih).view(x.shape) if needs_x else None
-        dw: list[Tensor | None] = [None] * half
-        if needs[0] or needs[half]:
-            dw[0] = (rows.T @ x.flatten(0, -2)).view(2, 3 * hidden, -1)
-        if needs[1] or needs[half + 1]:
-            dw[1] = recurrent_gradients(dgi, dq, h_prev)
-        if any(needs[2:half]) or any(needs[half + 2 :]):
-            db_ih = rows.sum(0).view(2, 3 * hidden)
-            dw[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum(0)], 1)
-        per_direction = (gradient[d] if gradient is not None else None for d in range(2) for gradient in dw)
-        gradients = [dx, dh0 if needs_h0 else None, *per_direction]
+        dx = (dgi.flatten(0, -3).flatten(1) @ w_ih).view(x.shape) if needs_x else None
+        gradients = [dx, dh0 if needs_h0 else None, *parameter_gradients(dgi, dq, x, h_prev, needs)]
         gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return *gradients[:2], None, None, None, None, None, *gradients[2:]

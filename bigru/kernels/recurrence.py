@@ -5,6 +5,7 @@ mode a layer calls `run_forward` and `run_backward` directly; the operators are 
 and for whatever else records operators.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -117,6 +118,35 @@ def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
     return torch.cat([dgi_d[:, : 2 * hidden] @ h_prev, dq_d @ h_prev], 1)
 
 
+def parameter_gradients(
+    dgi: Tensor, dq: Tensor, x: Tensor, h_prev: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Computes the gradients of a layer's weights and biases.
+
+    Args:
+        dgi: (T, B, D, 3H), from `run_backward`.
+        dq: (T, B, D, H), from `run_backward`.
+        x: (T, B, I) input of the layer.
+        h_prev: (D, T * B, H) state before each step.
+        needs: for each parameter whether its gradient is wanted: w_ih, w_hh and, with biases, b_ih, b_hh of the first
+            direction, then of the second.
+
+    Returns:
+        The gradients in that order, None where neither direction wants one.
+    """
+    half, hidden = len(needs) // 2, dq.shape[-1]
+    dgi, dq = dgi.view(-1, 2, 3 * hidden), dq.view(-1, 2, hidden)
+    gradients: list[Tensor | None] = [None] * half
+    if needs[0] or needs[half]:
+        gradients[0] = (dgi.flatten(1).T @ x.reshape(-1, x.shape[-1])).view(2, 3 * hidden, -1)
+    if needs[1] or needs[half + 1]:
+        gradients[1] = recurrent_gradients(dgi, dq, h_prev)
+    if any(needs[2:half]) or any(needs[half + 2 :]):
+        db_ih = dgi.flatten(1).sum(0).view(2, 3 * hidden)
+        gradients[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum(0)], 1)
+    return [None if gradient is None else gradient[d] for d in range(2) for gradient in gradients]
+
+
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
@@ -142,12 +172,19 @@ def fused_gru_recurrence(
     return y, h_n
 
 
+def _at_hand(kernel: str, operand: Tensor) -> str:
+    """Returns "scan" for "cpu" where that cannot serve: exported programs also run where the extension is not built."""
+    call = Call(describe(operand.device), operand.dtype, operand.shape[-1])
+    return "scan" if kernel == "cpu" and registry.get(kernel).refusal(call) else kernel
+
+
 # The last argument is not called `kernel`: torch 2.11 to 2.13's inductor has one of that name.
 @torch.library.custom_op("bigru::gru_forward", mutates_args=())
 def gru_forward(
     gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
+    kernel_name = _at_hand(kernel_name, gi)
     check_operands(gi, w_hh, b_hn, h0, precision, kernel_name)
     return run_forward(gi, w_hh, b_hn, h0, precision, save, kernel_name)
 
@@ -174,7 +211,7 @@ def gru_backward(
     kernel_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of gi, of q and of h0. Not differentiable itself: a second derivative raises."""
-    return run_backward(dy, dh_n, y, gates, h0, w_hh, precision, kernel_name)
+    return run_backward(dy, dh_n, y, gates, h0, w_hh, precision, _at_hand(kernel_name, y))
 
 
 @gru_backward.register_fake

@@ -31,6 +31,7 @@ KERNELS = {
     "resident": Entry("bigru.kernels.resident", auto="cuda"),
     "cooperative": Entry("bigru.kernels.cooperative", auto="cuda"),
     "triton": Entry("bigru.kernels.triton_kernel", auto="cuda"),
+    "cpu": Entry("bigru.kernels.cpu", auto="cpu"),
     "scan": Entry("bigru.kernels.scan", public=False),
 }
 """The kernels by name, in the order in which "auto" asks them."""

@@ -191,11 +191,11 @@ def test_dropout_between_layers_only_in_training(backend, kernel_device):
 
 
 class TestBackends:
-    def test_auto_takes_aten_on_a_cpu(self):
-        x = torch.randn(2, 2, 3)
-        gru = BiGRU(3, 4)
+    def test_auto_takes_aten_where_no_kernel_serves_on_a_cpu(self):
+        x = torch.randn(2, 2, 3, dtype=torch.bfloat16)
+        gru = BiGRU(3, 4, dtype=x.dtype)
         assert gru.resolve_backend(x) == "torch"
-        theirs = nn.GRU(3, 4, bidirectional=True)
+        theirs = nn.GRU(3, 4, bidirectional=True, dtype=x.dtype)
         theirs.load_state_dict(gru.state_dict())
         assert torch.equal(gru(x)[0], theirs(x)[0])
 

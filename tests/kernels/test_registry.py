@@ -11,6 +11,7 @@ import torch
 
 from bigru.kernels import registry
 from bigru.kernels.config import A100, B200, H100, Call, Device, ResidentConfig, choose_resident
+from bigru.kernels.cpu import CpuKernel
 from bigru.kernels.proven import PROVEN, Proven
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -20,7 +21,7 @@ SINGLE = Call(H100, torch.float32, 128)
 
 def kernels():
     pytest.importorskip("triton")
-    return [registry.get(name) for name in registry.PUBLIC]
+    return [registry.get(name) for name, entry in registry.KERNELS.items() if entry.auto == "cuda"]
 
 
 def gpu_kernel(name):
@@ -80,8 +81,12 @@ class TestRefusal:
 
 
 class TestAuto:
-    def test_a_cpu_takes_aten(self):
-        assert registry.choose("auto", replace(SINGLE, device=CPU)) == ("torch", None, None)
+    def test_a_cpu_takes_its_kernel_where_it_is_built(self):
+        on_cpu = replace(SINGLE, device=CPU)
+        served = registry.get("cpu").refusal(on_cpu) is None
+        assert registry.choose("auto", on_cpu) == ("cpu" if served else "torch", None, None)
+        assert registry.choose("auto", replace(on_cpu, dtype=torch.bfloat16)) == ("torch", None, None)
+        assert registry.choose("auto", on_cpu, [CpuKernel("none")]) == ("torch", None, None)
 
     def test_a_proven_kernel_before_the_others(self):
         proven = (Proven("resident", (9, 0), (32, 128), "float32", "fp32", "card.json"),)

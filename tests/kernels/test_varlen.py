@@ -229,9 +229,9 @@ class TestWhoServes:
         with pytest.raises(RuntimeError, match="'cooperative' cannot serve this call: the input is a PackedSequence"):
             BiGRU(3, 256, backend="cooperative").resolve_backend(pack_sequence([torch.randn(2, 3)]))
 
-    def test_auto_on_a_cpu_is_aten(self):
-        packed = pack_sequence([torch.randn(2, 3)])
-        assert BiGRU(3, 4).resolve_backend(packed) == "torch"
+    def test_auto_on_a_cpu_is_aten_where_no_kernel_serves(self):
+        packed = pack_sequence([torch.randn(2, 3, dtype=torch.bfloat16)])
+        assert BiGRU(3, 4, dtype=torch.bfloat16).resolve_backend(packed) == "torch"
 
 
 class TestErrors:

@@ -1,0 +1,376 @@
+"""The C kernel against nn.GRU, in every instruction set that this machine has and in every way that it is called."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from support import NAMES, error, expected, make_inputs, outputs_and_gradients
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from bigru import BiGRU
+from bigru.kernels import registry
+from bigru.kernels.config import Call, Device
+from bigru.kernels.cpu import INSTRUCTIONS, KERNEL, CpuKernel, extension
+from bigru.kernels.recurrence import fused_gru_recurrence
+from bigru.kernels.varlen import varlen_of
+
+ROOT = Path(__file__).parents[2]
+HERE = [] if KERNEL.instructions == "none" else list(INSTRUCTIONS[INSTRUCTIONS.index(KERNEL.instructions) :])
+built = pytest.mark.skipif(not HERE, reason="the C extension is not built")
+every_set = pytest.mark.parametrize("instructions", HERE or ["none"])
+CALL = Call(Device("cpu"), torch.float32, 5)
+# Batches and hidden sizes on both sides of every tile and vector, and T across a chunk of steps.
+SHAPES = [
+    (1, 1, 1, 1),
+    (70, 1, 3, 40),
+    (3, 2, 5, 9),
+    (4, 3, 2, 16),
+    (2, 4, 7, 7),
+    (5, 5, 1, 24),
+    (3, 9, 4, 33),
+    (2, 70, 3, 12),
+]
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def layer_inputs(shape, dtype, bias=True, seed=0):
+    """x, h0 and the weights of one layer for shape (T, B, I, H)."""
+    steps, batch, inputs, hidden = shape
+    torch.manual_seed(seed)
+    gru = nn.GRU(inputs, hidden, bias=bias, bidirectional=True, dtype=dtype)
+    weights = [parameter.detach() for parameter in gru.parameters()]
+    return [torch.randn(steps, batch, inputs, dtype=dtype), torch.randn(2, batch, hidden, dtype=dtype), *weights]
+
+
+def aten(x, h0, *weights, varlen=None):
+    options = len(weights) == 8, 1, 0.0, True, True
+    if varlen is None:
+        return torch._VF.gru(x, h0, list(weights), *options, False)
+    return torch._VF.gru(x, varlen.batch_sizes, h0, list(weights), *options)
+
+
+def with_gradients(layer, inputs, dtype=None):
+    """Outputs and the gradients of all inputs, for upstream gradients that depend on the shapes alone."""
+    leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs]
+    outputs = layer(*leaves)
+    torch.manual_seed(1)
+    upstream = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, upstream)
+    return [y.detach() for y in outputs] + [leaf.grad for leaf in leaves]
+
+
+def layer_of(kernel, varlen=None):
+    return lambda x, h0, *weights: kernel.layer(x, h0, weights, varlen)
+
+
+@built
+@every_set
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_layer_is_aten_s(instructions, dtype, bias, shape, poisoned):
+    inputs = layer_inputs(shape, dtype, bias)
+    actual = with_gradients(layer_of(CpuKernel(instructions)), inputs)
+    for i, (a, b) in enumerate(zip(actual, with_gradients(aten, inputs, torch.float64), strict=True)):
+        assert error(a, b) < TOLERANCES[dtype], i
+
+
+@built
+@every_set
+@pytest.mark.parametrize(
+    "lengths", [[1], [5, 5, 5], [6, 4, 4, 1], [9, 7, 7, 7, 3, 2, 1], [3] + [2] * 40 + [1] * 40], ids=len
+)
+def test_sequences_of_different_lengths(instructions, lengths, poisoned):
+    x, h0, *weights = layer_inputs((max(lengths), len(lengths), 3, 11), torch.float32)
+    packed = pack_padded_sequence(x, lengths)
+    varlen, inputs = varlen_of(packed), [packed.data, h0, *weights]
+    actual = with_gradients(layer_of(CpuKernel(instructions), varlen), inputs)
+    wanted = with_gradients(lambda *args: aten(*args, varlen=varlen), inputs, torch.float64)
+    for i, (a, b) in enumerate(zip(actual, wanted, strict=True)):
+        assert error(a, b) < TOLERANCES[torch.float32], i
+
+
+@built
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (4, 9, 20)], ids=str)
+def test_the_operator_is_the_reference(dtype, shape, bias, poisoned):
+    def run(*operands):
+        return fused_gru_recurrence(*operands, precision="fp32", kernel="cpu")
+
+    inputs, upstream = make_inputs(shape, dtype, "cpu", bias=bias)
+    results = zip(NAMES, outputs_and_gradients(run, inputs, upstream), expected(inputs, upstream), strict=True)
+    for name, value, wanted in results:
+        assert value is wanted is None or error(value, wanted) < TOLERANCES[dtype], name
+
+
+@built
+def test_opcheck():
+    inputs, (dy, dh_n) = make_inputs((3, 2, 5), torch.float32, "cpu")
+    y, _, gates = torch.ops.bigru.gru_forward(*inputs, "fp32", True, "cpu")
+    torch.library.opcheck(
+        torch.ops.bigru.gru_backward.default, (dy, dh_n, y, gates, inputs[3], inputs[1], "fp32", "cpu")
+    )
+    for x in inputs:
+        x.requires_grad_()
+    torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, "cpu"))
+
+
+@built
+@pytest.mark.parametrize("lengths", [None, [3, 2, 1]])
+def test_gradcheck(lengths):
+    x, *rest = layer_inputs((3, 3, 2, 5), torch.float64)
+    varlen = None
+    if lengths is not None:
+        packed = pack_padded_sequence(x, lengths)
+        x, varlen = packed.data, varlen_of(packed)
+    leaves = [tensor.requires_grad_() for tensor in (x, *rest)]
+    assert torch.autograd.gradcheck(layer_of(KERNEL, varlen), leaves)
+    # A second derivative is ATen's, as it was before there was this kernel.
+    assert torch.autograd.gradgradcheck(layer_of(KERNEL, varlen), leaves)
+
+
+@built
+@every_set
+def test_no_less_accurate_than_aten(instructions):
+    inputs = layer_inputs((60, 3, 84, 128), torch.float32)
+    wanted = with_gradients(aten, inputs, torch.float64)
+    ours, theirs = with_gradients(layer_of(CpuKernel(instructions)), inputs), with_gradients(aten, inputs)
+    for i, (a, b, c) in enumerate(zip(ours, theirs, wanted, strict=True)):
+        assert error(a, c) < min(1e-6, 2 * error(b, c)), i
+
+
+@built
+@every_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e30, -1e30, 1e-39, 100.0, -100.0, 17.0])
+@pytest.mark.parametrize("where", [0, 1, 2, 3], ids=["x", "h0", "w_ih", "w_hh"])
+def test_special_values_go_aten_s_way(instructions, dtype, value, where):
+    inputs = layer_inputs((3, 2, 3, 5), dtype)
+    inputs[where].view(-1)[1] = value
+    if abs(value) == 100.0 or value == 17.0:  # saturated throughout
+        inputs[where].mul_(value)
+    actual, wanted = (with_gradients(layer, inputs) for layer in (layer_of(CpuKernel(instructions)), aten))
+    for i, (a, b) in enumerate(zip(actual, wanted, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=str(i))
+
+
+@built
+@every_set
+@pytest.mark.parametrize("shape", [(7, 1, 3, 20), (5, 11, 3, 20), (3, 130, 3, 20)], ids=str)
+def test_the_same_bits_for_any_number_of_threads(instructions, shape, threads):
+    inputs = layer_inputs(shape, torch.float32)
+
+    def run(count):
+        threads(1)
+        kernel = CpuKernel(instructions)
+        x, h0, *weights = inputs
+        # ATen's own products, which the gradients of weights come from, may depend on threads: only this kernel's here.
+        y, h_n, gates = _threaded(count, kernel._run_layer, x, h0, weights, None, False, True)
+        dgi, dq, dh0 = (x.new_empty(*x.shape[:2], 2, n * h0.shape[2]) for n in (3, 1)), None, None
+        dgi, dq = dgi
+        dh0 = torch.empty_like(h0)
+        y4 = y.unflatten(-1, (2, -1))
+        w_hh = weights[1], weights[len(weights) // 2 + 1]
+        _threaded(count, kernel.backward, y4, h_n, y4, gates, h0, w_hh, dgi, dq, dh0, None, None, None)
+        return y, h_n, gates, dgi, dq, dh0
+
+    def _threaded(count, function, *arguments):
+        threads(count)
+        return function(*arguments)
+
+    for count in (2, 3, 8):
+        assert all(torch.equal(a, b) for a, b in zip(run(1), run(count), strict=True)), count
+
+
+@built
+def test_a_sequence_s_bits_do_not_depend_on_the_batch():
+    x, h0, *weights = layer_inputs((6, 9, 5, 37), torch.float32)
+    y, _ = KERNEL.layer(x, h0, weights)
+    for b in range(9):
+        assert torch.equal(KERNEL.layer(x[:, b : b + 1], h0[:, b : b + 1], weights)[0], y[:, b : b + 1])
+
+
+@built
+def test_eight_python_threads(threads):
+    threads(2)
+    calls = [layer_inputs((9, 1 + 5 * i, 3, 20), torch.float32, seed=i) for i in range(8)]
+
+    def run(inputs):
+        return [KERNEL.layer(inputs[0], inputs[1], inputs[2:])[0] for _ in range(20)]
+
+    alone = [run(inputs)[0] for inputs in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for wanted, found in zip(alone, pool.map(run, calls), strict=True):
+            assert all(torch.equal(wanted, y) for y in found)
+
+
+@built
+def test_a_forked_process_computes():
+    script = """
+import os, torch
+from bigru.kernels.cpu import KERNEL
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, h0 = torch.randn(5, 9, 3), torch.randn(2, 9, 4)
+weights = [torch.randn(12, 3), torch.randn(12, 4), torch.randn(12), torch.randn(12)] * 2
+y, _ = KERNEL.layer(x, h0, weights)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(KERNEL.layer(x, h0, weights)[0], y) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=ROOT)
+
+
+@built
+def test_views_and_strides():
+    x, h0, *weights = layer_inputs((4, 3, 6, 5), torch.float32)
+    wanted = with_gradients(layer_of(KERNEL), [x, h0, *weights])
+    for view in (
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda t: torch.stack([t, -t], -1)[..., 0],
+    ):
+        actual = with_gradients(
+            lambda *args, view=view: KERNEL.layer(view(args[0]), view(args[1]), args[2:]), [x, h0, *weights]
+        )
+        assert all(error(a, b) < 1e-6 for a, b in zip(actual, wanted, strict=True))
+    # Gradients of y that are expanded, and that follow a transposed y.
+    for loss in (
+        lambda y: y.sum(),
+        lambda y: y.transpose(0, 1).contiguous().square().sum(),
+        lambda y: y[..., ::2].sum(),
+    ):
+        grads = []
+        for layer in (layer_of(KERNEL), aten):
+            leaf = x.clone().requires_grad_()
+            loss(layer(leaf, h0, *weights)[0]).backward()
+            grads.append(leaf.grad)
+        assert error(*grads) < 1e-6
+
+
+@built
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_auto_keeps_what_aten_can():
+    gru, x = BiGRU(3, 5, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert gru.resolve_backend(x) == "cpu"
+    (gradient,) = torch.autograd.grad(gru(x)[0].square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert torch.func.vmap(torch.func.grad(lambda x: gru(x)[0].sum()))(x[None]).shape == (1, *x.shape)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        assert gru.resolve_backend(dual) == "torch"
+        assert forward_ad.unpack_dual(gru(dual)[0]).tangent is not None
+    batched = torch.autograd.functional.jacobian(lambda x: gru(x)[1], x, vectorize=True)
+    torch.testing.assert_close(batched, torch.autograd.functional.jacobian(lambda x: gru(x)[1], x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gru.float().resolve_backend(x.float()) == "torch"
+
+
+def test_without_the_extension():
+    missing = CpuKernel("none")
+    assert "C extension" in missing.refusal(CALL)
+    assert registry.choose("auto", CALL, [missing])[0] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [(Call(Device("cuda", (9, 0)), torch.float32, 5), "on cuda"), (Call(Device("cpu"), torch.bfloat16, 5), "bfloat16")],
+)
+def test_refusals(call, reason):
+    assert reason in CpuKernel("base").refusal(call)
+
+
+@built
+def test_weights_of_other_shapes_are_refused():
+    gru = BiGRU(3, 5, backend="cpu")
+    gru.weight_hh_l0 = nn.Parameter(torch.zeros(15, 4))
+    with pytest.raises(RuntimeError, match="weight: expected shape"):
+        gru(torch.zeros(2, 1, 3))
+
+
+@pytest.mark.slow
+def test_the_package_builds_without_a_compiler(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"CC": "false"}, capture_output=True, timeout=120)
+    assert not list(tmp_path.rglob("*.so"))
+    assert list(tmp_path.rglob("gru.py"))
+
+
+SANITIZED = """
+import ctypes, random, sys
+sys.path.insert(0, sys.argv[1])
+import _cpu_sanitized as kernel
+random.seed(0)
+keep = []
+def numbers(count):
+    keep.append((ctypes.c_float * count)(*(random.uniform(-1, 1) for _ in range(count))))
+    return ctypes.addressof(keep[-1])
+sizes = (1, 1, 1, 1), (3, 1, 2, 9), (2, 3, 3, 8), (2, 5, 2, 17), (2, 9, 1, 31), (66, 1, 2, 3), (2, 66, 1, 2)
+for T, B, I, H in sizes:
+    for lengths in (None, sorted((random.randint(1, T) for _ in range(B - 1)), reverse=True)):
+        lengths = lengths if lengths is None else [T, *lengths]
+        sizes = [B if lengths is None else sum(n > t for n in lengths) for t in range(T)]
+        P, table = sum(sizes), 0
+        if lengths is not None:
+            keep.append((ctypes.c_int64 * (B + T))(*lengths, *(sum(sizes[:t]) for t in range(T))))
+            table = ctypes.addressof(keep[-1])
+        x, h0, y, h_n, gates = (numbers(n) for n in (P * I, 2 * B * H, P * 2 * H, 2 * B * H, P * 8 * H))
+        w_ih, w_hh, b, b_hn = ([numbers(n), numbers(n)] for n in (3 * H * I, 3 * H * H, 3 * H, H))
+        dy, dgi, dq, dh0, before = (numbers(n) for n in (P * 2 * H, P * 6 * H, P * 2 * H, 2 * B * H, P * 2 * H))
+        for threads in (1, 3):
+            kernel.forward(threads, x, *w_ih, *w_hh, *b, *b, *b_hn, h0, table, y, h_n, gates, T, B, I, H, B * I, I)
+            out = dgi, dq, dh0, before
+            kernel.backward(threads, dy, h_n, y, gates, h0, *w_hh, table, *out, T, B, H, B * 2 * H, 2 * H)
+            kernel.forward(threads, dgi, 0, 0, *w_hh, 0, 0, 0, 0, 0, 0, h0, table, y, h_n, 0, T, B, 0, H, 0, 0)
+        keep.clear()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="needs GCC on Linux")
+@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]], ids=["base", "avx2"])
+def test_sanitizers_find_nothing(flags, tmp_path):
+    if flags and "avx2" not in HERE:
+        pytest.skip("this processor has no AVX2")
+    command = ["gcc", "-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *flags]
+    command += [
+        "-Wno-psabi",
+        "-DMODULE=_cpu_sanitized",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        f"-I{sysconfig.get_path('include')}",
+    ]
+    source, module = ROOT / "bigru/kernels/cpu_recurrence.c", tmp_path / "_cpu_sanitized.abi3.so"
+    subprocess.run([*command, source, "-o", module], check=True)
+    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
+    environment = os.environ | {
+        "LD_PRELOAD": library.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+    }
+    subprocess.run([sys.executable, "-c", SANITIZED, tmp_path], check=True, env=environment, timeout=120)
+
+
+@built
+def test_the_extension_counts_its_arguments():
+    with pytest.raises(TypeError, match="expected 23 integers, got 1"):
+        extension(KERNEL.instructions, torch.float32).forward(1)
