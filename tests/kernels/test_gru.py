@@ -122,7 +122,7 @@ def test_double_precision_through_the_reference():
 def test_layouts(batch_first, given_state, batched, backend, kernel_device):
     torch.manual_seed(1)
     gru, theirs = pair(3, 4, 2, backend=backend, batch_first=batch_first, device=kernel_device)
-    x = torch.randn(2, 5, 3) if batched else torch.randn(5, 3)
+    x = torch.randn(2, 3, 3) if batched else torch.randn(3, 3)
     batch = x.shape[0 if batch_first else 1]
     hx = (torch.randn(4, batch, 4) if batched else torch.randn(4, 4)) if given_state else None
     check(gru, theirs, x, hx, 1e-5)

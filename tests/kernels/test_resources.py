@@ -149,6 +149,7 @@ def test_interpreted_kernels_are_refused(capsys):
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_smallest_kernel_compiles(tmp_path):
     """In a process of its own: in this one the kernels may be interpreted."""
     code = (
