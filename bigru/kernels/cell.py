@@ -12,7 +12,7 @@ import triton.language as tl
 # The interpreter multiplies bf16 as if it were integers (triton 3.6 to 3.9); there, operands are widened first, which
 # changes nothing: products of two bf16 or fp16 numbers are exact in fp32.
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether the kernels run in Triton's interpreter: TRITON_INTERPRET as it was when this module was imported."""
+"""True if the kernels run in Triton's interpreter: TRITON_INTERPRET as it was when this module was imported."""
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 WIDEN = tl.constexpr(INTERPRETED)
 
@@ -102,7 +102,7 @@ def _load_weights(w, mask, SPLIT: tl.constexpr):
 
 @triton.jit
 def _row(varlen_ptr, t, b0, d, T, B):
-    """Row of y, for direction d, where batch row b0 lies at step t; of no meaning outside of 0 <= t < T."""
+    """Returns the row of y, for direction d, where batch row b0 lies at step t; of no meaning outside of 0 <= t < T."""
     if varlen_ptr is None:
         return (t.to(tl.int64) * B + b0) * 2 + d
     else:
@@ -111,7 +111,7 @@ def _row(varlen_ptr, t, b0, d, T, B):
 
 @triton.jit
 def _extent(varlen_ptr, b0, b, T, B):
-    """How far the block's rows go: their number or, packed, the length of each; and the steps that none of them has."""
+    """Returns the number of the block's rows or, with varlen, each one's length; and the steps without any."""
     if varlen_ptr is None:
         return B - b0, 0
     else:
@@ -121,7 +121,7 @@ def _extent(varlen_ptr, b0, b, T, B):
 
 @triton.jit
 def _present(varlen_ptr, extent, t, b, inside):
-    """Which of the block's rows are there at step t; none unless inside, i.e. unless there is such a step."""
+    """Returns which of the block's rows exist at step t: none unless inside, i.e. unless there is such a step."""
     if varlen_ptr is None:
         return b < tl.where(inside, extent, 0)
     else:
@@ -151,7 +151,7 @@ def _load_saved(
     dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s, b0, d, i, b, extent, T, B, H: tl.constexpr
 ):  # fmt: skip
     # s counts backward steps; at T there is nothing to load. The state before a row's first step is h0: at s = T - 1
-    # or, packed, at t = 0 in direction 0 and at the sequence's own end in direction 1. Rows are given where packed.
+    # or, with varlen, at t = 0 in direction 0 and at the sequence's own end in direction 1. Rows are given with varlen.
     mask_i = (i < H)[:, None]
     present = _present(varlen_ptr, extent, t, b, s < T)
     mask = mask_i & present[None, :]

@@ -50,11 +50,11 @@ class Call:
     precision: str = "fp32"
     """Accuracy of the recurrence's products for fp32 storage: "fp32" or "tf32". A kernel may be more accurate."""
     varlen: bool = False
-    """Whether the sequences have different lengths."""
+    """True if the sequences have different lengths."""
 
     @property
     def accurate(self) -> bool:
-        """Whether products of fp32 numbers have fp32's accuracy."""
+        """True if products of fp32 numbers have fp32's accuracy."""
         return self.dtype == torch.float32 and self.precision == "fp32"
 
 
@@ -102,7 +102,7 @@ def padded_to_power(hidden: int) -> int:
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """How one call of the backend "triton" runs."""
+    """The launch configuration of a call of the backend "triton"."""
 
     persistent: bool
     """W_hh is loaded once and stays on chip; else it is streamed: read in blocks at every step."""
@@ -123,7 +123,7 @@ class TritonConfig:
 
     @property
     def accurate(self) -> bool:
-        """Whether products of fp32 numbers have fp32's accuracy."""
+        """True if products of fp32 numbers have fp32's accuracy."""
         return self.split or self.dot == "tf32x3"
 
     def constants(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def choose_triton(call: Call, batch: int) -> TritonConfig:
 
 @dataclass(frozen=True)
 class ResidentConfig:
-    """How one call of the backend "resident" runs."""
+    """The launch configuration of a call of the backend "resident"."""
 
     rows: int
     """Batch rows of one program."""
@@ -212,7 +212,7 @@ def choose_resident(call: Call, batch: int) -> ResidentConfig:
 
 @dataclass(frozen=True)
 class CooperativeConfig:
-    """How one call of the backend "cooperative" runs; a launch holds no more programs than the GPU has processors."""
+    """The launch configuration of "cooperative"; a launch holds no more programs than the GPU has processors."""
 
     units: int
     """Hidden units of one program, S."""

@@ -135,8 +135,8 @@ def gru_forward_cooperative_kernel(
         scale = (1024.0 / h_peak)[:, None]
         unscale = (h_peak * (1.0 / (1024.0 * 1024.0)))[:, None]
 
-    # Two buffers take turns. Who writes one at step s + 1 has waited for all arrivals of step s, each of which came
-    # after that program's loads of step s - 1 from the same buffer.
+    # Two buffers take turns. A program that writes one at step s + 1 has waited for all arrivals of step s, each of
+    # which came after that program's loads of step s - 1 from the same buffer.
     arrivals_ptr += group * COUNTER
     state_ptr += group * (2 * HALF)
     mine = state_ptr + b[:, None] * HP + j[None, :]
@@ -300,7 +300,7 @@ class CooperativeKernel(Kernel):
 
     @property
     def newer_triton(self) -> bool:
-        """Whether triton is newer than 3.6, under which every size compiles without a spill."""
+        """True if triton is newer than 3.6, under which every size compiles without a spill."""
         return self.triton_version > (3, 6)
 
     def refusal(self, call: Call) -> str | None:

@@ -26,7 +26,7 @@ def _arrive(arrivals_ptr):
 def _wait(arrivals_ptr, arrivals, MAX_POLLS: tl.constexpr):
     """Waits for so many arrivals; true if the wait was given up, here or in any other program of the group.
 
-    Who gives up adds ABANDONED to the count: that ends all waits of the group, now and later.
+    A program that gives up adds ABANDONED to the count, which ends all waits of the group, now and later.
     The caller makes its state NaN and carries on: it never leaves the time loop early and never waits for long again.
     """
     # Additions of zero, which the compiler makes acquiring loads, and not tl.load: one thread asks and all get its

@@ -381,7 +381,7 @@ class BiGRU(nn.RNNBase):
 
 
 def _autocast(device: str) -> bool:
-    """Whether autocast is on for a type of device; there is none for "meta"."""
+    """Returns whether autocast is on for a type of device; there is none for "meta"."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -399,7 +399,7 @@ def check_options(backend: str = "auto", precision: str = "fp32") -> None:
 
 
 def unlike_bigru(gru: nn.Module) -> TypeError | ValueError | None:
-    """What is wrong with a module that is to become a BiGRU, if anything."""
+    """Returns the reason why a module cannot become a BiGRU, or None."""
     if type(gru) is not nn.GRU:
         return TypeError(f"gru: expected a torch.nn.GRU itself, got {type(gru).__name__}")
     if not gru.bidirectional:

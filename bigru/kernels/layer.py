@@ -91,7 +91,7 @@ def _forward(
     batch_first: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    """y, h_n and, for the backward pass, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
+    """Returns y, h_n and, for the gradient, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     hidden = h0.shape[2]
     half = len(weights) // 2
     w_ih, w_hh, *biases = zip(weights[:half], weights[half:], strict=True)
@@ -120,8 +120,10 @@ def _forward(
 
 
 def _watched() -> bool:
-    """Whether a tracer or a mode (make_fx, FakeTensorMode, selective checkpointing) records operators: it cannot see a
-    launch."""
+    """Returns whether a tracer or a mode (make_fx, FakeTensorMode, selective checkpointing) records operators.
+
+    It cannot see a launch.
+    """
     return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -140,7 +140,7 @@ def gru_backward_kernel(
     dq_ptr,  # (T, B, D, H)
     dh0_ptr,  # (D, B, H)
     varlen_ptr,  # (B + T) int64, or None
-    h_prev_ptr,  # (P, D, H), the state before each step; None unless packed
+    h_prev_ptr,  # (P, D, H), the state before each step; None without varlen
     T,
     B,
     H: tl.constexpr,

@@ -23,7 +23,7 @@ class Proven:
     record: str
     """The record's file name in benchmarks/results/."""
     varlen: bool = False
-    """Whether the record shows sequences of different lengths too."""
+    """True if the record shows sequences of different lengths too."""
 
     def covers(self, call: Call) -> bool:
         """Returns whether the record covers a call."""

@@ -18,13 +18,13 @@ from bigru.kernels.kernel import Kernel
 
 
 class Entry(NamedTuple):
-    """Where a kernel is, and when it is offered."""
+    """A kernel's line in the registry."""
 
     module: str
     auto: str | None = None
     """The type of device on which "auto" asks it."""
     public: bool = True
-    """Whether its name is one of `BiGRU`'s backends."""
+    """True if its name is one of `BiGRU`'s backends."""
 
 
 KERNELS = {

@@ -1,4 +1,4 @@
-"""What every shipped kernel compiles to, with no GPU needed: `python -m bigru.kernels.resources`.
+"""Compiles every shipped kernel and measures the machine code, with no GPU needed: `python -m bigru.kernels.resources`.
 
 Compiles each configuration that the registry's kernels choose and prints registers, spills, shared memory and the size
 of one time step. Exits with 1, naming the rows, if one does not compile, spills, or needs more shared memory than there
@@ -76,9 +76,9 @@ class Case:
     precision: str
     config: TritonConfig | ResidentConfig | CooperativeConfig
     save: bool = True
-    """Whether the gates are saved, as in training."""
+    """True if the gates are saved, as in training."""
     varlen: bool = False
-    """Whether the sequences have different lengths."""
+    """True if the sequences have different lengths."""
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a case compiles to; sizes in bytes."""
+    """The resources that a compiled case needs; sizes in bytes."""
 
     registers: int = 0
     spilled: int = 0
@@ -224,7 +224,7 @@ def compile_case(case: Case) -> Any:
 
 
 def dump(cubin: bytes) -> str:
-    """What cuobjdump says of a compiled kernel: its machine code and its resource usage."""
+    """Returns a compiled kernel's machine code and resource usage, as cuobjdump prints them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

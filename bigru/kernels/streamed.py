@@ -104,7 +104,7 @@ def gru_backward_streamed_kernel(
     dgi_ptr,  # (T, B, D, 3H)
     dq_ptr,  # (T, B, D, H)
     varlen_ptr,  # (B + T) int64, or None
-    h_prev_ptr,  # (P, D, H), the state before each step; None unless packed
+    h_prev_ptr,  # (P, D, H), the state before each step; None without varlen
     T,
     B,
     hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled

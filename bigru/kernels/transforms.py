@@ -1,4 +1,4 @@
-"""What the fused kernels cannot be differentiated by: torch.func's transforms, forward mode, a second derivative.
+"""Refuses the derivatives that the fused kernels lack: torch.func's transforms, forward mode, second derivatives.
 
 Each would be silently wrong, or fail in a way that says nothing of the way out, which is backend="reference".
 """
@@ -13,12 +13,12 @@ INSTEAD = 'BiGRU(..., backend="reference") can: it is a plain PyTorch loop, diff
 
 
 def transformed() -> bool:
-    """Whether the caller runs inside a transform of torch.func: grad, vmap, jvp, jacrev, ..."""
+    """Returns whether the caller runs inside a transform of torch.func: grad, vmap, jvp, jacrev, ..."""
     return torch._C._are_functorch_transforms_active()
 
 
 def vmapped() -> bool:
-    """Whether one of those transforms is vmap; not to be asked under a compiler, which cannot tell."""
+    """Returns whether one of those transforms is vmap; not to be asked under a compiler, which cannot tell."""
     if not transformed():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()

@@ -29,7 +29,7 @@ class TritonKernel(Kernel):
     widths = (16, 32, 64, 100, 128, 200)  # each padded size, and two that need padding
     varlen_widths = (16, 128, 200)  # least and most that is persistent, and one that is streamed
     interpreted: bool = INTERPRETED
-    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    """True if the kernels run in Triton's interpreter, on CPU tensors."""
     proven: tuple[Proven, ...] | None = proven_for("triton")
 
     def refusal(self, call: Call) -> str | None:

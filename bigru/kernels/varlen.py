@@ -14,12 +14,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 @dataclass(frozen=True)
 class Varlen:
-    """How P rows make T steps: step t has a row for each of the first batch_sizes[t] sequences, the longest first."""
+    """The layout of P rows in T steps: step t has rows of the first batch_sizes[t] sequences, the longest first."""
 
     batch_sizes: Tensor
     """(T,) int64 on the CPU, never rising."""
     device: torch.device
-    """Where the rows are."""
+    """The device of the rows."""
 
     @property
     def steps(self) -> int:
@@ -39,7 +39,7 @@ class Varlen:
 
 
 def varlen_of(packed: PackedSequence) -> Varlen:
-    """The layout of a PackedSequence.
+    """Returns the layout of a PackedSequence.
 
     Raises:
         RuntimeError: its data is no matrix, or its batch sizes do not describe its rows. The kernels would read where
@@ -57,17 +57,17 @@ def varlen_of(packed: PackedSequence) -> Varlen:
 
 
 def conjugate(sizes: Tensor, count: int) -> Tensor:
-    """How many of `sizes`, which never rise, exceed each of 0 ... count - 1: lengths to batch sizes, and back."""
+    """Counts those of `sizes`, which never rise, above each of 0 ... count - 1: lengths to batch sizes, and back."""
     return torch.searchsorted(-sizes, -torch.arange(count, device=sizes.device))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device that the host does not wait for; from pageable memory it would."""
+    """Makes a copy on a device that the host does not wait for; from pageable memory it would."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
-    """(B,) int64 tensor of the lengths given for a padded batch.
+    """Returns the lengths given for a padded batch as a (B,) int64 tensor.
 
     Raises:
         TypeError: neither a tensor of integers nor a sequence of them.
@@ -94,7 +94,7 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
 
 
 def pack(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[PackedSequence, Tensor]:
-    """The rows of a padded batch that lie within its lengths.
+    """Packs the rows of a padded batch that lie within its lengths.
 
     As `pack_padded_sequence(..., enforce_sorted=False)`, in one copy rather than one for each length, and with one for
     its gradient rather than one for each step.
@@ -117,6 +117,6 @@ def pack(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[PackedSequ
 
 
 def unpack(packed: PackedSequence, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows back to where they came from in (T, B) or (B, T), as `shape` says; zeros elsewhere."""
+    """Puts rows back to where they came from in (T, B) or (B, T), as `shape` says; zeros elsewhere."""
     rows = packed.data.new_zeros(shape[0] * shape[1], packed.data.shape[1]).index_copy(0, index, packed.data)
     return rows.unflatten(0, tuple(shape))
