@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bigru.kernels.gru import BiGRU, check_options, own_callable, unlike_bigru
+from bigru.kernels.gru import BiGRU, check_options
+from bigru.kernels.twin import own_callable, unlike_bigru
 
 
 def replace_gru(model: nn.Module, *, backend: str = "auto", precision: str = "fp32") -> list[str]:

@@ -61,28 +61,39 @@ def _step(h: Tensor, i: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
     return [h, h.clone()]
 
 
-def onnx_gru_layer(x: Tensor, h0: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def writes_onnx() -> bool:
+    """Returns whether torch.export runs inside torch.onnx.export."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def onnx_gru_layer(
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Writes one layer as ONNX's GRU operator into the graph of `torch.onnx.export`; nothing is computed.
 
     Args:
         x: (T, B, I) input.
         h0: (2, B, H) initial states.
         weights: w_ih, w_hh and, with biases, b_ih, b_hh of the first direction, then of the second.
+        lengths: (B,) time steps of each sequence.
 
     Returns:
-        y (T, B, 2H) and h_n (2, B, H).
+        y (T, B, 2H), zero past each sequence's end, and h_n (2, B, H).
     """
     half, hidden = len(weights) // 2, h0.shape[2]
     w, r, *biases = (torch.stack([gates_zrh(weights[d + k]) for d in (0, half)]) for k in range(half))
     bias = torch.cat(biases, 1) if biases else None
     y, h_n = torch.onnx.ops.symbolic_multi_out(
         "GRU",
-        [x, w, r, bias, None, h0],  # the fifth would be the sequences' lengths
+        [x, w, r, bias, None if lengths is None else lengths.to(torch.int32), h0],
         {"direction": "bidirectional", "hidden_size": hidden, "linear_before_reset": 1},
         dtypes=[x.dtype, x.dtype],
         shapes=[(x.shape[0], 2, x.shape[1], hidden), h0.shape],
     )
-    return y.transpose(1, 2).flatten(2), h_n
+    y = y.transpose(1, 2).flatten(2)
+    if lengths is not None:
+        y = y * (torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[:, :, None]
+    return y, h_n
 
 
 def gates_zrh(weight: Tensor) -> Tensor:

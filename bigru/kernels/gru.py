@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,18 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from bigru.kernels.autocast import autocasts, dtype_of_call
 from bigru.kernels.compiling import constant, not_compiled
 from bigru.kernels.config import Call, describe
-from bigru.kernels.decompositions import onnx_gru_layer
+from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.reference import gru_recurrence, layer_operands
 from bigru.kernels.registry import BACKENDS, choose
 from bigru.kernels.transforms import transformed, vmapped
+from bigru.kernels.twin import own_callable, twin, unlike_bigru
 from bigru.kernels.varlen import Varlen, checked_lengths, pack, unpack, varlen_of
 
 PRECISIONS = ("fp32", "tf32")
-Module = TypeVar("Module", bound=nn.RNNBase)
 
 
 class BiGRU(nn.RNNBase):
@@ -112,7 +113,7 @@ class BiGRU(nn.RNNBase):
         if refusal := unlike_bigru(gru):
             raise refusal
         check_options(backend, precision)
-        return _twin(gru, cls, backend=backend, precision=precision)
+        return twin(gru, cls, backend=backend, precision=precision)
 
     def to_gru(self) -> nn.GRU:
         """The torch.nn.GRU that computes the same, of the same Parameter objects, hooks and training mode.
@@ -124,7 +125,7 @@ class BiGRU(nn.RNNBase):
             raise TypeError(f"expected a BiGRU itself, got {type(self).__name__}, a subclass")
         if name := own_callable(self):
             raise TypeError(f"expected a BiGRU without a {name} of its own, which would go on with its code")
-        gru = _twin(self, nn.GRU)
+        gru = twin(self, nn.GRU)
         del gru.backend, gru.precision
         return gru
 
@@ -215,16 +216,13 @@ class BiGRU(nn.RNNBase):
         """As `resolve_backend`, but for what exports to ONNX and for what torch.jit traces.
 
         A tracer keeps the loops of the reference as they ran and the rows of a PackedSequence in the fused kernels,
-        whatever the sizes later; ATen's GRU is one operator that takes all of them, and the only one with a rule in the
-        tracing ONNX exporter. For the other exporter "onnx" writes ONNX's own operator. What a machine without a GPU
-        exports may run on one: no backend is refused here.
+        whatever the sizes later; ATen's GRU is one operator that takes all of them, that programs without bigru can
+        load, and the only one with a rule in the tracing ONNX exporter. For the other exporter "onnx" writes ONNX's own
+        operator. What a machine without a GPU exports may run on one: no backend is refused then.
         """
-        tracing = torch.jit.is_tracing()
-        if (tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
-            return "torch" if tracing else "onnx"
-        backend = self.resolve_backend(input)
-        replaced = self.backend == "auto" and (backend == "cpu" or isinstance(input, PackedSequence))
-        return "torch" if tracing and (backend == "reference" or replaced) else backend
+        if torch.jit.is_tracing() and (self.backend in ("auto", "reference") or torch.onnx.is_in_onnx_export()):
+            return "torch"
+        return "onnx" if writes_onnx() else self.resolve_backend(input)
 
     def extra_repr(self) -> str:
         """As torch.nn.GRU's, with backend and precision."""
@@ -242,9 +240,9 @@ class BiGRU(nn.RNNBase):
         state = vars(self).copy() if parametrize.is_parametrized(self) else self.__getstate__()
         for name in ("_compiled_call_impl", "_flat_weight_refs"):
             state.pop(name, None)
-        memo[id(self)] = twin = self.__new__(type(self))
-        twin.__setstate__(copy.deepcopy(state, memo))
-        return twin
+        memo[id(self)] = copied = self.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()
@@ -262,7 +260,7 @@ class BiGRU(nn.RNNBase):
 
     def _checked_state(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], batch: int | Tensor) -> Tensor:
         """`hx`, or zeros, once it, the input and the weights as computed with are seen to go together."""
-        wanted, autocast = weights[0].dtype, _autocast(x.device.type)
+        wanted, autocast = weights[0].dtype, autocasts(x.device.type)
         if autocast and not x.dtype.is_floating_point:
             raise RuntimeError(f"input: expected a floating dtype under autocast, got {x.dtype}")
         if x.dtype != wanted and not autocast:
@@ -279,9 +277,9 @@ class BiGRU(nn.RNNBase):
             )
         if x.shape[-1] != self.input_size:
             raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {x.shape[-1]}")
-        shape = (2 * self.num_layers, batch, self.hidden_size)
+        shape: tuple[Any, ...] = (2 * self.num_layers, batch, self.hidden_size)
         if hx is None:
-            return x.new_zeros(shape)  # type: ignore[arg-type]  # of x's class too
+            return x.new_zeros(shape)  # of x's class too
         if torch.compiler.is_compiling():
             for size, expected in zip(hx.shape, shape, strict=True):
                 torch._check(size == expected, lambda: "hx: expected shape (2 * num_layers, batch, hidden)")
@@ -301,15 +299,16 @@ class BiGRU(nn.RNNBase):
         backend: str,
         varlen: Varlen | None = None,
         batch_first: bool = False,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """y, of the batch first if asked, and h_n, of x (T, B, I) or, packed, (P, I)."""
+        """y, of the batch first if asked, and h_n, of x (T, B, I) or, packed, (P, I); `lengths` for "onnx" alone."""
         per_layer = len(weights) // self.num_layers
         device = x.device.type
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
         # on a CPU heeds no autocast, so neither does what stands for it.
         dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
         inside: AbstractContextManager[None] = (
-            torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()
+            torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
         )
         sizes = None if varlen is None else varlen.batch_sizes.tolist()
         states = []
@@ -318,7 +317,7 @@ class BiGRU(nn.RNNBase):
                 last = layer == self.num_layers - 1
                 own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
                 if backend == "onnx":
-                    x, h_n = onnx_gru_layer(x, h0, own)
+                    x, h_n = onnx_gru_layer(x, h0, own, lengths)
                     x = x.transpose(0, 1) if last and batch_first else x
                 elif backend == "reference":
                     operands = layer_operands(x.to(dtype), [w.to(dtype) for w in own])
@@ -367,6 +366,11 @@ class BiGRU(nn.RNNBase):
         if input.dim() != 3:
             raise ValueError(f"lengths: expected 3-D input beside them, got {input.dim()}-D")
         batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+        if writes_onnx():
+            weights, x = self._weights(), input.transpose(0, 1) if self.batch_first else input
+            hx = self._checked_state(x, hx, weights, batch)
+            lengths = torch.as_tensor(lengths, device=x.device)
+            return self._forward_layers(x, hx, weights, "onnx", batch_first=self.batch_first, lengths=lengths)
         lengths = checked_lengths(lengths, steps, batch)
         if batch == 0:
             return self.forward(input, hx)
@@ -380,57 +384,12 @@ class BiGRU(nn.RNNBase):
         return unpack(y, index, input.shape[:2]), h_n
 
 
-def _autocast(device: str) -> bool:
-    """Returns whether autocast is on for a type of device; there is none for "meta"."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def dtype_of_call(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Returns the dtype that an input is computed in: autocast's where it is on, which leaves doubles alone."""
-    return torch.get_autocast_dtype(device) if dtype != torch.float64 and _autocast(device) else dtype
-
-
 def check_options(backend: str = "auto", precision: str = "fp32") -> None:
     """Raises ValueError for an unknown backend or precision."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
-
-
-def unlike_bigru(gru: nn.Module) -> TypeError | ValueError | None:
-    """Returns the reason why a module cannot become a BiGRU, or None."""
-    if type(gru) is not nn.GRU:
-        return TypeError(f"gru: expected a torch.nn.GRU itself, got {type(gru).__name__}")
-    if not gru.bidirectional:
-        return ValueError("gru: expected bidirectional=True, got False")
-    if gru.proj_size:
-        return ValueError(f"gru: expected no proj_size, got {gru.proj_size}")
-    if name := own_callable(gru):
-        return TypeError(f"gru: expected a torch.nn.GRU without a {name} of its own: convert first, wrap after")
-    return None
-
-
-def own_callable(module: nn.Module) -> str | None:
-    """Name of a callable that a module's instance holds, such as a `forward` that a wrapper put there, if any.
-
-    It was made for the module's class, whose code it would go on running in another. A compiled call is torch's own
-    and can be made anew: it does not count.
-    """
-    held = (name for name, value in vars(module).items() if callable(value) and name != "_compiled_call_impl")
-    return next(held, None)
-
-
-def _twin(module: nn.RNNBase, of: type[Module], **attributes: str) -> Module:
-    """A module of another class that holds all that this one holds but a compiled call, in containers of its own."""
-    twin = copy.copy(module)
-    vars(twin).pop("_compiled_call_impl", None)
-    for name, value in vars(twin).items():
-        if isinstance(value, dict | list):
-            vars(twin)[name] = copy.copy(value)
-    vars(twin).update(attributes)
-    twin.__class__ = of
-    return twin  # type: ignore[return-value]
 
 
 # Compilers need not look inside: the answer depends on nothing that changes while the program runs.

@@ -20,8 +20,8 @@ class Whole(nn.Module):
         super().__init__()
         self.gru, self.head = gru, nn.Linear(8, 2)
 
-    def forward(self, x):
-        y, h_n = self.gru(x)
+    def forward(self, x, lengths=None):
+        y, h_n = self.gru(x) if lengths is None else self.gru(x, lengths=lengths)
         return self.head(y), h_n
 
 
@@ -53,6 +53,28 @@ def test_onnx_gets_its_own_operator(backend, bias, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model)
+
+
+@pytest.mark.parametrize("batch_first", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_lengths_are_an_input_of_the_onnx_graph(batch_first, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = whole("triton", batch_first=batch_first)
+    x = torch.randn(4, 2, 3)
+    given = x, torch.tensor([1, 2, 1, 2] if batch_first else [4, 2])
+    free = *FREE, {0: FREE[0][0 if batch_first else 1]}
+    program = torch.onnx.export(model, given, dynamo=True, dynamic_shapes=free, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    model.gru.backend = "torch"
+    for lengths in ([2, 4], [3, 1, 5]):
+        lengths = torch.tensor(lengths)
+        shape = (len(lengths), 6) if batch_first else (6, len(lengths))
+        x = torch.randn(*shape, 3)
+        actual = session.run(None, {"x": x.numpy(), "lengths": lengths.numpy()})
+        with torch.no_grad():
+            for ours, wanted in zip(actual, model(x, lengths=lengths), strict=True):
+                torch.testing.assert_close(torch.from_numpy(ours), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -55,18 +55,20 @@ def through_onnx(model, args):
 
 @pytest.mark.parametrize("tracer", [through_jit, through_onnx])
 @pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
-@pytest.mark.parametrize("backend", ["nn.GRU", "torch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["nn.GRU", "auto", "torch", "reference", "triton"])
 def test_no_size_and_no_length_is_frozen(backend, form, tracer):
     if backend == "triton":
         pytest.importorskip("triton")
         if tracer is through_jit and form != "padded":
-            pytest.skip("refused, which tests/kernels/test_packed.py holds")
+            pytest.skip("refused, which tests/kernels/test_varlen.py holds")
     if backend == "nn.GRU" and form == "lengths":
         pytest.skip("nn.GRU has none")
     torch.manual_seed(0)
     gru = nn.GRU(3, 4, 2, bidirectional=True) if backend == "nn.GRU" else BiGRU(3, 4, 2, backend=backend)
     model = Whole(gru.eval(), form).eval()
     traced = tracer(model, (torch.randn(4, 2, 3), torch.tensor(LENGTHS[0])))
+    if tracer is through_jit and backend != "triton":
+        assert "bigru::" not in str(traced.inlined_graph)  # loads where there is no bigru
     if backend != "nn.GRU":
         gru.backend = "torch"  # the trace is made: this one is right by other tests, and quick
     for lengths in LENGTHS[-2:] if (backend, tracer) == ("triton", through_jit) else LENGTHS:
