@@ -176,12 +176,12 @@ def _in_evaluation(model: nn.Module, gru: BiGRU) -> Iterator[None]:
 
 def _random_inputs(gru: BiGRU, state: bool) -> tuple[Tensor, ...]:
     """Returns a batch of 2 by 3, time or batch first, and initial states if the graph takes them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     like = getattr(gru, gru._flat_weights_names[0])  # as computed: a parametrization may store another dtype
     shapes = [(2, 3, gru.input_size)]
     if state:
         shapes.append((2 * gru.num_layers, 2 if gru.batch_first else 3, gru.hidden_size))
-    return tuple(torch.randn(shape, generator=generator).to(like) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator, device="cpu").to(like) for shape in shapes)
 
 
 def _compare_in_onnxruntime(proto: onnx.ModelProto, inputs: tuple[Tensor, ...], expected: Any) -> None:
@@ -239,7 +239,7 @@ class _Graph:
         hidden, layers = gru.hidden_size, gru.num_layers
         states = [hx] * layers
         if hx and layers > 1:
-            states = self.node("Split", [hx, torch.full((layers,), 2)], layers, axis=0)
+            states = self.node("Split", [hx, torch.full((layers,), 2, device="cpu")], layers, axis=0)
         if gru.batch_first:
             (x,) = self.node("Transpose", [x], perm=[1, 0, 2])
         last: list[str | Tensor] = []
@@ -256,7 +256,7 @@ class _Graph:
             last.append(h_n)
             # (T, 2, B, H) to (T, B, 2H); a 0 keeps the size there.
             (y,) = self.node("Transpose", [y], perm=[0, 2, 1, 3])
-            (x,) = self.node("Reshape", [y, torch.tensor([0, 0, 2 * hidden])])
+            (x,) = self.node("Reshape", [y, torch.tensor([0, 0, 2 * hidden], device="cpu")])
         if gru.batch_first:
             (x,) = self.node("Transpose", [x], perm=[1, 0, 2])
         (h_n,) = self.node("Concat", last, axis=0)

@@ -144,6 +144,17 @@ def test_weights_that_a_pre_hook_writes_are_those_of_a_call(hook, where, session
     check(model.eval(), run, tolerance=1e-5)  # a loaded norm may be far from 1, and its weight large
 
 
+def test_default_device_and_dtype_are_not_taken(session):
+    gru = BiGRU(3, 5, 2, batch_first=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            run = session(gru)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check(gru, run)
+
+
 def test_a_norm_does_not_iterate(session):
     gru = parametrizations.spectral_norm(BiGRU(3, 5, batch_first=True), "weight_hh_l0").train()
     before = {key: value.clone() for key, value in gru.state_dict().items()}
