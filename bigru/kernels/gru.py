@@ -215,10 +215,9 @@ class BiGRU(nn.RNNBase):
     def _backend_that_serves(self, input: Tensor | PackedSequence) -> str:
         """As `resolve_backend`, but for what exports to ONNX and for what torch.jit traces.
 
-        A tracer keeps the loops of the reference as they ran and the rows of a PackedSequence in the fused kernels,
-        whatever the sizes later; ATen's GRU is one operator that takes all of them, that programs without bigru can
-        load, and the only one with a rule in the tracing ONNX exporter. For the other exporter "onnx" writes ONNX's own
-        operator. What a machine without a GPU exports may run on one: no backend is refused then.
+        A tracer would freeze the reference's loops and a PackedSequence's rows. ATen's GRU is one operator for all
+        sizes, loads without bigru, and has a rule in the ONNX exporter that traces; for the other exporter "onnx"
+        writes ONNX's own. No backend is refused there: the graph may run on another machine.
         """
         if torch.jit.is_tracing() and (self.backend in ("auto", "reference") or torch.onnx.is_in_onnx_export()):
             return "torch"
