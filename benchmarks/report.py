@@ -60,7 +60,7 @@ def write_performance(results: Path, out: Path) -> tuple[list[Path], dict[str, s
 
 
 def by_machine(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Returns each machine's records by date, the one that is shown last: the newest complete one, or the newest.
+    """Returns each machine's records, the one that is shown last: the newest that is complete or fills the first table.
 
     Machines with a GPU come first, then those with the newest record.
     """
@@ -68,7 +68,7 @@ def by_machine(records: Sequence[Record]) -> dict[str, list[Record]]:
     for record in records:
         machines.setdefault(str(record.machine["name"]), []).append(record)
     for own in machines.values():
-        own.sort(key=lambda record: (record.complete, record.date))
+        own.sort(key=lambda record: (record.complete or len(headline(record)) >= MOST_ROWS, record.date))
     newest = sorted(machines.items(), key=lambda item: item[1][-1].date, reverse=True)
     return dict(sorted(newest, key=lambda item: item[1][-1].kind != "gpu"))
 

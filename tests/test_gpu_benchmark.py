@@ -197,6 +197,7 @@ class TestWorker:
         yield worker
         worker.close()
 
+    @pytest.mark.slow
     def test_goes_on_after_a_job_that_raises_dies_or_hangs(self, worker):
         assert worker.run(60.0, os.getenv, "BENCHMARKS_TEST") == "yes"
         first = worker.run(60.0, os.getpid)

@@ -137,6 +137,10 @@ def test_records_by_date(write) -> None:
     # An incomplete record is shown only where there is no other.
     text = write(replace(record([row(ours=10.0)], "2026-12-05T00:00:00+00:00"), complete=False))
     assert "1.25 times as fast" in text
+    # But one that fills the first table is shown.
+    rows = [row(mode, batch, ours=10.0) for mode in ("forward", "training") for batch in (1, 8, 64, 256)]
+    text = write(replace(record(rows, "2026-12-06T00:00:00+00:00"), complete=False))
+    assert "5.00 times as fast in forward" in text
 
 
 def test_the_plot_draws_the_ratios(write) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ DOCUMENT = "results_bigru.md"
 TITLE = "# BIGRU Performance"
 ALL_RUNS = "plots/all_runs_bigru_comparison.png"
 RUN_MARK = "<!-- run "
-"""The beginning of each run's section; it tells this command's own documents from others of that name."""
+"""The beginning of each run's section, by which the document is known as this command's own."""
 
 PUBLISHED_WINDOWS = {"observed": 60, "predicted": 60, "stride": 15}
 
@@ -68,7 +69,7 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
             pictures[ALL_RUNS] = figures.png(comparison_figures.comparison(records))
         for name, content in pictures.items():
             write_atomically(out / name, content)
-        _keep_foreign(document)
+        _keep_old(document, records)
         write_atomically(document, text(records, left_out, out).encode("utf-8"))
     for name, reason in left_out.items():
         if reason != comparison.NOT_FINISHED:
@@ -89,12 +90,16 @@ def _draw(record: RunRecord) -> dict[str, bytes]:
     return {_picture(record, name): figures.png(figure) for name, figure in drawn.items()}
 
 
-def _keep_foreign(document: Path) -> None:
-    """Moves a file of the document's name that this command did not write out of its way."""
-    if document.exists() and RUN_MARK.encode() not in (content := document.read_bytes()) and content.strip():
+def _keep_old(document: Path, records: Sequence[RunRecord]) -> None:
+    """Moves a document out of the way that another program wrote, or that holds runs which are no longer there."""
+    content = document.read_bytes() if document.exists() else b""
+    stamps = set(re.findall(rf"{RUN_MARK}(\w+) -->".encode(), content))
+    gone = stamps - {record.stamp.encode() for record in records}
+    if content.strip() and (gone or not stamps):
         kept = document.with_name(f"{document.name}.old")
         document.replace(kept)
-        log.warning("%s was not written by bigru.report: it is now %s", printable(document), printable(kept))
+        why = f"holds runs that are no longer there ({len(gone)})" if gone else "was not written by bigru.report"
+        log.warning("%s %s: it is now %s", printable(document), why, printable(kept))
 
 
 @contextmanager

@@ -374,13 +374,21 @@ def test_a_path_that_is_not_utf_8(make_run: MakeRun, capsys: pytest.CaptureFixtu
     assert len(re.findall(r"(?<!\\)\|", row)) == header.count("|")
 
 
-def test_a_document_of_somebody_else_is_kept(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("Grüße\n".encode("latin-1"), "was not written by bigru.report"), (b"<!-- run gone -->\n", "no longer there (1)")],
+)
+def test_an_old_document_that_says_more_is_kept(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture, content: bytes, why: str
+) -> None:
     run = make_run(epochs=2)
-    (run.parent / "results_bigru.md").write_bytes("Grüße\n".encode("latin-1"))
+    (run.parent / "results_bigru.md").write_bytes(content)
     path = write_report(run)
     assert path.read_text() == report(run)
-    assert path.with_name("results_bigru.md.old").read_bytes() == "Grüße\n".encode("latin-1")
-    assert "was not written by bigru.report" in caplog.text
+    assert path.with_name("results_bigru.md.old").read_bytes() == content
+    assert why in caplog.text
+    write_report(run)
+    assert path.with_name("results_bigru.md.old").read_bytes() == content
 
 
 def test_a_run_that_finishes_while_another_waits_to_report_is_in_the_document(make_run: MakeRun) -> None:
@@ -567,6 +575,7 @@ def test_command_refuses_in_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_that_is_not_installed_stops_no_command() -> None:
     commands = ", ".join(
         f"bigru.{name}" for name in ("train", "predict", "compare", "data.__main__", "report.__main__")
