@@ -63,9 +63,18 @@ def capture_graph(work: Work, device: torch.device) -> Work:
     """Returns the replay of the work as a CUDA graph; on a CPU, in a trial, the work itself."""
     if device.type != "cuda":
         return work
-    from bigru.training.step import capture
-
-    return capture(work, device)
+    # As bigru.training.step does, which a GPU machine without the forecaster's packages cannot import.
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # A capture that fails leaves its own stream the current one; the outer block puts ours back.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def measure(

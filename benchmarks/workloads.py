@@ -234,10 +234,13 @@ def _normal(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
 
 
 def _make_training_step(name: str, case: Case, device: torch.device) -> Candidate:
-    from bigru import HandForecaster
-    from bigru.layout import POSE_SIZE
-    from bigru.model.metrics import masked_mse
-    from bigru.training.step import TrainStep, make_optimizer
+    try:
+        from bigru import HandForecaster
+        from bigru.layout import POSE_SIZE
+        from bigru.model.metrics import masked_mse
+        from bigru.training.step import TrainStep, make_optimizer
+    except ModuleNotFoundError as why:
+        raise Refused(str(why)) from why
 
     torch.manual_seed(0)
     sizes = case.input, case.hidden, case.layers
