@@ -15,6 +15,9 @@ whole, so every wait ends. Should that ever not hold, a wait is given up after M
 finished becomes NaN: y from that step on and h_n, or dgi and dq from that step on and dh0 (`_wait`). Nothing hangs and
 nothing has to ask the GPU whether all went well.
 
+Sequences of different lengths lie as in `bigru.kernels.persistent`. A group makes as many steps as its longest sequence
+has; its programs agree on that, since they serve the same rows.
+
 Products have batch rows as their short side: h[N, H] @ W_hh^T[H, S] and da[N, S] @ W_hh[S, H]. For fp32 storage their
 factors are scaled fp16, two parts of each for precision "fp32" (as in `bigru.kernels.cell`) and one for "tf32",
 which has TF32's ten bits of mantissa at half its bytes. State, accumulation and element-wise arithmetic are fp32.
@@ -35,8 +38,10 @@ from bigru.kernels.cell import (
     TRITON_VERSION,
     _cell,
     _cell_backward,
+    _extent,
     _load_gates_in,
     _peak,
+    _present,
     _row,
     _store_gate_gradients,
     _store_gates,
@@ -81,6 +86,7 @@ def gru_forward_cooperative_kernel(
     gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
     state_ptr,  # (groups, 2, 2 if SPLIT else 1, N, CHUNKS * CHUNK) of the products' dtype, zero on entry
     arrivals_ptr,  # (groups, COUNTER) int64, zero on entry
+    varlen_ptr,  # (B + T) int64, or None
     T,
     B,
     first_b,  # first batch row of this launch
@@ -143,9 +149,12 @@ def gru_forward_cooperative_kernel(
     everyones = state_ptr + b[None, :, None] * HP + k[:, None, :]
     _publish_state(mine, h, scale, N * HP, SCALED, SPLIT)
     _arrive(arrivals_ptr)
-    t = d * (T - 1)
-    i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(None, t, b0, d, T, B), offs_gi, mask, H)
-    for s in range(T):
+    extent, start = _extent(varlen_ptr, b0, b, T, B)
+    steps = T - start
+    t = d * (steps - 1)
+    present = mask_j & _present(varlen_ptr, extent, t, b, True)[:, None]
+    i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(varlen_ptr, t, b0, d, T, B), offs_gi, present, H)
+    for s in range(steps):
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
         x = _load_state(everyones + (s % 2) * HALF, N * HP, CHUNK, CHUNKS, SPLIT)
         h_r = _state_product(x, w_r, WARPS, N, S, CHUNKS, SPLIT)
@@ -157,39 +166,46 @@ def gru_forward_cooperative_kernel(
             q *= unscale * w_n[2]
         q += b_hn[None, :]
         h = tl.where(failed, float("nan"), h)
-        r, z, n, h = _cell(i_r, i_z, i_n, h_r, h_z, q, h, SPLIT)
+        r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, SPLIT)
+        # A sequence without a row at this step keeps its state.
+        h = h_new if varlen_ptr is None else tl.where((t < extent)[:, None], h_new, h)
         _publish_state(mine + ((s + 1) % 2) * HALF, h, scale, N * HP, SCALED, SPLIT)
         _arrive(arrivals_ptr)
         # What no other program waits for comes after the arrival, and hides the exchange's latency.
-        row = (t.to(tl.int64) * B + b0) * 2 + d
-        tl.store(y_ptr + row * H + offs_y, h, mask)
+        row = _row(varlen_ptr, t, b0, d, T, B)
+        present = mask_j & _present(varlen_ptr, extent, t, b, True)[:, None]
+        tl.store(y_ptr + row * H + offs_y, h, present)
         if SAVE:
-            _store_gates(gates_ptr, row, offs_gates, mask, r, z, n, q, H)
+            _store_gates(gates_ptr, row, offs_gates, present, r, z, n, q, H)
         t += 1 - 2 * d
-        mask_next = mask_j & (b < tl.where(s + 1 < T, B - b0, 0))[:, None]
-        i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(None, t, b0, d, T, B), offs_gi, mask_next, H)
+        mask_next = mask_j & _present(varlen_ptr, extent, t, b, s + 1 < steps)[:, None]
+        i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(varlen_ptr, t, b0, d, T, B), offs_gi, mask_next, H)
     tl.store(h_n_ptr + offs_h + j[None, :], h, mask)
 
 
 @triton.jit
-def _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s, b0, d, i, b, T, B, H: tl.constexpr):
-    # As in `cell`, but rows by units. s counts backward steps: at the last one the state before it is h0; past it
-    # there is nothing to load.
-    rows = B - b0
+def _load_saved(
+    dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, t, s, steps, b0, d, i, b, extent, T, B, H: tl.constexpr
+):  # fmt: skip
+    # As in `cell`, but rows by units. s counts backward steps: past the last one there is nothing to load.
     mask_i = (i < H)[None, :]
-    mask = mask_i & (b < tl.where(s < T, rows, 0))[:, None]
-    row = (t.to(tl.int64) * B + b0) * 2 + d
+    present = _present(varlen_ptr, extent, t, b, s < steps)
+    mask = mask_i & present[:, None]
+    row = _row(varlen_ptr, t, b0, d, T, B)
     offs_y = b[:, None] * (2 * H) + i[None, :]
     dy = tl.load(dy_ptr + row * H + offs_y, mask, 0.0).to(tl.float32)
     gates = gates_ptr + row * (4 * H) + b[:, None] * (2 * 4 * H) + i[None, :]
     r = tl.load(gates, mask, 0.0).to(tl.float32)
-    z = tl.load(gates + H, mask, 0.0).to(tl.float32)
+    # z = 1 where there is no row: its gradient passes unchanged.
+    z = tl.load(gates + H, mask, 0.0 if varlen_ptr is None else 1.0).to(tl.float32)
     n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
     q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
-    y_prev = y_ptr + (((t + 2 * d - 1).to(tl.int64) * B + b0) * 2 + d) * H + offs_y
+    y_prev = y_ptr + _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B) * H + offs_y
     first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[:, None] * H + i[None, :]
-    h_prev = tl.load(y_prev, mask_i & (b < tl.where(s < T - 1, rows, 0))[:, None], 0.0).to(tl.float32)
-    h_prev += tl.load(first, mask_i & (b < tl.where(s == T - 1, rows, 0))[:, None], 0.0).to(tl.float32)
+    # The state before a sequence's first step is h0: direction 1 starts at its own end.
+    is_first = present & (s == steps - 1 if varlen_ptr is None else t == d * (extent - 1))
+    h_prev = tl.load(y_prev, mask_i & (present & ~is_first)[:, None], 0.0).to(tl.float32)
+    h_prev += tl.load(first, mask_i & is_first[:, None], 0.0).to(tl.float32)
     return dy, r, z, n, q, h_prev
 
 
@@ -206,6 +222,8 @@ def gru_backward_cooperative_kernel(
     dh0_ptr,  # (D, B, H)
     shares_ptr,  # (groups, 2, PROGRAMS, N, CHUNKS * CHUNK) fp32
     arrivals_ptr,  # (groups, COUNTER) int64, zero on entry
+    varlen_ptr,  # (B + T) int64, or None
+    h_prev_ptr,  # (P, D, H), the state before each step; None without a varlen
     T,
     B,
     first_b,  # first batch row of this launch
@@ -246,9 +264,13 @@ def gru_backward_cooperative_kernel(
     shares_ptr += group * (2 * HALF)
     mine = shares_ptr + tl.program_id(0) * (N * HP) + b[:, None] * HP + k[None, :]
     of_mine = shares_ptr + b[:, None] * HP + i[None, :]
-    t = (1 - d) * (T - 1)
-    dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, 0, b0, d, i, b, T, B, H)
-    for s in range(T):
+    extent, start = _extent(varlen_ptr, b0, b, T, B)
+    steps = T - start
+    t = (1 - d) * (steps - 1)
+    dy, r, z, n, q, h_prev = _load_saved(
+        dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, t, 0, steps, b0, d, i, b, extent, T, B, H
+    )
+    for s in range(steps):
         da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
         dh = (dh + dy) * z
         scale_r = 1.0
@@ -277,10 +299,15 @@ def gru_backward_cooperative_kernel(
             tl.store(mine + (s % 2) * HALF + c * CHUNK, acc)
         _arrive(arrivals_ptr)
         # What no other program waits for comes after the arrival, and hides the exchange's latency.
-        row = (t.to(tl.int64) * B + b0) * 2 + d
-        _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask, da_r, da_z, da_n, dq, H)
+        row = _row(varlen_ptr, t, b0, d, T, B)
+        present = (i < H)[None, :] & _present(varlen_ptr, extent, t, b, True)[:, None]
+        _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, present, da_r, da_z, da_n, dq, H)
+        if h_prev_ptr is not None:
+            tl.store(h_prev_ptr + row * H + offs_y, h_prev, present)
         t += 2 * d - 1
-        dy, r, z, n, q, h_prev = _load_saved(dy_ptr, y_ptr, h0_ptr, gates_ptr, t, s + 1, b0, d, i, b, T, B, H)
+        dy, r, z, n, q, h_prev = _load_saved(
+            dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, t, s + 1, steps, b0, d, i, b, extent, T, B, H
+        )
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
         for p in tl.static_range(PROGRAMS):
             dh += _load_exchanged(of_mine + (s % 2) * HALF + p * (N * HP))
@@ -294,6 +321,7 @@ class CooperativeKernel(Kernel):
 
     name = "cooperative"
     widths = (192, 256, 512, 1024)  # with padding and without, few programs and many
+    varlen_widths = (192, 512, 1024)
     batches = (64,)
     proven: tuple[Proven, ...] = proven_for("cooperative")
     triton_version: tuple[int, ...] = TRITON_VERSION
@@ -304,8 +332,6 @@ class CooperativeKernel(Kernel):
         return self.triton_version > (3, 6)
 
     def refusal(self, call: Call) -> str | None:
-        if call.varlen:
-            return "the input is a PackedSequence"
         if reason := gpu_refusal(call):
             return reason
         if call.hidden <= ONE_PROCESSOR:
@@ -325,7 +351,8 @@ class CooperativeKernel(Kernel):
         self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
         call: Call, varlen: Varlen | None, config: CooperativeConfig | None = None,
     ) -> None:  # fmt: skip
-        steps, batch, _, hidden = y.shape
+        _, batch, hidden = h0.shape
+        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
         c = config or self.choose(call, batch)
         launches = list(c.launches(batch))
         groups = min(c.blocks, -(-batch // c.rows)) * c.directions
@@ -335,8 +362,8 @@ class CooperativeKernel(Kernel):
         arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=gi.device)
         for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
             gru_forward_cooperative_kernel[grid](
-                gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, counters, steps, batch, first_b,
-                first_d, H=hidden, WARPS=c.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
+                gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, counters, table, steps, batch,
+                first_b, first_d, H=hidden, WARPS=c.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
                 **c.constants(), **c.options(),
             )  # fmt: skip
 
@@ -344,7 +371,8 @@ class CooperativeKernel(Kernel):
         self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
         dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: CooperativeConfig | None = None,
     ) -> None:  # fmt: skip
-        steps, batch, _, hidden = y.shape
+        _, batch, hidden = h0.shape
+        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
         c = config or self.choose(call, batch)
         launches = list(c.launches(batch))
         groups = min(c.blocks, -(-batch // c.rows)) * c.directions
@@ -352,8 +380,8 @@ class CooperativeKernel(Kernel):
         arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=y.device)
         for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
             gru_backward_cooperative_kernel[grid](
-                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, shares, counters, steps, batch, first_b, first_d,
-                H=hidden, **c.constants(), **c.options(),
+                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, shares, counters, table, h_prev, steps, batch,
+                first_b, first_d, H=hidden, **c.constants(), **c.options(),
             )  # fmt: skip
 
     def functions(self, config: CooperativeConfig) -> dict[str, tuple[Any, dict[str, str]]]:
