@@ -323,12 +323,13 @@ def test_proven_is_what_was_right_and_nowhere_slower():
     assert gpu.proven(record) == []
 
 
+@pytest.mark.slow
 def test_the_kernels_own_tests_are_run():
     check = gpu.kernel_tests(
         "kernels' tests", "all", ("tests/kernels/test_errors.py", "-q", "--no-header", "--collect-only")
     )
     assert check.status == "passed", check
-    assert gpu.kernel_tests("kernels' tests", "all", ("tests/no_such_file.py", "-q")).status == "failed"
+    assert gpu.kernel_tests("kernels' tests", "all", ("--no-such-option",)).status == "failed"
 
 
 def test_the_cpu_command_goes_on_with_a_record(tmp_path):
