@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigru.files import write_atomically
 from bigru.kernels.decompositions import gates_zrh
 from bigru.kernels.gru import BiGRU
 from bigru.model.forecaster import Encoder, HandForecaster
@@ -64,7 +65,7 @@ def export_onnx(model: BiGRU | HandForecaster, path: str | Path, *, state: bool 
         proto = _model_proto(model, gru, state)
     onnx.checker.check_model(proto, full_check=True)
     _compare_in_onnxruntime(proto, inputs, expected)
-    onnx.save(proto, path)
+    write_atomically(Path(path), proto.SerializeToString())
 
 
 def _model_proto(model: BiGRU | HandForecaster, gru: BiGRU, state: bool) -> onnx.ModelProto:

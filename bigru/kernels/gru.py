@@ -142,8 +142,7 @@ class BiGRU(nn.RNNBase):
                 what a PackedSequence gives: no step past a sequence's end is computed, the reverse direction starts
                 there, and h_n is the state after each sequence's last step. y is zero past each end.
 
-        A PackedSequence, or `lengths`, is served by the "triton", "torch" and "reference" backends; "auto" takes
-        "triton" on a GPU. Under torch.compile it breaks the graph: the number of rows at each step is data.
+        Under torch.compile a PackedSequence, or `lengths`, breaks the graph: the rows at each step are data.
 
         Returns:
             y, shaped as the input with 2H features, and h_n, shaped as hx.
