@@ -85,7 +85,7 @@ class CpuKernel(Kernel):
         x = x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
         h0, weights = h0.contiguous(), [weight.contiguous() for weight in weights]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
-            y, h_n = _Layer.apply(x, h0, varlen, batch_first, self, *weights)  # type: ignore[no-untyped-call]
+            y, h_n = _Layer.apply(x, h0, varlen, batch_first, self, *weights)
             return y, h_n
         y, h_n, _ = self._run_layer(x, h0, weights, varlen, batch_first, save=False)
         return y, h_n
@@ -123,7 +123,7 @@ class CpuKernel(Kernel):
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, h0: Tensor, varlen: Varlen | None, batch_first: bool, kernel: CpuKernel, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         y, h_n, gates = kernel._run_layer(x, h0, weights, varlen, batch_first, save=True)
@@ -133,7 +133,7 @@ class _Layer(torch.autograd.Function):
         return y, h_n
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, gates, h0, *weights = ctx.saved_tensors
         needs_x, needs_h0, _, _, _, *needs = ctx.needs_input_grad
         varlen, half, hidden = ctx.varlen, len(weights) // 2, h0.shape[2]

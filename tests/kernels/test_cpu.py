@@ -284,6 +284,19 @@ def test_auto_keeps_what_aten_can():
         assert gru.float().resolve_backend(x.float()) == "torch"
 
 
+@built
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiled_and_exported():
+    gru, x = BiGRU(3, 5, 2, batch_first=True), torch.randn(2, 4, 3)
+    compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), gru(x))
+    (wanted,), (actual,) = (torch.autograd.grad(run(x)[0].square().sum(), gru.weight_hh_l0) for run in (gru, compiled))
+    assert error(actual, wanted) < 1e-6
+    program = torch.export.export(gru, (x,))
+    assert "bigru.gru_forward" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), gru(x))
+
+
 def test_without_the_extension():
     missing = CpuKernel("none")
     assert "C extension" in missing.refusal(CALL)
