@@ -202,10 +202,11 @@ def choose_resident(call: Call, batch: int) -> ResidentConfig:
     # row take two of the MMA's eight columns.
     rows = 4 if call.accurate else 8
     # Once there are more programs than fit at once, twice the rows a program take less than twice the time a step,
-    # where there are registers for it: at H=128 W_hh leaves too few but with 16-bit storage. Below 64, many programs
-    # fit on a processor.
+    # where there are registers for it: at H=128 W_hh leaves too few but with 16-bit storage, and sequences of different
+    # lengths take more. Below 64, many programs fit on a processor.
     at_once = call.device.processors * (128 // padded)
-    if 2 * -(-batch // rows) > at_once and (padded == 64 or (padded == 128 and call.dtype != torch.float32)):
+    registers = padded == 64 or (padded == 128 and call.dtype != torch.float32)
+    if 2 * -(-batch // rows) > at_once and registers and not call.varlen:
         rows *= 2
     return ResidentConfig(rows, padded, call.accurate)
 

@@ -203,8 +203,13 @@ def _load_saved(
     y_prev = y_ptr + _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B) * H + offs_y
     first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[:, None] * H + i[None, :]
     # The state before a sequence's first step is h0: direction 1 starts at its own end.
-    is_first = present & (s == steps - 1 if varlen_ptr is None else t == d * (extent - 1))
-    h_prev = tl.load(y_prev, mask_i & (present & ~is_first)[:, None], 0.0).to(tl.float32)
+    if varlen_ptr is None:
+        has_prev = _present(varlen_ptr, extent, t, b, s < steps - 1)
+        is_first = _present(varlen_ptr, extent, t, b, s == steps - 1)
+    else:
+        has_prev = present & (t != d * (extent - 1))
+        is_first = present & (t == d * (extent - 1))
+    h_prev = tl.load(y_prev, mask_i & has_prev[:, None], 0.0).to(tl.float32)
     h_prev += tl.load(first, mask_i & is_first[:, None], 0.0).to(tl.float32)
     return dy, r, z, n, q, h_prev
 

@@ -8,6 +8,7 @@ is.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -160,15 +161,15 @@ def shipped(archs: Iterable[str]) -> list[Case]:
 def cases_of(arch: str, name: str, hidden: int, dtype: torch.dtype, precision: str) -> Iterator[Case]:
     """Yields what one kernel compiles for one width and mode."""
     kernel, call = registry.get(name), Call(DEVICES[arch], dtype, hidden, precision)
-    if kernel.refusal(call) is not None:
-        return
-    for config in dict.fromkeys(kernel.choose(call, batch) for batch in kernel.batches):
+    calls = [call, replace(call, varlen=True)] if hidden in kernel.varlen_widths else [call]
+    for call, batch in itertools.product(calls, kernel.batches):
+        if kernel.refusal(call) is not None:
+            continue
+        config = kernel.choose(call, batch)
         for direction in kernel.functions(config):
-            case = Case(arch, name, direction, hidden, SHORT_NAMES[dtype], precision, config)
+            case = Case(arch, name, direction, hidden, SHORT_NAMES[dtype], precision, config, varlen=call.varlen)
             yield case
-            if hidden in kernel.varlen_widths and kernel.refusal(replace(call, varlen=True)) is None:
-                yield replace(case, varlen=True)
-            if hidden == BUDGETED_HIDDEN and (name, direction, False) in BUDGETS:
+            if hidden == BUDGETED_HIDDEN and (name, direction, False) in BUDGETS and not call.varlen:
                 yield replace(case, save=False)
 
 
