@@ -51,6 +51,8 @@ class Call:
     """Accuracy of the recurrence's products for fp32 storage: "fp32" or "tf32". A kernel may be more accurate."""
     varlen: bool = False
     """True if the sequences have different lengths."""
+    steps: int | None = None
+    """T, of the longest sequence; None under a compiler, whose graph serves every T."""
 
     @property
     def accurate(self) -> bool:

@@ -44,6 +44,15 @@ class CpuKernel(Kernel):
             return f"the input is {call.dtype}, and the kernel takes float32 and float64"
         return None
 
+    def is_proven(self, call: Call) -> bool:
+        """Returns whether "auto" takes the kernel: not for a few steps, where ATen's GRU is faster.
+
+        Each call packs W_hh, 3H^2 numbers a direction, which so many steps repay. Measured beside nn.GRU on one and
+        two threads of an AMD EPYC (Zen 3) at B = 1, 8, 64 and 256: at H = 32 and 128 from T = 2 on the kernel was never
+        slower, at H = 256 from T = 8 on, at H = 512 from T = 30 on (0.98 times as fast at worst).
+        """
+        return call.steps is None or call.steps >= max(2, -(-(call.hidden**2) // 8192))
+
     def choose(self, call: Call, batch: int) -> None:
         return None
 

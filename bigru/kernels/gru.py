@@ -175,7 +175,7 @@ class BiGRU(nn.RNNBase):
             torch._check(steps != 0, lambda: "input: expected at least one time step")
         elif steps == 0:
             raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
-        backend = self._backend_that_serves(x)
+        backend = self._backend_that_serves(input)
         # A compiler would unroll ATen's GRU over time, and again for every length.
         if backend == "torch" and not torch.compiler.is_compiling():
             y, h_n = torch._VF.gru(
@@ -204,7 +204,13 @@ class BiGRU(nn.RNNBase):
         if self.backend == "auto" and data.device.type == "cpu" and forward_ad._current_level >= 0:
             return "torch"  # which has a derivative in forward mode
         dtype = dtype_of_call(data.dtype, data.device.type)
-        backend, refusal, warning = _choose(self.backend, data.device, dtype, self.hidden_size, self.precision, varlen)
+        steps = None
+        if not torch.compiler.is_compiling():
+            padded = self.batch_first and data.dim() == 3
+            steps = len(input.batch_sizes) if isinstance(input, PackedSequence) else data.shape[1 if padded else 0]
+        backend, refusal, warning = _choose(
+            self.backend, data.device, dtype, self.hidden_size, self.precision, varlen, steps
+        )
         if refusal is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve this call: {refusal}")
         if warning is not None:
@@ -393,7 +399,7 @@ def check_options(backend: str = "auto", precision: str = "fp32") -> None:
 # Compilers need not look inside: the answer depends on nothing that changes while the program runs.
 @constant
 def _choose(
-    backend: str, device: torch.device, dtype: torch.dtype, hidden: int, precision: str, varlen: bool
+    backend: str, device: torch.device, dtype: torch.dtype, hidden: int, precision: str, varlen: bool, steps: int | None
 ) -> tuple[str, str | None, str | None]:
     """Returns the name of the backend that serves a call, its refusal and a warning: `registry.choose`."""
-    return choose(backend, Call(describe(device), dtype, hidden, precision, varlen))
+    return choose(backend, Call(describe(device), dtype, hidden, precision, varlen, steps))

@@ -13,7 +13,7 @@ import torch
 from support import NAMES, error, expected, make_inputs, outputs_and_gradients
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from bigru import BiGRU
 from bigru.kernels import registry
@@ -164,11 +164,14 @@ def test_no_less_accurate_than_aten(instructions):
 def test_special_values_go_aten_s_way(instructions, dtype, value, where):
     inputs = layer_inputs((3, 2, 3, 5), dtype)
     inputs[where].view(-1)[1] = value
-    if abs(value) == 100.0 or value == 17.0:  # saturated throughout
+    saturated = abs(value) in (17.0, 100.0)
+    if saturated:
         inputs[where].mul_(value)
     actual, wanted = (with_gradients(layer, inputs) for layer in (layer_of(CpuKernel(instructions)), aten))
     for i, (a, b) in enumerate(zip(actual, wanted, strict=True)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=str(i))
+        # A sum is as exact as the largest numbers in it: ATen's own gradients are 2.6e-5 off where 50 is the largest.
+        largest = b.abs().max().item() if saturated else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=max(1e-5, 1e-6 * largest), equal_nan=True, msg=str(i))
 
 
 @built
@@ -264,6 +267,19 @@ def test_views_and_strides():
             loss(layer(leaf, h0, *weights)[0]).backward()
             grads.append(leaf.grad)
         assert error(*grads) < 1e-6
+
+
+@built
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("hidden", "least"), [(5, 2), (128, 2), (256, 8), (512, 32)])
+def test_auto_leaves_a_few_steps_to_aten(hidden, least, batch_first):
+    gru = BiGRU(3, hidden, batch_first=batch_first)
+    for steps, backend in [(least - 1, "torch"), (least, "cpu")]:
+        shape = (40, steps, 3) if batch_first else (steps, 40, 3)
+        assert gru.resolve_backend(torch.empty(shape)) == backend
+        assert gru.resolve_backend(torch.empty(steps, 3)) == backend
+        assert gru.resolve_backend(pack_sequence([torch.empty(steps, 3)])) == backend
+    assert BiGRU(3, hidden, backend="cpu").resolve_backend(torch.empty(1, 40, 3)) == "cpu"
 
 
 @built
