@@ -19,7 +19,8 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = "constraints.txt"
-EVERYTHING = (".[test]", "ruff", "mypy", "nox", "types-PyYAML")
+# onnxscript is for the tests of torch.onnx.export, which skip without it.
+EVERYTHING = (".[test]", "ruff", "mypy", "nox", "types-PyYAML", "onnxscript")
 INSTALLED_FROM = ("pyproject.toml", "setup.py", "bigru/kernels/cpu_recurrence.c", CONSTRAINTS, "noxfile.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Two processes of one thread each; more of either only wait for one another on two cores.

@@ -84,7 +84,7 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, parts: Parts 
                 f"resume: {printable(folder)} has finished, which {', '.join(changes)} cannot change; begin a new run, "
                 "from its weights with --weights"
             )
-        log.info("%s has finished; writing its document again", folder)
+        log.info("%s has finished; writing its document again", printable(folder))
         if team.first:
             report(folder, parts.write_report)
         return folder
@@ -151,7 +151,7 @@ def load_data(config: TrainConfig, device: torch.device, load: Callable[[DataCon
     if data.data_root is None:
         if data.index is not None:
             raise ConfigError(f"index: {printable(data.index)} needs the folder of its clips, --data-root")
-        log.info("no --data-root: a small synthetic dataset in %s serves", config.run.out / "synthetic")
+        log.info("no --data-root: a small synthetic dataset in %s serves", printable(config.run.out / "synthetic"))
     try:
         if data.data_root is None:
             data = replace(data, data_root=ensure_synthetic(config.run.out / "synthetic", **EMBEDDED))
@@ -228,7 +228,7 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
         skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
         write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
         with run_dir.log_to(run_dir.RunLog(folder / "train.log")):
-            log.info("run %s%s", folder, describe_progress(trainer))
+            log.info("run %s%s", printable(folder), describe_progress(trainer))
             log.info("%s", dataset.describe())
             log.info(
                 "%s, backend %s, %s; %s parameters",

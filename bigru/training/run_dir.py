@@ -222,7 +222,7 @@ def run_lock(folder: Path) -> Iterator[None]:
                 ) from error
             except OSError:
                 # Some network file systems have no locks: a run without one is better than none.
-                log.warning("%s cannot be locked here; do not start a second run in it", folder)
+                log.warning("%s cannot be locked here; do not start a second run in it", printable(folder))
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()

@@ -16,7 +16,7 @@ from bigru.config import TrainConfig
 from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
 from bigru.environment import describe_environment
-from bigru.files import write_json
+from bigru.files import printable, write_json
 from bigru.model.metrics import (
     BASELINES,
     by_frame_rate,
@@ -117,7 +117,7 @@ def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
     for name, scores in rows.items():
         numbers = [math.nan if scores[key] is None else scores[key] for key in SCORES]
         log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *numbers)
-    log.info("%s", document)
+    log.info("%s", printable(document))
 
 
 def count_parameters(model: nn.Module) -> int:

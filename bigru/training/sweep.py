@@ -14,6 +14,7 @@ from typing import Any
 
 from bigru.config import ConfigError, TrainConfig
 from bigru.data.windows import NoWindowsError
+from bigru.files import printable
 from bigru.training import run_dir
 from bigru.training.distributed import current_team
 from bigru.training.trainer import DivergedError
@@ -102,7 +103,7 @@ def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str
                 run_dir.check_resumable(path.parent)
         except ValueError as error:
             # Of another version, torn, or without its checkpoint: no run to go on with.
-            log.warning("%s is left alone: %s", path.parent, error)
+            log.warning("%s is left alone: %s", printable(path.parent), error)
             continue
         if _comparable(config) == _comparable(wanted):
             alike.append((path.parent, config))
