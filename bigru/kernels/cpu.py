@@ -201,7 +201,7 @@ def best_instructions() -> str:
     for name in INSTRUCTIONS[INSTRUCTIONS.index(level) :]:
         try:
             extension(name, torch.float32), extension(name, torch.float64)
-        except ModuleNotFoundError:
+        except ImportError:  # not built, or built against another system
             continue
         return name
     return "none"

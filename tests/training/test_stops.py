@@ -44,6 +44,14 @@ from bigru.training.trainer import DivergedError, Trainer
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 
 
+@pytest.fixture(autouse=True)
+def heeded_hang_up():
+    """Heeds SIGHUP in these tests, in processes that they start too: under nohup it is ignored, as a run respects."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def config(tmp_path):
     return make_up(tmp_path)
