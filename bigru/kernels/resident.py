@@ -30,6 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bigru.kernels.config import ONE_PROCESSOR, Call, ResidentConfig, choose_resident, gpu_refusal, padded_to_power
@@ -55,8 +56,8 @@ class ResidentKernel(Kernel):
             return reason
         if call.hidden > ONE_PROCESSOR:
             return f"hidden_size is {call.hidden}, and W_hh fits the registers up to {ONE_PROCESSOR}"
-        if call.varlen and call.accurate and padded_to_power(call.hidden) == ONE_PROCESSOR:
-            # Two registers are missing (triton 3.6): the backward kernel would spill 8 bytes on sm_90, 16 on sm_80.
+        if call.varlen and call.dtype == torch.float32 and padded_to_power(call.hidden) == ONE_PROCESSOR:
+            # The backward kernel would spill: 8 to 48 bytes in precision "fp32", and with triton 3.9 also 8 in "tf32".
             return f"hidden_size is {call.hidden}, and W_hh leaves too few registers for a PackedSequence in fp32"
         return None
 

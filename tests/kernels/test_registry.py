@@ -64,7 +64,8 @@ class TestRefusal:
         [
             (64, torch.float32, "fp32", True),
             (65, torch.float32, "fp32", False),
-            (128, torch.float32, "tf32", True),
+            (64, torch.float32, "tf32", True),
+            (128, torch.float32, "tf32", False),
             (128, torch.bfloat16, "fp32", True),
         ],
     )
