@@ -207,7 +207,7 @@ def choose_resident(call: Call, batch: int) -> ResidentConfig:
     # where there are registers for it: at H=128 W_hh leaves too few but with 16-bit storage, and sequences of different
     # lengths take more. Below 64, many programs fit on a processor.
     at_once = call.device.processors * (128 // padded)
-    registers = padded == 64 or (padded == 128 and call.dtype != torch.float32)
+    registers = padded == 64 or (call.hidden == 128 and call.dtype != torch.float32)  # H=100 spills
     if 2 * -(-batch // rows) > at_once and registers and not call.varlen:
         rows *= 2
     return ResidentConfig(rows, padded, call.accurate)
