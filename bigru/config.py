@@ -116,6 +116,8 @@ class ModelConfig:
     """Stacked bidirectional layers."""
     dropout: float = 0.2
     """Dropout before the pose head's linear layer."""
+    residual: bool = False
+    """Predict the displacement from the last observed frame, not the hands themselves as published."""
 
     def __post_init__(self) -> None:
         _at_least(1, hidden_size=self.hidden_size, num_layers=self.num_layers)

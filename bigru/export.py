@@ -83,6 +83,11 @@ def _model_proto(model: BiGRU | HandForecaster, gru: BiGRU, state: bool) -> onnx
         (y,) = graph.node("LayerNormalization", [y, norm.weight, norm.bias], axis=-1, epsilon=norm.eps)
         (y,) = graph.node("MatMul", [y, linear.weight.T])
         (y,) = graph.node("Add", [y, linear.bias])
+        if model.residual is not None:
+            # Of the last frame the hands alone, which come first.
+            bounds = [torch.tensor(bound, device="cpu") for bound in ([-1, 0], [2**31, features], [1, 2])]
+            (last,) = graph.node("Slice", ["input", *bounds])
+            (y,) = graph.node("Add", [y, last])
     graph.node("Identity", [y], ["output"])
     if gru is model:
         graph.node("Identity", [h_n], ["h_n"])

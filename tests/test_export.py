@@ -58,9 +58,10 @@ def test_bigru(layers, batch_first, bias, state, session):
     check(gru, run, batch_first)
 
 
-def test_forecaster(session):
+@pytest.mark.parametrize("options", [{}, {"residual": True, "input_size": 86}])
+def test_forecaster(session, options):
     torch.manual_seed(0)
-    model = HandForecaster(hidden_size=6).eval()
+    model = HandForecaster(hidden_size=6, **options).eval()
     with torch.no_grad():
         for parameter in model.pose_head.parameters():
             parameter.uniform_(-1, 1)

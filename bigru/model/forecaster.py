@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from bigru.kernels.gru import BiGRU
@@ -32,13 +33,15 @@ class HandForecaster(nn.Module):
     """Forecasts as many frames of both hands as it has observed; frame t is read off encoder step t.
 
     y_t = W LayerNorm([h_t forward, h_t backward]) + b, with dropout before W while training. The parameters' names
-    are those of the published state dict: encoder.core.*, pose_head.0.*, pose_head.2.*.
+    are those of the published state dict: encoder.core.*, pose_head.0.*, pose_head.2.*; a residual network's state dict
+    holds `residual` (a 1) too, so that neither's weights load into the other.
 
     Args:
         input_size: features per frame; 84 for hands alone (see DataConfig.input_size).
         hidden_size: hidden units per direction.
         num_layers: stacked bidirectional layers.
         dropout: probability of dropping a feature before the linear layer; none between the GRU's layers.
+        residual: y_t is the displacement from the last observed frame, which is added; a departure from the published.
         backend: which implementation of the GRU serves, as for `BiGRU`.
         precision: products of the recurrence: "fp32" or "tf32".
 
@@ -53,6 +56,7 @@ class HandForecaster(nn.Module):
         num_layers: int = 2,
         dropout: float = 0.2,
         *,
+        residual: bool = False,
         backend: Backend = "auto",
         precision: Literal["fp32", "tf32"] = "fp32",
     ) -> None:
@@ -63,6 +67,8 @@ class HandForecaster(nn.Module):
         self.pose_head = nn.Sequential(
             nn.LayerNorm(2 * hidden_size), nn.Dropout(dropout), nn.Linear(2 * hidden_size, POSE_SIZE)
         )
+        self.residual: Tensor | None
+        self.register_buffer("residual", torch.ones(()) if residual else None)
         # Published weights load only into this very network.
         if (input_size, hidden_size, num_layers) == PUBLISHED_SIZES:
             assert sum(parameter.numel() for parameter in self.parameters()) == PUBLISHED_PARAMETERS
@@ -76,4 +82,5 @@ class HandForecaster(nn.Module):
         Returns:
             The T frames after them, (B, T, 84), in the centred units of the observed ones.
         """
-        return self.pose_head(self.encoder(x))
+        y = self.pose_head(self.encoder(x))
+        return y if self.residual is None else y + self.residual * x[:, -1:, :POSE_SIZE]

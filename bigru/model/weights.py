@@ -82,7 +82,7 @@ def load_forecaster(path: Path, **options: Any) -> HandForecaster:
             f"other modalities {MODALITY_SIZES}"
         )
     layers = sum(name.startswith("encoder.core.weight_ih_l") and not name.endswith("_reverse") for name in weights)
-    model = HandForecaster(input_size, hidden_size, layers, **options)
+    model = HandForecaster(input_size, hidden_size, layers, residual="residual" in weights, **options)
     _fit(model, weights, path)
     return model
 
@@ -108,6 +108,9 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
             problems.append(f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}")
     if problems:
         hint = _modality_hint(weights, expected)
+        if ("residual" in weights) != ("residual" in expected):
+            theirs, ours = ("with" if "residual" in names else "without" for names in (weights, expected))
+            hint += f"it was trained {theirs} --residual, the run is {ours}; "
         raise CheckpointError(
             f"weights: {printable(path)} does not fit the network: {hint}{'; '.join(sorted(problems))}"
         )

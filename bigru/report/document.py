@@ -184,6 +184,7 @@ def _protocol(record: RunRecord) -> str:
         f"windows of {frames[0]} observed and {frames[1]} predicted frames, {frames[2]} apart": frames != published,
         f"clips resampled to {data.get('resample')} frames per second": data.get("resample") is not None,
         "hands centred on the last observed frame, not on each frame's own wrists": data.get("centre") == "last",
+        "displacements from the last observed frame predicted, not the hands": record.config["model"].get("residual"),
     }
     on = [words for words, is_on in said.items() if is_on]
     if not on:

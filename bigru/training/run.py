@@ -179,6 +179,7 @@ def build_model(config: TrainConfig, device: torch.device, dataset: Dataset) -> 
             config.model.hidden_size,
             config.model.num_layers,
             config.model.dropout,
+            residual=config.model.residual,
             backend=config.run.backend,
             precision=config.run.precision,
         )

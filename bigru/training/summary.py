@@ -80,7 +80,7 @@ def finish(folder: Path, trainer: Trainer, backend: str) -> None:
             "clips": dict(dataset.clips),
             "windows": progress.windows,
             "skipped": dict(dataset.skip_counts()),
-            "departures": config.data.departures,
+            "departures": config.data.departures + ["displacements predicted"] * config.model.residual,
         },
         "environment": describe_environment(trainer.step.device, backend, config.run.precision),
         "timing": {

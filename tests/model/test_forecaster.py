@@ -62,3 +62,11 @@ def test_dropout_only_in_training():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_a_residual_network_predicts_displacements():
+    torch.manual_seed(0)
+    published, residual = HandForecaster(86, 8).eval(), HandForecaster(86, 8, residual=True).eval()
+    residual.load_state_dict(published.state_dict() | {"residual": torch.ones(())})
+    x = torch.randn(2, 4, 86)
+    torch.testing.assert_close(residual(x), published(x) + x[:, 3:, :84])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigru.model.forecaster import HandForecaster
-from bigru.model.weights import CheckpointError, load_weights, save_weights
+from bigru.model.weights import CheckpointError, load_forecaster, load_weights, save_weights
 from bigru.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bigru.training.step import TrainStep
 
@@ -111,6 +111,12 @@ def test_weights_of_another_network_are_named(tmp_path):
     save_weights(path, network(input_size=84 + 2 + 120)[0].state_dict())
     with pytest.raises(CheckpointError, match=r"206 features \(hands, gaze, objects\).*84 features \(hands\)"):
         load_weights(model, path)
+    for with_it, without in ((True, False), (False, True)):
+        save_weights(path, network(residual=with_it)[0].state_dict())
+        assert load_forecaster(path).state_dict().keys() == network(residual=with_it)[0].state_dict().keys()
+        theirs, ours = ("with" if residual else "without" for residual in (with_it, without))
+        with pytest.raises(CheckpointError, match=f"trained {theirs} --residual, the run is {ours}"):
+            load_weights(network(residual=without)[0], path)
     weights = model.state_dict()
     weights["pose_head.2.bias"] = torch.full((84,), float("nan"))
     save_weights(path, weights)

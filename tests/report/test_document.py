@@ -213,7 +213,7 @@ def test_verdict_is_honest(make_run: MakeRun, changes: dict[str, float], expecte
 
 def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
     changes = {"mask_missing": False, "split": "time", "stride": 5, "resample": 23.0, "centre": "last"}
-    run = make_run(config={"data": changes}, epochs=2)
+    run = make_run(config={"data": changes, "model": {"residual": True}}, epochs=2)
     text = report(run)
     assert (
         """
@@ -225,6 +225,7 @@ def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
 - windows of 60 observed and 60 predicted frames, 5 apart
 - clips resampled to 23.0 frames per second
 - hands centred on the last observed frame, not on each frame's own wrists
+- displacements from the last observed frame predicted, not the hands
 
 ### True per-joint error
 """
@@ -235,6 +236,7 @@ def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
     (later / "config.json").write_text((run / "config.json").read_text())
     plain = {"mask_missing": False, "resample": None, "centre": "frame"}
     options = json.loads((later / "config.json").read_text())
+    options["model"]["residual"] = False
     options["data"] |= plain | {"split": "participant", "stride": 15}
     (later / "config.json").write_text(json.dumps(options))
     assert "\n\n**Protocol:** as published.\n\n" in report(later)
