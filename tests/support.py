@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigru.kernels import reference
 from bigru.kernels.config import Call, describe
+from bigru.kernels.kernel import Backward, Forward
 
 # Norm-relative error against the fp64 reference, by storage dtype and precision. Loosening a row is a changelog line.
 TOLERANCE = {
@@ -86,9 +87,10 @@ def run_kernel(kernel, inputs, upstream, precision="fp32", config=None, y=None, 
     call = Call(describe(gi.device), gi.dtype, h0.shape[2], precision)
     rows, hidden = gi.shape[:3], h0.shape[2]
     results = gi.new_empty(*rows, hidden), torch.empty_like(h0), gi.new_empty(kernel.gates_shape(rows, hidden))
-    kernel.forward(*inputs, *results, call, None, config)
+    config = config or kernel.choose(call, h0.shape[1])
+    kernel.forward(Forward(*inputs, *results), config)
     y, gates = results[0] if y is None else y, results[2] if gates is None else gates
     dgi, dq, dh0 = torch.empty_like(gi), torch.empty_like(y), torch.empty_like(h0)
-    kernel.backward(*upstream, y, gates, h0, w_hh, dgi, dq, dh0, None, call, None, config)
+    kernel.backward(Backward(*upstream, y, gates, h0, w_hh, dgi, dq, dh0), config)
     named = {"y": results[0], "h_n": results[1], "dgi": dgi, "dh0": dh0, "db_hn": dq.sum((0, 1))}
     return named, results[2]

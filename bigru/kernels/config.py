@@ -189,7 +189,7 @@ class ResidentConfig:
         """Returns the kernels' compile-time arguments that follow from the configuration."""
         return {"HP": self.padded, "N": self.rows, "SPLIT": self.split}
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self, varlen: bool = False) -> dict[str, int | bool]:
         """Returns the compiler's options."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         # Told nothing, ptxas stops near 170 registers with 16-bit storage, and has loads wait for one another.
@@ -246,11 +246,15 @@ class CooperativeConfig:
         """Returns the kernels' compile-time arguments that follow from the configuration."""
         return {"S": self.units, "N": self.rows, "CHUNK": self.chunk, "SPLIT": self.split, "MAX_POLLS": self.max_polls}
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self, varlen: bool = False) -> dict[str, int | bool]:
         """Returns the compiler's options."""
         # With one program a processor, all registers are the program's.
         options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
         return options | PTXAS_LIMIT | {"launch_cooperative_grid": True}
+
+    def groups(self, batch: int) -> int:
+        """Returns the number of groups in the largest launch of B rows."""
+        return min(self.blocks, -(-batch // self.rows)) * self.directions
 
     def launches(self, batch: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
         """Yields the first batch row, the first direction and the grid of each launch that a call takes."""

@@ -26,6 +26,7 @@ Offsets inside one time step are 32-bit, the step's own offset is 64-bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,9 @@ from bigru.kernels.exchange import (
     _state_product,
     _wait,
 )
-from bigru.kernels.kernel import Kernel
+from bigru.kernels.kernel import Backward, Forward, Kernel
 from bigru.kernels.proven import Proven, proven_for
-from bigru.kernels.varlen import Varlen
+from bigru.kernels.varlen import steps_and_table
 
 SIZES = ("T", "B", "first_b", "first_d")
 """Arguments that a kernel is not compiled anew for, as in `cell`."""
@@ -352,41 +353,32 @@ class CooperativeKernel(Kernel):
     def choose(self, call: Call, batch: int) -> CooperativeConfig:
         return choose_cooperative(call, batch, self.newer_triton)
 
-    def forward(
-        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
-        call: Call, varlen: Varlen | None, config: CooperativeConfig | None = None,
-    ) -> None:  # fmt: skip
+    def forward(self, operands: Forward, config: CooperativeConfig) -> None:
+        gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
         _, batch, hidden = h0.shape
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
-        c = config or self.choose(call, batch)
-        launches = list(c.launches(batch))
-        groups = min(c.blocks, -(-batch // c.rows)) * c.directions
+        steps, table = steps_and_table(y, varlen)
         operand = torch.float16 if gi.dtype == torch.float32 else gi.dtype
         # Zeroed once: what lies past the last hidden unit is read and never written.
-        state = torch.zeros(groups, 2, 2 if c.split else 1, c.rows, c.padded, dtype=operand, device=gi.device)
-        arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=gi.device)
-        for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
+        state = gi.new_zeros(
+            config.groups(batch), 2, 2 if config.split else 1, config.rows, config.padded, dtype=operand
+        )
+        for arrivals, first_b, first_d, grid in _launches(config, h0):
             gru_forward_cooperative_kernel[grid](
-                gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, counters, table, steps, batch,
-                first_b, first_d, H=hidden, WARPS=c.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
-                **c.constants(), **c.options(),
+                gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, arrivals, table, steps, batch,
+                first_b, first_d, H=hidden, WARPS=config.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
+                **config.constants(), **config.options(),
             )  # fmt: skip
 
-    def backward(
-        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
-        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: CooperativeConfig | None = None,
-    ) -> None:  # fmt: skip
-        _, batch, hidden = h0.shape
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
-        c = config or self.choose(call, batch)
-        launches = list(c.launches(batch))
-        groups = min(c.blocks, -(-batch // c.rows)) * c.directions
-        shares = torch.empty(groups, 2, c.programs, c.rows, c.padded, dtype=torch.float32, device=y.device)
-        arrivals = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=y.device)
-        for counters, (first_b, first_d, grid) in zip(arrivals, launches, strict=True):
+    def backward(self, operands: Backward, config: CooperativeConfig) -> None:
+        *tensors, varlen, h_prev = operands
+        _, batch, hidden = operands.h0.shape
+        steps, table = steps_and_table(operands.y, varlen)
+        shape = config.groups(batch), 2, config.programs, config.rows, config.padded
+        shares = torch.empty(shape, dtype=torch.float32, device=operands.y.device)
+        for arrivals, first_b, first_d, grid in _launches(config, operands.h0):
             gru_backward_cooperative_kernel[grid](
-                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, shares, counters, table, h_prev, steps, batch,
-                first_b, first_d, H=hidden, **c.constants(), **c.options(),
+                *tensors, shares, arrivals, table, h_prev, steps, batch, first_b, first_d, H=hidden,
+                **config.constants(), **config.options(),
             )  # fmt: skip
 
     def functions(self, config: CooperativeConfig) -> dict[str, tuple[Any, dict[str, str]]]:
@@ -395,6 +387,15 @@ class CooperativeKernel(Kernel):
             "forward": (gru_forward_cooperative_kernel, {"arrivals_ptr": "*i64", "state_ptr": "operand"}),
             "backward": (gru_backward_cooperative_kernel, {"shares_ptr": "*fp32", "arrivals_ptr": "*i64"}),
         }
+
+
+def _launches(config: CooperativeConfig, h0: Tensor) -> Iterator[tuple[Tensor, int, int, tuple[int, int, int]]]:
+    """Yields counts of arrivals, all zero, and what `CooperativeConfig.launches` says, for each launch of a call."""
+    launches = list(config.launches(h0.shape[1]))
+    groups = config.groups(h0.shape[1])
+    counts = torch.zeros(len(launches), groups, COUNTER.value, dtype=torch.int64, device=h0.device)
+    for arrivals, launch in zip(counts, launches, strict=True):
+        yield arrivals, *launch
 
 
 KERNEL = CooperativeKernel()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bigru.kernels.config import Call
-from bigru.kernels.kernel import Kernel
+from bigru.kernels.kernel import Backward, Forward, Kernel
 from bigru.kernels.recurrence import parameter_gradients
-from bigru.kernels.varlen import Varlen
+from bigru.kernels.varlen import Varlen, steps_and_table
 
 INSTRUCTIONS = ("avx512", "avx2", "base")
 """The instruction sets that the extension is built for, the fastest first; "base" runs on every machine."""
@@ -56,19 +56,15 @@ class CpuKernel(Kernel):
     def choose(self, call: Call, batch: int) -> None:
         return None
 
-    def forward(
-        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
-        call: Call, varlen: Varlen | None, config: None = None,
-    ) -> None:  # fmt: skip
+    def forward(self, operands: Forward, config: None) -> None:
+        gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
         weights = [(None, None), w_hh, (None, None), (None, None), (None, None) if b_hn is None else b_hn]
         self._forward(gi, (0, 0), weights, h0, y, h_n, gates if gates.numel() else None, varlen)
 
-    def backward(
-        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
-        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: None = None,
-    ) -> None:  # fmt: skip
+    def backward(self, operands: Backward, config: None) -> None:
+        dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev = operands
         _, batch, hidden = h0.shape
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
+        steps, table = steps_and_table(y, varlen)
         # dy may have other strides than y over time and batch.
         strides = (0, dy.stride(0)) if varlen is not None else dy.stride()[:2]
         tensors = dy, dh_n, y, gates, h0, *w_hh, table, dgi, dq, dh0, h_prev
@@ -122,7 +118,7 @@ class CpuKernel(Kernel):
         gates: Tensor | None, varlen: Varlen | None,
     ) -> None:  # fmt: skip
         _, batch, hidden = h0.shape
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
+        steps, table = steps_and_table(y, varlen)
         pairs = [tensor for pair in weights for tensor in pair]
         extension(self.instructions, x.dtype).forward(
             torch.get_num_threads(), *map(_address, (x, *pairs, h0, table, y, h_n, gates)),
@@ -161,8 +157,8 @@ class _Layer(torch.autograd.Function):
         dgi, dh0 = y.new_empty(*y.shape[:-1], 3 * hidden), torch.empty_like(h0)
         dq, h_prev = torch.empty_like(y), torch.empty_like(y)
         if h0.shape[1] > 0:
-            w_hh = weights[1], weights[half + 1]
-            ctx.kernel.backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, h_prev, None, varlen)
+            w_hh: Any = weights[1], weights[half + 1]  # of each direction, where they lie
+            ctx.kernel.backward(Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev), None)
         dx = None
         if needs_x:
             forwards, backwards = dgi.flatten(0, -3).unbind(1)

@@ -4,13 +4,59 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bigru.kernels.config import Call
 from bigru.kernels.proven import Proven
-from bigru.kernels.varlen import Varlen
+from bigru.kernels.varlen import Varlen, steps_and_table
+
+
+class Forward(NamedTuple):
+    """The operands of a forward pass: contiguous, on the current device, B > 0.
+
+    With a `varlen`, (T, B, ...) means (P, ...) here and below, P the number of all time steps of all sequences.
+    """
+
+    gi: Tensor
+    """(T, B, D, 3H) input side of the gates."""
+    w_hh: Tensor
+    """(D, 3H, H) recurrent weights."""
+    b_hn: Tensor | None
+    """(D, H) recurrent bias of n."""
+    h0: Tensor
+    """(D, B, H) initial states."""
+    y: Tensor
+    """(T, B, D, H) every state, written."""
+    h_n: Tensor
+    """(D, B, H) last states, written."""
+    gates: Tensor
+    """Of `Kernel.gates_shape`, written; empty if no backward pass will follow."""
+    varlen: Varlen | None = None
+    """The layout of sequences of different lengths."""
+
+
+class Backward(NamedTuple):
+    """The operands of a backward pass, as those of `Forward`; y and gates are as the same kernel left them."""
+
+    dy: Tensor
+    """(T, B, D, H) gradient of y."""
+    dh_n: Tensor
+    """(D, B, H) gradient of h_n."""
+    y: Tensor
+    gates: Tensor
+    h0: Tensor
+    w_hh: Tensor
+    dgi: Tensor
+    """(T, B, D, 3H) gradient of gi, written."""
+    dq: Tensor
+    """(T, B, D, H) gradient of the n gate's recurrent side, W_hn h + b_hn, written."""
+    dh0: Tensor
+    """(D, B, H) gradient of h0, written."""
+    varlen: Varlen | None = None
+    h_prev: Tensor | None = None
+    """(P, D, H) the state before each step, written; None without a `varlen`."""
 
 
 class Kernel(ABC):
@@ -19,8 +65,6 @@ class Kernel(ABC):
     A kernel is an instance named `KERNEL` in a module of its own, which `bigru.kernels.registry` lists. Everything
     that depends on the installation (Triton's version, the interpreter) is a field with a default, so that a test
     makes another instance instead of patching.
-
-    Shapes are (T, B, ...) below; with a `varlen` they are (P, ...), P the number of all time steps of all sequences.
     """
 
     name: str
@@ -62,43 +106,12 @@ class Kernel(ABC):
         return (*rows, 4, hidden)
 
     @abstractmethod
-    def forward(
-        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
-        call: Call, varlen: Varlen | None, config: Any = None,
-    ) -> None:  # fmt: skip
-        """Runs the forward recurrence; every tensor is contiguous and on the current device, B > 0.
-
-        Args:
-            gi: (T, B, D, 3H) input side of the gates.
-            w_hh: (D, 3H, H) recurrent weights.
-            b_hn: (D, H) recurrent bias of n, or None.
-            h0: (D, B, H) initial states.
-            y: (T, B, D, H) every state, written.
-            h_n: (D, B, H) last states, written.
-            gates: written, of `gates_shape`; empty if no backward pass will follow.
-            call: what `refusal` was asked.
-            varlen: the layout of sequences of different lengths.
-            config: from `choose`, which is asked if None.
-        """
+    def forward(self, operands: Forward, config: Any) -> None:
+        """Runs the forward recurrence in a configuration from `choose`."""
 
     @abstractmethod
-    def backward(
-        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
-        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: Any = None,
-    ) -> None:  # fmt: skip
-        """Runs the backward recurrence; every tensor is contiguous and on the current device, B > 0.
-
-        Args:
-            dy: (T, B, D, H) gradient of y.
-            dh_n: (D, B, H) gradient of h_n.
-            y, gates: as the forward pass of the same kernel left them.
-            h0, w_hh: as in `forward`.
-            dgi: (T, B, D, 3H) gradient of gi, written.
-            dq: (T, B, D, H) gradient of the n gate's recurrent side, W_hn h + b_hn, written.
-            dh0: (D, B, H) gradient of h0, written.
-            h_prev: (P, D, H) the state before each step, written; None without a `varlen`.
-            call, varlen, config: as in `forward`.
-        """
+    def backward(self, operands: Backward, config: Any) -> None:
+        """Runs the backward recurrence in a configuration from `choose`."""
 
     def functions(self, config: Any) -> dict[str, tuple[Any, dict[str, str]]]:
         """Returns the jit functions that a configuration launches, for `bigru.kernels.resources`.
@@ -108,3 +121,25 @@ class Kernel(ABC):
             storage's dtype; "operand" stands for the dtype of the products' factors.
         """
         return {}
+
+
+def launch_forward(function: Any, operands: Forward, config: Any, **constants: Any) -> None:
+    """Launches a jit function that takes these operands, a program for each block of rows and direction."""
+    gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
+    directions, batch, hidden = h0.shape
+    steps, table = steps_and_table(y, varlen)
+    function[-(-batch // config.rows), directions](
+        gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, table, steps, batch, H=hidden,
+        HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, **constants, **config.constants(),
+        **config.options(varlen is not None),
+    )  # fmt: skip
+
+
+def launch_backward(function: Any, operands: Backward, config: Any) -> None:
+    """Launches a jit function as `launch_forward` does."""
+    *tensors, varlen, h_prev = operands
+    directions, batch, hidden = operands.h0.shape
+    steps, table = steps_and_table(operands.y, varlen)
+    function[-(-batch // config.rows), directions](
+        *tensors, table, h_prev, steps, batch, H=hidden, **config.constants(), **config.options(varlen is not None)
+    )

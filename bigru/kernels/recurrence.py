@@ -15,6 +15,7 @@ from torch import Tensor
 from bigru.kernels import registry
 from bigru.kernels.config import Call, describe
 from bigru.kernels.flops import register_flop_formulas
+from bigru.kernels.kernel import Backward, Forward
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
 from bigru.kernels.varlen import Varlen
 
@@ -56,7 +57,8 @@ def run_forward(
     if batch > 0:
         call = Call(describe(gi.device), gi.dtype, hidden, precision, varlen is not None)
         with _on_device_of(gi):
-            implementation.forward(gi, w_hh, b_hn, h0, y, h_n, gates, call, varlen)
+            operands = Forward(gi, w_hh, b_hn, h0, y, h_n, gates, varlen)
+            implementation.forward(operands, implementation.choose(call, batch))
     return y, h_n, gates
 
 
@@ -84,6 +86,7 @@ def run_backward(
     Returns:
         dgi (T, B, D, 3H), gradient of gi; dq (T, B, D, H), gradient of W_hn h + b_hn; dh0 (D, B, H).
     """
+    implementation = registry.get(kernel)
     batch, hidden = h0.shape[1:]
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
@@ -93,7 +96,8 @@ def run_backward(
     if batch > 0:
         call = Call(describe(y.device), y.dtype, hidden, precision, varlen is not None)
         with _on_device_of(y):
-            registry.get(kernel).backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, h_prev, call, varlen)
+            operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev)
+            implementation.backward(operands, implementation.choose(call, batch))
     return dgi, dq, dh0
 
 

@@ -31,14 +31,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bigru.kernels.config import ONE_PROCESSOR, Call, ResidentConfig, choose_resident, gpu_refusal, padded_to_power
-from bigru.kernels.kernel import Kernel
+from bigru.kernels.kernel import Backward, Forward, Kernel, launch_backward, launch_forward
 from bigru.kernels.proven import Proven, proven_for
 from bigru.kernels.resident_backward import gru_backward_resident_kernel
 from bigru.kernels.resident_forward import gru_forward_resident_kernel
-from bigru.kernels.varlen import Varlen
 
 
 @dataclass(frozen=True)
@@ -67,29 +65,11 @@ class ResidentKernel(Kernel):
     def gates_shape(self, rows: tuple[int, ...], hidden: int) -> tuple[int, ...]:
         return (*rows, hidden, 4)
 
-    def forward(
-        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
-        call: Call, varlen: Varlen | None, config: ResidentConfig | None = None,
-    ) -> None:  # fmt: skip
-        directions, batch, hidden = h0.shape
-        c = config or self.choose(call, batch)
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
-        gru_forward_resident_kernel[-(-batch // c.rows), directions](
-            gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, table, steps, batch,
-            H=hidden, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, **c.constants(), **c.options(),
-        )  # fmt: skip
+    def forward(self, operands: Forward, config: ResidentConfig) -> None:
+        launch_forward(gru_forward_resident_kernel, operands, config)
 
-    def backward(
-        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
-        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: ResidentConfig | None = None,
-    ) -> None:  # fmt: skip
-        directions, batch, hidden = h0.shape
-        c = config or self.choose(call, batch)
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
-        gru_backward_resident_kernel[-(-batch // c.rows), directions](
-            dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, table, h_prev, steps, batch, H=hidden, **c.constants(),
-            **c.options(),
-        )  # fmt: skip
+    def backward(self, operands: Backward, config: ResidentConfig) -> None:
+        launch_backward(gru_backward_resident_kernel, operands, config)
 
     def functions(self, config: ResidentConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         return {"forward": (gru_forward_resident_kernel, {}), "backward": (gru_backward_resident_kernel, {})}

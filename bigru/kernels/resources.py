@@ -220,7 +220,7 @@ def compile_case(case: Case) -> Any:
             signature[parameter.name] = "i32"
     build = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
     source = build(function, signature, constants, aligned)
-    options = config.options(case.varlen) if isinstance(config, TritonConfig) else config.options()
+    options = config.options(case.varlen)
     return triton.compile(source, target=GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32), options=options)
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bigru.kernels.config import Call
-from bigru.kernels.kernel import Kernel
-from bigru.kernels.varlen import Varlen
+from bigru.kernels.kernel import Backward, Forward, Kernel
 
 
 class ScanKernel(Kernel):
@@ -25,10 +24,8 @@ class ScanKernel(Kernel):
     def choose(self, call: Call, batch: int) -> None:
         return None
 
-    def forward(
-        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
-        call: Call, varlen: Varlen | None, config: None = None,
-    ) -> None:  # fmt: skip
+    def forward(self, operands: Forward, config: None) -> None:
+        gi, w_hh, b_hn, h0, y, h_n, gates, _ = operands
         gi_s, w, h = _in_steps(gi), _wide(w_hh).mT, _wide(h0)
         hidden = h.shape[2]
         bias = h.new_zeros(()) if b_hn is None else _wide(b_hn).unsqueeze(1)
@@ -48,10 +45,8 @@ class ScanKernel(Kernel):
         if gates_s is not None:
             _in_time(gates_s, gates)
 
-    def backward(
-        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
-        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: None = None,
-    ) -> None:  # fmt: skip
+    def backward(self, operands: Backward, config: None) -> None:
+        dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, *_ = operands
         dy_s, dh, w = _in_steps(dy), _wide(dh_n), _wide(w_hh)
         r, z, n, q = _in_steps(gates).unbind(3)
         h_prev = torch.cat((_wide(h0).unsqueeze(0), _in_steps(y)[:-1]))

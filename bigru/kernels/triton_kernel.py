@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bigru.kernels.cell import INTERPRETED
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
-from bigru.kernels.kernel import Kernel
+from bigru.kernels.kernel import Backward, Forward, Kernel, launch_backward, launch_forward
 from bigru.kernels.persistent import gru_backward_kernel, gru_forward_kernel
 from bigru.kernels.proven import Proven, proven_for
 from bigru.kernels.streamed import gru_backward_streamed_kernel, gru_forward_streamed_kernel
-from bigru.kernels.varlen import Varlen
+from bigru.kernels.varlen import steps_and_table
 
 
 @dataclass(frozen=True)
@@ -38,50 +37,35 @@ class TritonKernel(Kernel):
     def choose(self, call: Call, batch: int) -> TritonConfig:
         return choose_triton(call, batch)
 
-    def forward(
-        self, gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, y: Tensor, h_n: Tensor, gates: Tensor,
-        call: Call, varlen: Varlen | None, config: TritonConfig | None = None,
-    ) -> None:  # fmt: skip
-        directions, batch, hidden = h0.shape
-        c = config or self.choose(call, batch)
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
-        grid = (-(-batch // c.rows), directions)
-        bias = gi if b_hn is None else b_hn
-        constants = c.constants() | {"HAS_BIAS": b_hn is not None, "SAVE": gates.numel() > 0, "ACCURATE": c.accurate}
-        options = c.options(varlen is not None)
-        if c.persistent:
-            gru_forward_kernel[grid](
-                gi, w_hh, bias, h0, y, h_n, gates, table, steps, batch, H=hidden, **constants, **options
-            )
-        else:
-            state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
-            state.copy_(h0)
-            gru_forward_streamed_kernel[grid](
-                gi, w_hh, bias, state, y, gates, table, steps, batch, hidden, H=hidden, **constants, **options
-            )
-            h_n.copy_(state[steps % 2])
+    def forward(self, operands: Forward, config: TritonConfig) -> None:
+        if config.persistent:
+            launch_forward(gru_forward_kernel, operands, config, ACCURATE=config.accurate)
+            return
+        gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
+        _, batch, hidden = h0.shape
+        steps, table = steps_and_table(y, varlen)
+        state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
+        state.copy_(h0)
+        gru_forward_streamed_kernel[-(-batch // config.rows), 2](
+            gi, w_hh, gi if b_hn is None else b_hn, state, y, gates, table, steps, batch, hidden, H=hidden,
+            HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, ACCURATE=config.accurate, **config.constants(),
+            **config.options(varlen is not None),
+        )  # fmt: skip
+        h_n.copy_(state[steps % 2])
 
-    def backward(
-        self, dy: Tensor, dh_n: Tensor, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, dgi: Tensor, dq: Tensor,
-        dh0: Tensor, h_prev: Tensor | None, call: Call, varlen: Varlen | None, config: TritonConfig | None = None,
-    ) -> None:  # fmt: skip
-        directions, batch, hidden = h0.shape
-        c = config or self.choose(call, batch)
-        steps, table = (len(y), None) if varlen is None else (varlen.steps, varlen.table)
-        grid = (-(-batch // c.rows), directions)
-        constants, options = c.constants(), c.options(varlen is not None)
-        if c.persistent:
-            gru_backward_kernel[grid](
-                dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, table, h_prev, steps, batch, H=hidden, **constants,
-                **options,
-            )  # fmt: skip
-        else:
-            dh = dh_n.to(torch.float32, copy=True)
-            gru_backward_streamed_kernel[grid](
-                dy, y, gates, h0, w_hh, dh, dgi, dq, table, h_prev, steps, batch, hidden, H=hidden, **constants,
-                **options,
-            )  # fmt: skip
-            dh0.copy_(dh)
+    def backward(self, operands: Backward, config: TritonConfig) -> None:
+        if config.persistent:
+            launch_backward(gru_backward_kernel, operands, config)
+            return
+        dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev = operands
+        _, batch, hidden = h0.shape
+        steps, table = steps_and_table(y, varlen)
+        dh = dh_n.to(torch.float32, copy=True)
+        gru_backward_streamed_kernel[-(-batch // config.rows), 2](
+            dy, y, gates, h0, w_hh, dh, dgi, dq, table, h_prev, steps, batch, hidden, H=hidden, **config.constants(),
+            **config.options(varlen is not None),
+        )  # fmt: skip
+        dh0.copy_(dh)
 
     def functions(self, config: TritonConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         if config.persistent:

@@ -38,6 +38,11 @@ class Varlen:
         return to_device(torch.cat([conjugate(self.batch_sizes, self.batch), first_rows]), self.device)
 
 
+def steps_and_table(y: Tensor, varlen: Varlen | None) -> tuple[int, Tensor | None]:
+    """Returns T and `Varlen.table` of a call whose states are y."""
+    return (len(y), None) if varlen is None else (varlen.steps, varlen.table)
+
+
 def varlen_of(packed: PackedSequence) -> Varlen:
     """Returns the layout of a PackedSequence.
 

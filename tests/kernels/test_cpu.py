@@ -19,6 +19,7 @@ from bigru import BiGRU
 from bigru.kernels import registry
 from bigru.kernels.config import Call, Device
 from bigru.kernels.cpu import INSTRUCTIONS, KERNEL, CpuKernel, extension
+from bigru.kernels.kernel import Backward
 from bigru.kernels.recurrence import fused_gru_recurrence
 from bigru.kernels.varlen import varlen_of
 
@@ -191,7 +192,7 @@ def test_the_same_bits_for_any_number_of_threads(instructions, shape, threads):
         dh0 = torch.empty_like(h0)
         y4 = y.unflatten(-1, (2, -1))
         w_hh = weights[1], weights[len(weights) // 2 + 1]
-        _threaded(count, kernel.backward, y4, h_n, y4, gates, h0, w_hh, dgi, dq, dh0, None, None, None)
+        _threaded(count, kernel.backward, Backward(y4, h_n, y4, gates, h0, w_hh, dgi, dq, dh0), None)
         return y, h_n, gates, dgi, dq, dh0
 
     def _threaded(count, function, *arguments):
