@@ -5,7 +5,6 @@ constraints.txt.
 """
 
 import hashlib
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -44,12 +43,11 @@ def run(session: nox.Session, module: str, *arguments: str, **options: Any) -> N
 @nox.session(venv_backend="none")
 def train(session: nox.Session) -> None:
     """Trains the forecaster (arguments after -- go to bigru.train) and writes the performance document."""
-    # A network this small gains a fifth from a second thread on an idle machine, and loses most of its speed to it on
-    # a busy one, where the threads wait for one another.
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # What it prints for the reader's shell.
+    again = {"BIGRU_TRAIN": "python -m nox -s train --"}
     # Ctrl-C reaches the training too, which then finishes a step and writes a checkpoint.
     patience = {"interrupt_timeout": 60.0, "terminate_timeout": 60.0}
-    run(session, "bigru.train", *session.posargs, env=threads, **patience)
+    run(session, "bigru.train", *session.posargs, env=again, **patience)
 
 
 @nox.session(venv_backend="none")

@@ -26,7 +26,7 @@ class Arguments(TrainConfig):
     """YAML file of settings, under our names or the reference trainer's; other options override it."""
     resume: OptionalPath = None
     """Run folder to go on with, with its settings; `latest`: the last one. Beside it may stand --data-root and --index
-    (where its data are now), --device, --epochs and --tensorboard."""
+    (where its data are now), --device, --threads, --epochs (more of a finished run) and --tensorboard."""
     changes: tyro.conf.Suppress[dict[str, Any] | None] = None
     """Settings that stand beside --resume."""
 
@@ -80,13 +80,14 @@ def _resume_changes(argv: Sequence[str]) -> dict[str, Any] | None:
     parser.add_argument("--data-root", type=user_path)
     parser.add_argument("--index", type=user_path)
     parser.add_argument("--device")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--tensorboard", action=argparse.BooleanOptionalAction)
     known, others = parser.parse_known_args(argv)
     if others:
         raise ConfigError(
-            "--resume: a run goes on with the settings it began with; only --data-root, --index, --device, --epochs "
-            f"and --tensorboard may stand beside it, got {shell_line(others)}"
+            "--resume: a run goes on with the settings it began with; only --data-root, --index, --device, "
+            f"--threads, --epochs and --tensorboard may stand beside it, got {shell_line(others)}"
         )
     return {name: value for name, value in vars(known).items() if value is not None} or None
 

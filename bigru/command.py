@@ -1,15 +1,23 @@
-"""What all commands share: how they are found and started, the extra that they need, and the terminal they write to."""
+"""What all commands share: how they are found, started and ended, the extra they need, the terminal they write to.
+
+Exit codes: 0; 1 for a run that diverged, or a part of what was asked for that cannot be done; 2 for what the user can
+mend; 128 and the signal's number for an interruption. What goes wrong is one line on stderr, `bigru.NAME: ...`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from importlib.util import find_spec
+from typing import Concatenate, ParamSpec
 
-from bigru.files import ESCAPE
+from bigru.files import ESCAPE, shell_line
+
+P = ParamSpec("P")
 
 COMMANDS = {
     "train": ("bigru.training.command", "train the forecaster, score it and write the run's document"),
@@ -21,6 +29,52 @@ COMMANDS = {
 """Name -> the module whose `main` it is, and what it does."""
 FORECASTER = ("h5py", "matplotlib", "safetensors", "tabulate", "tqdm", "tyro", "yaml")
 """Modules that the extra `forecaster` brings."""
+
+
+class CommandError(Exception):
+    """What a command tells in a line before it ends with the exit code `code`."""
+
+    code = 2
+
+
+def ending(name: str) -> Callable[[Callable[Concatenate[Sequence[str], P], int]], Callable[..., int]]:
+    """Returns a decorator for a command's main, which takes the arguments; it gives every command the same end."""
+
+    def decorate(main: Callable[Concatenate[Sequence[str], P], int]) -> Callable[..., int]:
+        @wraps(main)
+        def ended(argv: Sequence[str] | None = None, *args: P.args, **kwargs: P.kwargs) -> int:
+            arguments = sys.argv[1:] if argv is None else list(argv)
+            try:
+                for before, argument in zip(["nothing", *arguments], arguments, strict=False):
+                    if not argument or (argument.startswith("--") and argument.endswith("=")):
+                        raise CommandError(
+                            f"expected no empty argument, as a variable that is not set leaves one, got one at "
+                            f"{argument or before}"
+                        )
+                code = main(arguments, *args, **kwargs)
+                sys.stdout.flush()
+                return code
+            except BrokenPipeError:
+                # The reader, such as head, has had enough; nor is what is left in the buffer to be written at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                return 128 + 13
+            except KeyboardInterrupt as error:
+                code, message = 128 + getattr(error, "signal", signal.SIGINT), "interrupted"
+            except CommandError as error:
+                code, message = error.code, str(error)
+            except OSError as error:
+                code, message = 2, str(error)
+            print(f"bigru.{name}: {message}", file=sys.stderr)
+            return code
+
+        return ended
+
+    return decorate
+
+
+def training_line(*arguments: str | os.PathLike[str]) -> str:
+    """Returns a training command as the reader's shell takes it: by nox, where nox started this one."""
+    return shell_line([*os.environ.get("BIGRU_TRAIN", "python -m bigru.train").split(), *arguments])
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:

@@ -31,13 +31,14 @@ class StreamedForecast:
     """Seconds from the frame's arrival to its forecast."""
 
 
-def replay(model: HandForecaster, clip: Path, config: DataConfig) -> list[StreamedForecast]:
+def replay(model: HandForecaster, clip: Path, config: DataConfig, fps: float | None = None) -> list[StreamedForecast]:
     """Feeds a clip to a stream frame by frame, as fast as it takes them.
 
     Args:
         model: the network.
         clip: the .h5 file.
         config: how the network's clips were read.
+        fps: frames per second of a clip whose timestamps tell none.
 
     Returns:
         The forecast of every frame from number T - 1 on.
@@ -45,7 +46,7 @@ def replay(model: HandForecaster, clip: Path, config: DataConfig) -> list[Stream
     Raises:
         ClipError: the clip cannot be read, or has fewer than T frames.
     """
-    content, stream = read_clip(clip, config, needed=config.observed), ForecastStream(model, config)
+    content, stream = read_clip(clip, config, config.observed, fps), ForecastStream(model, config)
     others = {name: getattr(content, name) for name in MODALITY_SHAPES if getattr(config, name)}
     forecasts = [
         stream.push(hands[:, :, :2], **{name: values[number] for name, values in others.items()})
@@ -72,7 +73,7 @@ class ForecastStream:
         ValueError: if `config` has other modalities than the network's input.
 
     Example:
-        >>> stream = ForecastStream.load("runs/20261123_224500/weights.safetensors")
+        >>> stream = ForecastStream.load("runs/20261123_224500")
         >>> for hands in camera:  # (2, 21, 2) each, a missing hand all zeros
         ...     forecast = stream.push(hands)
     """
@@ -95,14 +96,14 @@ class ForecastStream:
         """Reads the weights and, from the config.json beside them, how their clips were read.
 
         Args:
-            weights: a run's weights.safetensors, or a published state dict (.pt), which has no config.json.
+            weights: a run's folder or weights.safetensors, or a published state dict (.pt), without a config.json.
             device: where to compute, such as "cpu" or "cuda".
             backend: of the GRU, as for `BiGRU`.
 
         Raises:
             CheckpointError, ConfigError: for weights or settings that cannot be used.
         """
-        return cls(*load_model(Path(weights), device=device, backend=backend))
+        return cls(*load_model(weights, device=device, backend=backend))
 
     def reset(self) -> None:
         """Forgets all frames, for the next person or after a gap."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bigru.command import COMMANDS, FORECASTER, prepare_console
+from bigru.command import COMMANDS, FORECASTER, CommandError, ending, prepare_console, training_line
 
 WITHOUT = """
 import sys
@@ -39,6 +39,53 @@ def test_the_commands_are_listed():
     result = subprocess.run([sys.executable, "-m", "bigru"], capture_output=True, text=True)
     assert result.returncode == 0
     assert all(f"python -m bigru.{name} " in result.stdout for name in COMMANDS)
+
+
+class Left(KeyboardInterrupt):
+    signal = 15
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (CommandError("mend it"), 2, "mend it"),
+        (OSError(28, "No space left on device", "out"), 2, "[Errno 28] No space left on device: 'out'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Left(), 143, "interrupted"),
+    ],
+)
+def test_every_command_ends_alike(capsys, error, code, told):
+    def main(argv):
+        raise error
+
+    assert ending("name")(main)([]) == code
+    assert capsys.readouterr().err == f"bigru.name: {told}\n"
+
+
+@pytest.mark.parametrize(("argv", "place"), [(["--data-root", ""], "--data-root"), (["--out="], "--out=")])
+def test_an_empty_argument_is_refused(capsys, argv, place):
+    assert ending("name")(lambda argv: 0)(argv) == 2
+    assert capsys.readouterr().err.endswith(f"got one at {place}\n")
+
+
+READER = """
+import sys
+from bigru.command import ending
+sys.exit(ending("name")(lambda argv: print("1\\n" * 99999))([]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks a shell")
+def test_a_reader_that_has_had_enough_is_no_error():
+    shell = '"$0" -c "$1" | head -1; echo "${PIPESTATUS[0]}"'
+    result = subprocess.run(["bash", "-c", shell, sys.executable, READER], capture_output=True, text=True)
+    assert (result.stdout.split(), result.stderr) == (["1", "141"], "")
+
+
+def test_what_goes_on_is_printed_as_the_readers_shell_takes_it(monkeypatch):
+    assert training_line("--resume", "a b") == "python -m bigru.train --resume 'a b'"
+    monkeypatch.setenv("BIGRU_TRAIN", "python -m nox -s train --")
+    assert training_line("--resume", "a b") == "python -m nox -s train -- --resume 'a b'"
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"\xfc \xe4"), ("utf-8", "ü \\xe4".encode())])

@@ -316,7 +316,7 @@ def test_json_and_command_line_bring_the_settings_back():
         ),
         ModelConfig(16, 1, 0.0, True),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
-        RunConfig(Path("out"), 1, "cpu", "torch", "tf32", Path("w.pt"), "bf16", True),
+        RunConfig(Path("out"), 1, "cpu", 3, "torch", "tf32", Path("w.pt"), "bf16", True),
     )
     assert from_mapping(json.loads(json.dumps(config.as_dict())), "config.json") == config
     words = shlex.split(command_line(config))

@@ -173,6 +173,32 @@ def test_what_is_written(tmp_path, capsys, monkeypatch):
         assert moving.info["loop"] == 0
 
 
+def test_folders_of_clips_names_of_ones_own_and_a_run_folder(tmp_path, capsys):
+    clips, run_folder, out = tmp_path / "clips", tmp_path / "run", tmp_path / "out"
+    for number, name in enumerate(["deep/one.h5", "two.h5"]):
+        (clips / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path, 8, number)[0].rename(clips / name)
+    run_folder.mkdir()
+    weights(run_folder, network())
+    (run_folder / "config.json").write_text(json.dumps(TrainConfig(DataConfig(observed=T, predicted=T)).as_dict()))
+    assert run(run_folder, clips, out=out) == 2
+    assert capsys.readouterr().err.count("; predict takes --fps") == 2
+    assert run(run_folder, clips, out=out, extra=["--fps", "30"]) == 0
+    assert {path.name for path in out.glob("*.csv")} == {"one.csv", "two.csv"}
+    row = next(csv.DictReader(io.StringIO((out / "one.csv").read_text())))
+    assert (row["ahead_s"], row["fps"], row["fps_assumed"]) == (f"{1 / 30:.4f}", "30", "no timestamps")
+    x = torch.randn(1, T, 84)
+    assert torch.equal(HandForecaster.load(str(run_folder))(x), network()(x))
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    clip, _ = write(tmp_path, 8)
+    (tmp_path / "file").touch()
+    assert run(weights(tmp_path, network()), clip, out=tmp_path / "file" / "out") == 2
+    expected = f"bigru.predict: out: expected a folder that can be written, got {tmp_path / 'file'}\n"
+    assert capsys.readouterr() == ("", expected)
+
+
 def test_no_two_joints_share_a_name():
     assert len(set(JOINT_NAMES)) == 21
     assert (JOINT_NAMES[0], JOINT_NAMES[4], JOINT_NAMES[8], JOINT_NAMES[20]) == (
@@ -264,7 +290,10 @@ def test_options_that_cannot_be_used(tmp_path, capsys, extra, message):
 def test_clips_without_names_of_their_own(tmp_path, capsys):
     path = weights(tmp_path, network())
     assert run(path, out=tmp_path) == 2
-    assert "expected at least one .h5 file, got none" in capsys.readouterr().err
+    assert capsys.readouterr().err == "bigru.predict: clips: expected at least one .h5 file, got none\n"
+    (tmp_path / "empty").mkdir()
+    assert run(path, tmp_path / "empty", out=tmp_path) == 2
+    assert f"got none below {tmp_path / 'empty'}" in capsys.readouterr().err
     clip, _ = write(tmp_path, 8)
     assert run(path, clip, tmp_path / "other" / clip.name, out=tmp_path) == 2
     assert f"got twice: {clip.stem}" in capsys.readouterr().err

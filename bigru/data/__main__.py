@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bigru.command import prepare_console
-from bigru.config import ConfigError, DataConfig, OptionalPath, expand_home
+from bigru.command import ending, prepare_console
+from bigru.config import DataConfig, OptionalPath, expand_home
 from bigru.data.check import MOST_SHOWN, describe, survey
 from bigru.data.hdf5 import ClipError, DataError
 from bigru.files import printable, write_atomically, write_lines
@@ -58,23 +58,17 @@ class Describe:
         expand_home(self)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ending("data")
+def main(argv: Sequence[str]) -> int:
     """Runs the command line and returns its exit code."""
-    try:
-        command = tyro.cli(
-            Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],
-            prog="python -m bigru.data",
-            description=__doc__,
-            args=argv,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        return check(command) if isinstance(command, Check) else describe_and_draw(command)
-    except KeyboardInterrupt:
-        print("bigru.data: interrupted", file=sys.stderr)
-        return 130
-    except (ConfigError, DataError, OSError) as error:
-        print(f"bigru.data: {error}", file=sys.stderr)
-        return 2
+    command = tyro.cli(
+        Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Describe, tyro.conf.subcommand("describe")],
+        prog="python -m bigru.data",
+        description=__doc__,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return check(command) if isinstance(command, Check) else describe_and_draw(command)
 
 
 def check(config: Check) -> int:
@@ -92,8 +86,7 @@ def describe_and_draw(command: Describe) -> int:
     try:
         text, clip = describe(command.clip, command.observed, command.stride, command.nan_missing)
     except ClipError as error:
-        # A clip that is missing is named already.
-        raise DataError(f"{'' if error.reason == 'missing' else printable(command.clip) + ': '}{error}") from error
+        raise DataError(f"{printable(command.clip)}: {error}") from error
     print(text)
     if clip is None:
         return 1

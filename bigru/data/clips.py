@@ -26,7 +26,6 @@ from bigru.data.hdf5 import (
     require_datasets,
 )
 from bigru.data.index import CLIP_NAME
-from bigru.files import printable
 
 # Nobody films hands at fewer frames per second, or at more. Milliseconds taken for seconds give 0.02 or 0.06.
 FRAME_RATES = (1.0, 1000.0)
@@ -82,23 +81,25 @@ class Clip:
         return np.flatnonzero(np.diff(self.seconds) > self.longest_step)
 
 
-def read_clip(path: Path, config: DataConfig, needed: int | None = None) -> Clip:
+def read_clip(path: Path, config: DataConfig, needed: int | None = None, fps: float | None = None) -> Clip:
     """Reads the datasets that `config` asks for from one HDF5 clip, once, and resample them if it says so.
 
     Shapes and types are checked before anything is read, so a short clip costs no more than its opening. Links
     are not followed: a clip holds its own data or is not used.
 
     Args:
-        path: the clip; where its timestamps tell no frame rate, its name must tell the participant, as in the index.
+        path: the clip; where its timestamps tell no frame rate and `fps` is None, its name must tell the participant,
+            as in the index.
         config: which modalities are on, how many frames a window takes, and the frame rate to bring the clip to.
         needed: frames that the clip must have; default: those of one window, observed and predicted.
+        fps: frames per second where the timestamps tell none.
 
     Raises:
         ClipError: the clip cannot be used; its `reason` says why.
     """
     needed = config.observed + config.predicted if needed is None else needed
     with open_clip(path) as file:
-        return read_open_clip(file, config, needed)
+        return read_open_clip(file, config, needed, fps)
 
 
 @contextmanager
@@ -109,14 +110,14 @@ def open_clip(path: Path) -> Iterator[h5py.File]:
         ClipError: `missing` or `unreadable`.
     """
     if not path.is_file():
-        raise ClipError("missing", f"no file {printable(path)}")
+        raise ClipError("missing", "no such file")
     with h5py_errors():
         file = h5py.File(path, "r")
     with file:
         yield file
 
 
-def read_open_clip(file: h5py.File, config: DataConfig, needed: int) -> Clip:
+def read_open_clip(file: h5py.File, config: DataConfig, needed: int, fps: float | None = None) -> Clip:
     """Reads a clip as `read_clip` does, from a file that `open_clip` opened."""
     names = [*HAND_DATASETS]
     names += [GAZE_DATASET] * config.gaze + [OBJECT_DATASET] * config.objects + [SURROGATE_DATASET] * config.surrogate
@@ -129,7 +130,7 @@ def read_open_clip(file: h5py.File, config: DataConfig, needed: int) -> Clip:
     # Before anything is read, where the clip's own frames are what counts.
     if frames < (needed if config.resample is None else 1):
         raise ClipError("short", f"{frames} frames, {max(1, needed)} needed")
-    fps, seconds, assumed = _frame_times(file, frames)
+    fps, seconds, assumed = _frame_times(file, frames, fps)
     if config.resample is not None:
         length = resampled_length(seconds, config.resample)
         if length < needed:
@@ -154,10 +155,10 @@ def published_frame_rate(participant: int) -> float:
     return 23.0 if participant <= 28 else 59.0
 
 
-def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray, str]:
+def _frame_times(file: h5py.File, frames: int, given: float | None) -> tuple[float, np.ndarray, str]:
     """Returns frames per second, each frame's time, (F,) seconds from 0, and why the rate is assumed, if it is.
 
-    The rate is that of the timestamps' median step. Where they tell none it is the published one.
+    The rate is that of the timestamps' median step. Where they tell none it is the given or the published one.
 
     Raises:
         ClipError: `bad timestamps`, they tell a rate that cannot be, or none, and the clip's name tells no participant
@@ -165,23 +166,23 @@ def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray, str]:
     """
     dataset = own_dataset(file, "timestamps")
     if dataset is None:
-        return _assumed_times(file, np.arange(frames), "no timestamps")
+        return _assumed_times(file, given, np.arange(frames), "no timestamps")
     if dataset.dtype.kind not in "fiu":
-        return _assumed_times(file, np.arange(frames), "timestamps are no numbers")
+        return _assumed_times(file, given, np.arange(frames), "timestamps are no numbers")
     if dataset.ndim != 1:
-        return _assumed_times(file, np.arange(frames), f"timestamps of shape {dataset.shape}, expected (F,)")
+        return _assumed_times(file, given, np.arange(frames), f"timestamps of shape {dataset.shape}, expected (F,)")
     if dataset.shape[0] != frames:
         raise ClipError("frame counts differ", f"timestamps {dataset.shape[0]}, {HAND_DATASETS[0]} {frames}")
     seconds = read_array(dataset, np.dtype(np.float64))
     steps = np.diff(seconds)
     if not np.isfinite(seconds).all() or not np.isfinite(steps).all():
-        return _assumed_times(file, np.arange(frames), "timestamps are not finite")
+        return _assumed_times(file, given, np.arange(frames), "timestamps are not finite")
     if frames < 2:
-        return _assumed_times(file, np.arange(frames), "a single frame")
+        return _assumed_times(file, given, np.arange(frames), "a single frame")
     if steps.min() < 0 or np.median(steps) == 0:
-        return _assumed_times(file, np.arange(frames), "timestamps do not rise")
+        return _assumed_times(file, given, np.arange(frames), "timestamps do not rise")
     if np.median(steps) == 1 and np.array_equal(seconds, np.rint(seconds)):
-        return _assumed_times(file, seconds, "timestamps are frame numbers")
+        return _assumed_times(file, given, seconds, "timestamps are frame numbers")
     # Python's division, as NumPy's warns where the quotient overflows.
     fps = 1 / float(np.median(steps))
     slowest, fastest = FRAME_RATES
@@ -192,11 +193,16 @@ def _frame_times(file: h5py.File, frames: int) -> tuple[float, np.ndarray, str]:
     return round(fps, 1), seconds - seconds[0], ""
 
 
-def _assumed_times(file: h5py.File, numbers: np.ndarray, why: str) -> tuple[float, np.ndarray, str]:
-    """Returns the published frame rate, the times of the frames so numbered, and why the rate is assumed."""
+def _assumed_times(
+    file: h5py.File, given: float | None, numbers: np.ndarray, why: str
+) -> tuple[float, np.ndarray, str]:
+    """Returns the given or published frame rate, the times of the frames so numbered, and why the rate is assumed."""
+    if given is not None:
+        return given, (numbers - numbers[0]) / given, why
     match = CLIP_NAME.fullmatch(f"{Path(file.filename).stem}.mp4")
     if match is None:
-        raise ClipError("bad timestamps", f"{why}, and the clip's name tells no participant, whose rate is documented")
+        cure = "whose rate is documented; predict takes --fps"
+        raise ClipError("bad timestamps", f"{why}, and the clip's name tells no participant, {cure}")
     fps = published_frame_rate(int(match[1][1:]))
     return fps, (numbers - numbers[0]) / fps, why
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import h5py
 import numpy as np
 
+from bigru.command import CommandError
 from bigru.layout import JOINTS_PER_HAND, MODALITY_SHAPES
 
 HAND_DATASETS = ("left_landmarks", "right_landmarks")
@@ -41,7 +42,7 @@ IMAGE_COORDINATES = {"left_landmarks": 2, "right_landmarks": 2, OBJECT_DATASET: 
 FARTHEST = 10.0
 
 
-class DataError(ValueError):
+class DataError(CommandError, ValueError):
     """Clips, an index or a split that cannot be used; the message is meant for the person who named them."""
 
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from bigru.command import CommandError, ending
 from bigru.data.clips import published_frame_rate
 from bigru.data.frames import SPLITS
 from bigru.data.index import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, read_index
@@ -350,7 +351,8 @@ def ensure_synthetic(root: Path, clips: int, seed: int, progress: bool | None = 
     return write_synthetic(root, clips, seed, progress, overwrite=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@ending("data.synthetic")
+def main(arguments: Sequence[str]) -> int:
     """Writes a synthetic dataset and says what was written."""
     parser = argparse.ArgumentParser(prog="python -m bigru.data.synthetic", description=__doc__.partition(":")[0])
     parser.add_argument("dir", type=user_path, help="folder to write")
@@ -360,13 +362,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         write_synthetic(given.dir, given.clips, given.seed, overwrite=given.overwrite)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     planned = plan_clips(given.clips, given.seed)
     people = len({plan.participant for plan in planned})
     frames = sum(plan.frames for plan in planned)
     print(f"{len(planned):,} clips of {people} participants, {frames:,} frames, in {given.dir}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

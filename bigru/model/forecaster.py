@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,22 @@ class HandForecaster(nn.Module):
         # Published weights load only into this very network.
         if (input_size, hidden_size, num_layers) == PUBLISHED_SIZES:
             assert sum(parameter.numel() for parameter in self.parameters()) == PUBLISHED_PARAMETERS
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu", **options: Any) -> HandForecaster:
+        """Reads a trained network, its sizes from the weights' shapes, and puts it into evaluation mode.
+
+        Args:
+            path: a run's folder, a .safetensors, or a published .pt or .pth, which is read with weights_only=True.
+            device: where it is to compute.
+            options: `backend` and `precision`, as above.
+
+        Raises:
+            CheckpointError: for a file that cannot be read or holds another network.
+        """
+        from bigru.model.weights import load_forecaster
+
+        return load_forecaster(path, **options).to(device).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Forecasts the frames that follow.

@@ -12,17 +12,17 @@ import torch
 from bigru.config import ConfigError, DataConfig, from_mapping
 from bigru.environment import pick_device
 from bigru.model.forecaster import HandForecaster
-from bigru.model.weights import load_forecaster, modalities_of
+from bigru.model.weights import modalities_of, weights_file
 
 
 def load_model(
-    weights: Path, *, device: str = "auto", backend: str = "auto", observed: int | None = None
+    weights: str | Path, *, device: str = "auto", backend: str = "auto", observed: int | None = None
 ) -> tuple[HandForecaster, DataConfig]:
     """Builds the network of a file of weights, ready to forecast, and reads the settings of its clips.
 
     Args:
-        weights: a run's weights.safetensors, whose settings are in the config.json beside it, or a published state
-            dict, whose clips are read as published.
+        weights: a run's folder or its weights.safetensors, whose settings are in the config.json beside it, or a
+            published state dict, whose clips are read as published.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         backend: of the GRU, as for `BiGRU`.
         observed: frames observed, and as many predicted; default: as in the settings, else 60.
@@ -32,6 +32,7 @@ def load_model(
         CheckpointError: weights that cannot be used.
     """
     where = pick_device(device)
+    weights = weights_file(weights)
     settings = weights.with_name("config.json")
     if settings.is_file():
         config = _read_settings(settings)
@@ -43,7 +44,7 @@ def load_model(
             file=sys.stderr,
         )
     length = config.observed if observed is None else observed
-    model = load_forecaster(weights, backend=backend).to(where).eval()
+    model = HandForecaster.load(weights, device=str(where), backend=backend)
     fed = modalities_of(model.encoder.core.input_size)
     assert fed is not None
     config = dataclasses.replace(

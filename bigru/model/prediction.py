@@ -22,8 +22,10 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
-from bigru.config import ConfigError, DataConfig, expand_home
+from bigru.command import ending
+from bigru.config import ConfigError, DataConfig, check_writable, expand_home
 from bigru.data.clips import read_clip
 from bigru.data.hdf5 import ClipError
 from bigru.data.windows import frame_features, hands_origin
@@ -32,7 +34,6 @@ from bigru.kernels.registry import Backend
 from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.model.load import load_model
-from bigru.model.weights import CheckpointError
 from bigru.report import figures
 from bigru.report.animation import gif
 from bigru.report.record import Samples
@@ -57,7 +58,7 @@ JOINT_NAMES = (
 )
 COLUMNS = (
     *("frame", "time_s", "ahead_s", "hand", "joint", "joint_name", "origin", "x_norm", "y_norm", "x_px", "y_px"),
-    *("true_x_norm", "true_y_norm", "true_x_px", "true_y_px", "error_px"),
+    *("true_x_norm", "true_y_norm", "true_x_px", "true_y_px", "error_px", "fps", "fps_assumed"),
 )
 
 
@@ -71,15 +72,17 @@ class Arguments:
     """
 
     clips: tyro.conf.Positional[tuple[Path, ...]]
-    """Clips, .h5 files named as in the index, of at least the observed length."""
+    """Clips, .h5 files of at least the observed length, or folders, with all clips below them."""
     weights: Path
-    """Weights: a run's weights.safetensors, with its config.json beside it, or a published state dict (.pt, .pth)."""
+    """A run's folder or weights.safetensors, with its config.json beside it, or a published state dict (.pt, .pth)."""
     out: Path = Path("predictions")
     """Folder for CLIP.npz, CLIP.csv, CLIP.png and CLIP.gif."""
     start: int | None = None
     """First observed frame, from 0. Default: the last with its whole true future in the clip, else the last at all."""
     observed: int | None = None
     """Frames observed, and as many predicted. Default: as in config.json beside the weights, else 60."""
+    fps: float | None = None
+    """Frames per second of clips whose timestamps tell none. Default: as documented for the participant in the name."""
     stream: bool = False
     """Replay each clip frame by frame as a robot's loop would: a forecast after every frame that has the observed
     length behind it. Prints the latency and writes CLIP.stream.npz instead of the other files."""
@@ -144,37 +147,42 @@ class Forecast:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0, 1 some clips cannot be used, 2 none can or no file can be
-    written, 130 interrupted."""
+@ending("predict")
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns its exit code: 0, 1 some clips cannot be used, 2 none can."""
     arguments = tyro.cli(Arguments, prog="python -m bigru.predict", args=argv)
-    try:
-        _check_names(arguments.clips)
-        model, config = load_model(
-            arguments.weights, device=arguments.device, backend=arguments.backend, observed=arguments.observed
-        )
-        failed = [not _carry_out(model, config, clip, arguments) for clip in arguments.clips]
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"bigru.predict: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bigru.predict: interrupted", file=sys.stderr)
-        return 130
+    clips = find_clips(arguments.clips)
+    check_writable(arguments.out)
+    model, config = load_model(
+        arguments.weights, device=arguments.device, backend=arguments.backend, observed=arguments.observed
+    )
+    # On a terminal alone, and for more than one.
+    bar = tqdm(clips, "forecasting", unit="clip", leave=False, disable=None if len(clips) > 1 else True)
+    failed = [not _carry_out(model, config, clip, arguments) for clip in bar]
     return 0 if not any(failed) else 2 if all(failed) else 1
 
 
-def _check_names(clips: Sequence[Path]) -> None:
-    """Raises ConfigError for no clip, or two of one name."""
+def find_clips(paths: Sequence[Path]) -> list[Path]:
+    """Returns the clips named, and those below the folders named.
+
+    Raises:
+        ConfigError: no clip, or two of one name.
+    """
+    clips = [clip for path in paths for clip in (sorted(path.rglob("*.h5")) if path.is_dir() else [path])]
     stems = [clip.stem for clip in clips]
     if not stems:
-        raise ConfigError("clips: expected at least one .h5 file, got none")
+        where = f" below {', '.join(map(printable, paths))}" if paths else ""
+        raise ConfigError(f"clips: expected at least one .h5 file, got none{where}")
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ConfigError(
             f"clips: expected names of their own, as the files written bear them, got twice: {', '.join(twice)}"
         )
+    return clips
 
 
-def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int | None = None) -> Forecast:
+def forecast(
+    model: HandForecaster, clip: Path, config: DataConfig, start: int | None = None, fps: float | None = None
+) -> Forecast:
     """Forecasts as many frames of a clip as `config.observed` says are seen, from frame `start` on.
 
     Args:
@@ -183,13 +191,14 @@ def forecast(model: HandForecaster, clip: Path, config: DataConfig, start: int |
         config: which modalities are read, and T, the frames observed and predicted.
         start: first observed frame; default: the last one after which the clip holds T true frames too, else the one
             that ends with the clip.
+        fps: frames per second of a clip whose timestamps tell none.
 
     Raises:
         ClipError: the clip cannot be read or is too short; the message gives both numbers.
         ConfigError: `start` is outside the clip.
     """
     length = config.observed
-    content = read_clip(clip, config, needed=length)
+    content = read_clip(clip, config, length, fps)
     features, present = frame_features(content, config.centre), content.present
     frames = len(features)
     if start is None:
@@ -283,9 +292,10 @@ def as_csv(result: Forecast) -> str:
 
     Columns: frame of the clip, from 0 (as resampled, of a run with --resample); time_s from the clip's start; ahead_s
     after the last observed frame; hand, joint (MediaPipe's number and name); origin, from which x and y count; _norm as
-    fractions of the image's width and height, _px in pixels; true_ of the clip itself; error_px the distance of both.
+    fractions of the image's width and height, _px in pixels; true_ of the clip itself; error_px the distance of both;
+    fps, by which the times are reckoned, and why that is assumed, empty where it is measured.
     """
-    origin = ORIGINS[result.centre]
+    origin, rate = ORIGINS[result.centre], (f"{result.fps:g}", result.assumed)
     predicted, true, errors = result.in_image(result.predicted), result.in_image(result.target), result.error_px
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -296,27 +306,22 @@ def as_csv(result: Forecast) -> str:
             ours, theirs = predicted[t, hand, joint], true[t, hand, joint]
             numbers = (*ours, *ours * IMAGE, *theirs, *theirs * IMAGE, errors[t, number])
             cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
-            writer.writerow(
-                [frame, f"{time_s:.4f}", f"{ahead_s:.4f}", HANDS[hand], joint, JOINT_NAMES[joint], origin, *cells]
-            )
+            named = (HANDS[hand], joint, JOINT_NAMES[joint], origin)
+            writer.writerow([frame, f"{time_s:.4f}", f"{ahead_s:.4f}", *named, *cells, *rate])
     return buffer.getvalue()
 
 
-def _stream(model: HandForecaster, config: DataConfig, clip: Path, out: Path) -> None:
+def _stream(model: HandForecaster, config: DataConfig, clip: Path, out: Path, fps: float | None) -> None:
     """Forecasts after every frame of a clip, prints the latency and writes CLIP.stream.npz.
 
     The file holds predicted (N, T, 2, 21, 2) as in CLIP.npz, frame (N,), the last frame that each forecast has seen,
     latency_s (N,), and origin.
     """
-    forecasts = replay(model, clip, config)
+    forecasts = replay(model, clip, config, fps)
     latency_s = np.array([forecast.latency_s for forecast in forecasts])
     device, threads = next(model.parameters()).device, torch.get_num_threads()
     where = f"{threads} thread{'s' * (threads > 1)} of the CPU" if device.type == "cpu" else str(device)
     median, slow = 1e3 * np.percentile(latency_s, (50, 99))
-    print(
-        f"{printable(clip.stem)}: {len(forecasts)} forecasts of {config.predicted} frames on {where}, "
-        f"latency median {median:.2f} ms, 99th percentile {slow:.2f} ms"
-    )
     path = out / f"{clip.stem}.stream.npz"
     out.mkdir(parents=True, exist_ok=True)
     write_npz(
@@ -328,7 +333,10 @@ def _stream(model: HandForecaster, config: DataConfig, clip: Path, out: Path) ->
             "origin": ORIGINS[config.centre],
         },
     )
-    print(f"  {printable(path)}")
+    tqdm.write(
+        f"{printable(clip.stem)}: {len(forecasts)} forecasts of {config.predicted} frames on {where}, "
+        f"latency median {median:.2f} ms, 99th percentile {slow:.2f} ms\n  {printable(path)}"
+    )
 
 
 def _times(result: Forecast) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -342,18 +350,19 @@ def _carry_out(model: HandForecaster, config: DataConfig, clip: Path, arguments:
     """Forecasts one clip, says what was written or why not, and tells whether it was."""
     try:
         if arguments.stream:
-            _stream(model, config, clip, arguments.out)
+            _stream(model, config, clip, arguments.out, arguments.fps)
             return True
-        result = forecast(model, clip, config, arguments.start)
+        result = forecast(model, clip, config, arguments.start, arguments.fps)
     except (ClipError, ConfigError) as error:
-        print(f"bigru.predict: {clip}: {error}", file=sys.stderr)
+        tqdm.write(f"bigru.predict: {printable(clip)}: {error}", file=sys.stderr)
         return False
+    paths = write(result, arguments.out)
     known = int(np.isfinite(result.target).any(axis=1).sum())
     judged = f"mean error {result.mean_error_px:.1f} px over {known} true frames" if known else "no true future"
     rate = f" at a frame rate that is assumed: {result.assumed}" if result.assumed else ""
-    print(
-        f"{clip.stem}: frames {result.start} to {result.start + config.observed - 1} observed, "
+    said = (
+        f"{printable(clip.stem)}: frames {result.start} to {result.start + config.observed - 1} observed, "
         f"{config.predicted} predicted ({config.predicted / result.fps:.2f} s{rate}); {judged}"
     )
-    print(*(f"  {path}" for path in write(result, arguments.out)), sep="\n")
+    tqdm.write("\n".join([said, *(f"  {printable(path)}" for path in paths)]))
     return True

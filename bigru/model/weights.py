@@ -16,18 +16,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bigru.files import printable, write_atomically
+from bigru.command import CommandError
+from bigru.files import printable, user_path, write_atomically
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = "weights.safetensors"
+"""Of a run: the best so far."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """Of DataParallel, torch.compile, and a module that holds the network as `model`."""
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CommandError, ValueError):
     """A file of weights or a checkpoint that cannot be used; the message names it and why."""
 
 
@@ -37,8 +40,14 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_atomically(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a state dict with the published names from .safetensors, .pt or .pth into the model.
+def weights_file(path: str | Path) -> Path:
+    """Returns the file of weights that a path names: itself, or that in a run's folder."""
+    path = user_path(path)
+    return path / WEIGHTS if path.is_dir() else path
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict with the published names from .safetensors, .pt, .pth or a run's folder into the model.
 
     A file that holds the state dict under "model", "state_dict" or "model_state_dict" will do.
 
@@ -46,10 +55,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         CheckpointError: for a file that is missing or unreadable, holds more than data, whose names, shapes or
             modalities are not the model's, or whose tensors are not dense ones of finite real numbers.
     """
+    path = weights_file(path)
     _fit(model, _read_weights(path), path)
 
 
-def load_forecaster(path: Path, **options: Any) -> HandForecaster:
+def load_forecaster(path: str | Path, **options: Any) -> HandForecaster:
     """Builds the network that a file of weights is of, its sizes read from their shapes, and loads them.
 
     Args:
@@ -59,6 +69,7 @@ def load_forecaster(path: Path, **options: Any) -> HandForecaster:
     Raises:
         CheckpointError: as `load_weights`, or where the weights are not of a forecaster.
     """
+    path = weights_file(path)
     weights = _read_weights(path)
     names = [f"encoder.core.weight_{part}_l0" for part in ("ih", "hh")]
     if missing := [name for name in names if name not in weights]:

@@ -10,17 +10,17 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from bigru.command import prepare_console
+from bigru.command import CommandError, ending, prepare_console
 from bigru.files import printable, user_path
 from bigru.report.document import write_files
-from bigru.report.record import RunError, read_run
+from bigru.report.record import read_run
 
 PERFORMANCE = "performance"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ending("report")
+def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns its exit code: 0, or 2 where nothing was written."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [PERFORMANCE]:
         return performance(arguments[1:])
     parser = argparse.ArgumentParser(
@@ -35,12 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=user_path, help="folder for the document and plots/ (default: the parent of RUN)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="bigru.report: %(message)s")
-    try:
-        written = write_files(read_run(options.run), options.out)
-    except (RunError, OSError) as error:
-        print(f"bigru.report: {printable(str(error))}", file=sys.stderr)
-        return 2
-    print(*map(printable, written), sep="\n")
+    print(*map(printable, write_files(read_run(options.run), options.out)), sep="\n")
     return 0
 
 
@@ -48,9 +43,8 @@ def performance(arguments: Sequence[str]) -> int:
     """Runs `python -m benchmarks.report`, which only a checkout has."""
     try:
         from benchmarks.report import main as write
-    except ImportError:
-        print("bigru.report: the installed package lacks the benchmarks: run this in a checkout", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        raise CommandError("the installed package lacks the benchmarks: run this in a checkout") from error
     return write(arguments)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from bigru.command import ending
 from bigru.config import expand_home
 from bigru.files import ESCAPE, write_atomically
 from bigru.report import figures
@@ -33,14 +33,11 @@ class Arguments:
         expand_home(self)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ending("compare")
+def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns its exit code: 0, or 2 where a run cannot be compared and nothing is written."""
     arguments = tyro.cli(Arguments, prog="python -m bigru.compare", args=argv)
-    try:
-        compare(arguments.runs, arguments.out)
-    except (RunError, OSError) as error:
-        print(f"bigru.compare: {error}", file=sys.stderr)
-        return 2
+    compare(arguments.runs, arguments.out)
     return 0
 
 

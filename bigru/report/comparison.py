@@ -13,7 +13,7 @@ from bigru.report.markdown import blocks, code, plain, table
 from bigru.report.record import METRICS, RunError, RunRecord, Scores, read_run
 
 # Settings that are named in columns of their own, or that change no figure.
-NOT_COMPARED = {"gaze", "objects", "surrogate", "out", "index", "strict", "cache", "no_cache", "device"}
+NOT_COMPARED = {"gaze", "objects", "surrogate", "out", "index", "strict", "cache", "no_cache", "device", "threads"}
 NOT_FINISHED = "not finished"
 
 

@@ -341,6 +341,11 @@ def _details(record: RunRecord, out: Path) -> str:
         "Run again with": code(record.command),
         "Report again with": f"{code(f'python -m bigru.report {folder}')}, in this document's folder",
     }
+    if record.finished_before:
+        lines["Trained on"] = (
+            f"after epoch {listed([*map(str, record.finished_before)])}, where it had finished by fewer epochs; from "
+            "there on the learning rate is that of all its epochs, so that it rises there"
+        )
     if not record.horizon:
         lines["Not recorded"] = (
             "error against horizon, per joint and by subtask: the version that scored this run did not write them"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bigru.command import CommandError, training_line
 from bigru.layout import JOINTS, MODALITY_SIZES
 
 FORMATS = (1, 2)
@@ -29,7 +30,7 @@ TIMING = ("epoch_s_median", "train_windows_per_s_median", "total_s")
 FILES = ("config.json", "metrics.jsonl", "summary.json", "samples.npz")
 
 
-class RunError(ValueError):
+class RunError(CommandError, ValueError):
     """A folder that cannot be reported: no run, not finished, or broken in the place that the message names."""
 
 
@@ -126,6 +127,8 @@ class RunRecord:
     modules: tuple[tuple[str, int], ...]
     best_epoch: int
     stopped_early: bool
+    finished_before: tuple[int, ...]
+    """Epochs after which the run had finished before, and was then trained on."""
     test: Scores
     baselines: dict[str, Scores]
     by_frame_rate: tuple[tuple[float, Scores], ...]
@@ -170,8 +173,7 @@ def read_run(run: Path) -> RunRecord:
             raise RunError(
                 f"{run} is not a run folder: it holds no {name}"
                 if name in FILES[:2]
-                else f"{run} holds no {name}: the run is not finished. Resume it with: "
-                f"python -m bigru.train --resume {run}"
+                else f"{run} holds no {name}: the run is not finished. Resume it with: {training_line('--resume', run)}"
             )
     # The name becomes part of file names and of an HTML comment.
     if not re.fullmatch(r"\w+", folder.name, re.ASCII):
@@ -304,6 +306,8 @@ def _from_summary(
         modules=tuple((str(entry["module"]), _count(entry, "params")) for entry in summary["modules"]),
         best_epoch=best,
         stopped_early=bool(summary["stopped_early"]),
+        # Runs of earlier versions do not say.
+        finished_before=tuple(map(int, summary.get("finished_before", ()))),
         test=_scores(summary["test"]),
         baselines={name: _scores(scores) for name, scores in summary["baselines"].items()},
         by_frame_rate=rates,

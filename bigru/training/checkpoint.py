@@ -47,6 +47,15 @@ class Progress:
     epoch_s: float = 0.0
     """Seconds that those steps took."""
 
+    finished: list[int] = field(default_factory=list)
+    """Epochs after which the run had finished before, and was asked for more."""
+
+    def extend(self) -> None:
+        """Goes on after the end: patience begins anew."""
+        if self.epoch not in self.finished:
+            self.finished.append(self.epoch)
+        self.gain_epoch = self.epoch
+
     def update(self, mpjpe: float, min_delta: float) -> bool:
         """Counts an epoch with this validation MPJPE; returns whether it is the best so far."""
         self.epoch += 1

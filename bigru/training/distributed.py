@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigru.command import CommandError
 from bigru.config import ConfigError
 
 TIMEOUT = timedelta(minutes=10)
@@ -21,8 +22,10 @@ TIMEOUT = timedelta(minutes=10)
 Value = TypeVar("Value")
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(CommandError, RuntimeError):
     """Another process of the run has ended, or has not answered in time."""
+
+    code = 1
 
 
 @dataclass(frozen=True)

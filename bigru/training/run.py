@@ -10,6 +10,7 @@ samples.npz and summary.json.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,14 +19,15 @@ from typing import Any
 
 import torch
 
-from bigru.config import ConfigError, DataConfig, TrainConfig
+from bigru.command import training_line
+from bigru.config import ConfigError, DataConfig, TrainConfig, check_writable
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import SPLITS, Dataset, NoWindowsError, load_dataset
 from bigru.environment import device_name, pick_device
-from bigru.files import printable, remove_partials, shell_line, write_json, write_lines
+from bigru.files import printable, remove_partials, write_json, write_lines
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
-from bigru.model.weights import load_weights, save_weights
+from bigru.model.weights import WEIGHTS, load_weights, save_weights
 from bigru.report.document import write_report
 from bigru.training import run_dir, tensorboard
 from bigru.training.checkpoint import load_checkpoint
@@ -62,7 +64,8 @@ def train(config: TrainConfig, parts: Parts = Parts()) -> Path:
 def resume(folder: Path, changes: Mapping[str, Any] | None = None, parts: Parts = Parts()) -> Path:
     """Goes on with an interrupted run from its last whole checkpoint, to the bit on the CPU; returns its folder.
 
-    Nothing that is in the folder is lost by it. A finished run's document is written again.
+    Nothing that is in the folder is lost by it. A finished run's document is written again; with more `epochs` it is
+    trained on, by the learning rates of so many.
 
     Args:
         folder: of the run, or a link to it; `latest`, where nothing has that name: the last run in the folder around,
@@ -78,11 +81,12 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, parts: Parts 
     folder = run_dir.find(folder)
     config = run_dir.read_config(folder)
     team = current_team()
-    if (folder / "summary.json").is_file():
+    finished = (folder / run_dir.SUMMARY).is_file()
+    if finished and "epochs" not in (changes or {}):
         if changes:
             raise ConfigError(
-                f"resume: {printable(folder)} has finished, which {', '.join(changes)} cannot change; begin a new run, "
-                "from its weights with --weights"
+                f"resume: {printable(folder)} has finished, which {', '.join(changes)} cannot change; more --epochs "
+                "train it on, and --weights begins a new run from its weights"
             )
         log.info("%s has finished; writing its document again", printable(folder))
         if team.first:
@@ -90,13 +94,13 @@ def resume(folder: Path, changes: Mapping[str, Any] | None = None, parts: Parts 
         return folder
     run_dir.check_resumable(folder)
     config = run_dir.with_absolute_data(run_dir.changed(config, changes or {}))
-    return go_on(config, folder, parts) if team.first else worker(config, folder, parts)
+    return go_on(config, folder, parts, finished) if team.first else worker(config, folder, parts, finished)
 
 
 def start(config: TrainConfig, parts: Parts) -> Path:
     """Carries out a new run, as its first process."""
     team = current_team()
-    run_dir.check_writable(config.run.out)
+    check_writable(config.run.out)
     trainer, backend = prepare(config, team, parts)
     load_state(trainer, None)
     folder = team.broadcast(run_dir.create(config, trainer.dataset))
@@ -105,26 +109,29 @@ def start(config: TrainConfig, parts: Parts) -> Path:
     return folder
 
 
-def go_on(config: TrainConfig, folder: Path, parts: Parts) -> Path:
-    """Carries out the rest of a run, as its first process."""
+def go_on(config: TrainConfig, folder: Path, parts: Parts, finished: bool) -> Path:
+    """Carries out the rest of a run, or more than it was to have, as its first process."""
     with run_dir.run_lock(folder):
         remove_partials(folder)
         trainer, backend = prepare(config, current_team(), parts)
-        load_state(trainer, folder)
+        load_state(trainer, folder, finished)
         # Only now that the run is known to go on with them.
         run_dir.write_data(folder, trainer.dataset)
         write_json(folder / "config.json", config.as_dict())
+        if finished:
+            trainer.save(folder)
+            (folder / run_dir.SUMMARY).unlink()
         complete(trainer, backend, folder, parts)
     return folder
 
 
-def worker(config: TrainConfig, folder: Path | None, parts: Parts) -> Path:
+def worker(config: TrainConfig, folder: Path | None, parts: Parts, finished: bool = False) -> Path:
     """Trains in a new run, or on in the given folder, as one of the processes beside the first; writes nothing."""
     team = current_team()
     trainer, _ = prepare(config, team, parts)
     # Dropout draws other numbers in every process.
     torch.manual_seed(config.run.seed + 100_003 * team.rank)
-    load_state(trainer, folder)
+    load_state(trainer, folder, finished)
     if folder is None:
         folder = team.broadcast(None)
     trainer.fit(folder)
@@ -137,6 +144,11 @@ def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, str
         # Asked before the data are read.
         tensorboard.require(config.run.out)
     device = pick_device(team.device(config.run.device))
+    threads = config.run.threads or (1 if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else 0)
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cpu" and config.run.amp != "none":
+        log.warning("amp: on a CPU %s gains nothing and takes many times as long as none", config.run.amp)
     # The first leaves what the others need not make again.
     dataset = team.first_then_others(lambda: load_data(config, device, parts.load))
     # Seeded here, so that reading the data cannot change the weights.
@@ -190,8 +202,14 @@ def build_model(config: TrainConfig, device: torch.device, dataset: Dataset) -> 
         raise ConfigError(f"backend: {config.run.backend} cannot run the network on {device}: {error}") from error
 
 
-def load_state(trainer: Trainer, folder: Path | None) -> None:
-    """Restores the run's checkpoint if there is one; else loads the weights that the settings name, if any."""
+def load_state(trainer: Trainer, folder: Path | None, finished: bool = False) -> None:
+    """Restores the run's checkpoint if there is one; else loads the weights that the settings name, if any.
+
+    Args:
+        trainer: what is restored.
+        folder: of the run; None: a new one.
+        finished: the run has finished and is to go on.
+    """
     if folder is not None:
         run_dir.check_data(folder, trainer.dataset)
     if folder is None or not (folder / run_dir.CHECKPOINT).is_file():
@@ -213,6 +231,13 @@ def load_state(trainer: Trainer, folder: Path | None) -> None:
                 f"resume: {printable(folder)} stands in the middle of an epoch of {steps} batches of {batch}; by "
                 f"its settings it has {trainer.steps} of {trainer.batch}"
             )
+    if finished:
+        if trainer.config.optim.epochs <= progress.epoch:
+            raise ConfigError(
+                f"epochs: expected more than the {progress.epoch} that {printable(folder)} has finished, got "
+                f"{trainer.config.optim.epochs}"
+            )
+        progress.extend()
     trainer.progress = progress
 
 
@@ -222,7 +247,7 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
     try:
         if progress.best_weights:
             # A kill may have left those of an epoch that the checkpoint does not hold.
-            save_weights(folder / run_dir.WEIGHTS, progress.best_weights)
+            save_weights(folder / WEIGHTS, progress.best_weights)
         if not (folder / run_dir.METRICS).is_file() or run_dir.count_epochs(folder) < progress.epoch:
             # Left out by a copy, say.
             run_dir.write_metrics(folder, progress.history)
@@ -247,7 +272,7 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
         # A resume would diverge again, so that none is advised.
         raise
     except BaseException:
-        log.warning("go on with: %s", shell_line(["python", "-m", "bigru.train", "--resume", folder]))
+        log.warning("go on with: %s", training_line("--resume", folder))
         raise
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from bigru.config import OWNER, ConfigError, RunConfig, TrainConfig, from_mapping
 from bigru.data.windows import SPLITS, Dataset
 from bigru.files import ESCAPE, as_json, named, printable, shell_line, write_json, write_lines
+from bigru.model.weights import WEIGHTS
 from bigru.training.checkpoint import Progress
 
 try:
@@ -29,14 +30,7 @@ except ImportError:
 log = logging.getLogger("bigru.train")
 
 STAMP = "%Y%m%d_%H%M%S"
-CHECKPOINT, METRICS, WEIGHTS = "checkpoint.pt", "metrics.jsonl", "weights.safetensors"
-
-
-def check_writable(out: Path) -> None:
-    """Raises ConfigError where no run can begin, before the data are read."""
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ConfigError(f"out: expected a folder that can be written, got {printable(nearest)}")
+CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.jsonl", "summary.json"
 
 
 def create(config: TrainConfig, dataset: Dataset) -> Path:

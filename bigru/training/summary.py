@@ -59,6 +59,7 @@ def finish(folder: Path, trainer: Trainer, backend: str) -> None:
             if (own := sum(parameter.numel() for parameter in module.parameters(recurse=False)))
         ],
         "best_epoch": progress.best_epoch,
+        "finished_before": progress.finished,
         "stopped_early": progress.epoch < config.optim.epochs,
         "test": summarise(rows).scores(),
         "baselines": {

@@ -120,4 +120,6 @@ def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str
 def _comparable(config: TrainConfig) -> TrainConfig:
     """Returns the settings without those that change no figure, and without where the data lie."""
     data = replace(config.data, data_root=None, index=None, cache=None, no_cache=False)
-    return replace(config, data=data, run=replace(config.run, out=Path(), device="auto", tensorboard=False))
+    return replace(
+        config, data=data, run=replace(config.run, out=Path(), device="auto", threads=None, tensorboard=False)
+    )

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bigru.command import CommandError
 from bigru.config import ConfigError, OptimConfig, TrainConfig
 from bigru.data.windows import Dataset, Windows
 from bigru.files import write_npz
 from bigru.layout import POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, masked_mse, summarise, window_errors
-from bigru.model.weights import save_weights
+from bigru.model.weights import WEIGHTS, save_weights
 from bigru.training.checkpoint import Progress, save_checkpoint
 from bigru.training.distributed import Team
-from bigru.training.run_dir import WEIGHTS, write_metrics
+from bigru.training.run_dir import write_metrics
 from bigru.training.signals import Interrupted, StopRequest, on_signals
 from bigru.training.step import (
     Capture,
@@ -48,8 +49,10 @@ LEAST_SCALE = 2.0**-14
 """Of the loss under fp16, which begins at 2**16: below it no gradient was a number for thirty steps or more."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(CommandError, RuntimeError):
     """Raised where the loss or the gradient is no longer a number."""
+
+    code = 1
 
 
 class Trainer:

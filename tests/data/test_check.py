@@ -168,7 +168,7 @@ def test_check_after_resampling(tmp_path, capsys):
         (["check", "file"], "data_root: the folder of clips file is not a folder"),
         (["check", "."], "no index of clips: looked for "),
         (["check", ".", "--observed", "3"], "predicted: expected 3"),
-        (["describe", "nowhere.h5"], "missing: no file nowhere.h5"),
+        (["describe", "nowhere.h5"], "nowhere.h5: missing: no such file"),
         (["describe", "file"], "file: unreadable: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -149,7 +149,7 @@ def test_assumed_frame_rate_is_called_so(tmp_path, timestamps, assumed):
     # A name of one's own tells no participant whose rate could be assumed.
     write_clip(tmp_path / "mine.h5", arrays)
     if assumed:
-        expected = f"{assumed}, and the clip's name tells no participant, whose rate is documented"
+        expected = f"{assumed}, and the clip's name tells no participant, whose rate is documented; predict takes --fps"
         assert refusal(tmp_path / "mine.h5") == ("bad timestamps", expected)
     else:
         assert read_clip(tmp_path / "mine.h5", SHORT).fps == 30

@@ -331,7 +331,7 @@ def test_command_line(tmp_path, capsys):
     main([str(root), "--clips", "4", "--seed", "1"])
     assert capsys.readouterr().out.startswith("4 clips of 4 participants, ")
     assert len(read_all(root)) == 4
-    with pytest.raises(SystemExit, match="--overwrite"):
-        main([str(root), "--clips", "4", "--seed", "1"])
+    assert main([str(root), "--clips", "4", "--seed", "1"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
     main([str(root), "--clips", "3", "--overwrite"])
     assert len(read_all(root)) == 3

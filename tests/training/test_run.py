@@ -40,6 +40,7 @@ from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError, Windows
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, masked_mse, mean_errors, score, score_joints, summarise
+from bigru.report.document import write_report
 from bigru.report.record import read_run
 from bigru.training.trainer import Trainer, learning_rate
 
@@ -239,9 +240,28 @@ def test_a_finished_run_is_only_reported_again(config, capsys):
     assert main(["--resume", str(folder)], write_report=report, load=None) == 0
     assert reported == [folder]
     assert "has finished" in capsys.readouterr().err
-    assert main(["--resume", str(folder), "--epochs", "9"], write_report=report, load=None) == 2
-    assert "has finished, which epochs cannot change" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert main(["--resume", str(folder), "--device", "cpu"], write_report=report, load=None) == 2
+    assert "has finished, which device cannot change" in capsys.readouterr().err
+    assert main(["--resume", str(folder), "--epochs", "6"], write_report=report) == 2
+    assert "epochs: expected more than the 6 that" in capsys.readouterr().err
+    after = {file: file.read_bytes() for file in folder.iterdir() if file.name != "run.lock"}
+    assert after == {file: content for file, content in before.items() if file.name != "run.lock"}
+
+
+def test_a_finished_run_is_trained_on(config, capsys):
+    # It would stop early after each epoch: patience begins anew.
+    folder = train(change(config, "optim", patience=2, min_delta=100.0))
+    first = timeless(folder)
+    assert len(first) == 3
+    argv = ["--resume", str(folder), "--epochs", "9"]
+    assert main(argv, loss=at_step(3, killed)) == 130
+    assert not (folder / "summary.json").exists()
+    assert main(argv[:2], write_report=write_report) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert timeless(folder)[:3] == first
+    assert (len(rows(folder)), summary["finished_before"]) == (5, [3])
+    assert rows(folder)[3]["lr"] == pytest.approx(learning_rate(4 * 5 - 1, 5, change(config, "optim", epochs=9).optim))
+    assert "after epoch 3, where it had finished by fewer epochs" in (config.run.out / "results_bigru.md").read_text()
 
 
 def test_a_moved_run_goes_on_but_not_on_other_data(config, monkeypatch, tmp_path):
