@@ -9,7 +9,7 @@ they can see through.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,9 +67,19 @@ def fused_gru_layer(
         x, h0, weights = x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights]
         return whole_layer(x, h0, weights, varlen, batch_first)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
-        return _Layer.apply(x, h0, precision, kernel, dtype, varlen, batch_first, *weights)
-    y, h_n, *_ = _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=False)
+        return _Layer.apply(x, h0, _How(dtype, precision, kernel, varlen, batch_first), *weights)
+    y, h_n, *_ = _forward(x, h0, weights, _How(dtype, precision, kernel, varlen, batch_first), save=False)
     return y, h_n
+
+
+class _How(NamedTuple):
+    """The arguments of `fused_gru_layer` that are no tensors."""
+
+    dtype: torch.dtype
+    precision: str
+    kernel: str
+    varlen: Varlen | None
+    batch_first: bool
 
 
 def _check_weights(weights: Sequence[Tensor], inputs: int, hidden: int) -> None:
@@ -80,17 +90,7 @@ def _check_weights(weights: Sequence[Tensor], inputs: int, hidden: int) -> None:
             raise RuntimeError(f"weight: expected shape {shape}, got {tuple(weight.shape)}")
 
 
-def _forward(
-    x: Tensor,
-    h0: Tensor,
-    weights: Sequence[Tensor],
-    precision: str,
-    kernel: str,
-    dtype: torch.dtype,
-    varlen: Varlen | None,
-    batch_first: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
+def _forward(x: Tensor, h0: Tensor, weights: Sequence[Tensor], how: _How, save: bool) -> tuple[Tensor, ...]:
     """Returns y, h_n and, for the gradient, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     hidden = h0.shape[2]
     half = len(weights) // 2
@@ -100,8 +100,8 @@ def _forward(
     pieces: list[tuple[Tensor, ...]] = [w_hh, w_ih, *biases]
     if biases:
         pieces.append(tuple(b_hh[2 * hidden :] for b_hh in biases[1]))
-    flat = torch.cat([tensor.reshape(-1) for piece in pieces for tensor in piece]).to(dtype)
-    x, h0 = x.to(dtype).contiguous(), h0.to(dtype)
+    flat = torch.cat([tensor.reshape(-1) for piece in pieces for tensor in piece]).to(how.dtype)
+    x, h0 = x.to(how.dtype).contiguous(), h0.to(how.dtype)
     w_hh, w_ih, *biases = flat.split([2 * piece[0].numel() for piece in pieces])
     w_ih, w_hh = w_ih.view(6 * hidden, -1), w_hh.view(2, 3 * hidden, hidden)
     bias, b_hn = None, None
@@ -113,8 +113,8 @@ def _forward(
     # No view, and no row more than there are steps: y may be detached in place, and is saved as it is.
     y = gi.new_empty(*gi.shape[:-2], 2 * hidden)
     out = y.unflatten(-1, (2, hidden))
-    _, h_n, gates = run_forward(gi, w_hh, b_hn, h0, precision, save, kernel, varlen, out)
-    if batch_first:
+    _, h_n, gates = run_forward(gi, w_hh, b_hn, h0, how.precision, save, how.kernel, how.varlen, out)
+    if how.batch_first:
         y.transpose_(0, 1)
     return y, h_n, gates, x, h0, w_ih, w_hh
 
@@ -129,15 +129,11 @@ def _watched() -> bool:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, h0: Tensor, precision: str, kernel: str, dtype: torch.dtype, varlen: Varlen | None,
-        batch_first: bool, *weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, h_n, *kept = _forward(x, h0, weights, precision, kernel, dtype, varlen, batch_first, save=True)
+    def forward(ctx: Any, x: Tensor, h0: Tensor, how: _How, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        y, h_n, *kept = _forward(x, h0, weights, how, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, *kept)
-        ctx.precision, ctx.kernel, ctx.varlen, ctx.batch_first = precision, kernel, varlen, batch_first
-        ctx.dtypes = [t.dtype for t in (x, h0, *weights)]
+        ctx.how, ctx.dtypes = how, [t.dtype for t in (x, h0, *weights)]
         return y, h_n
 
     @staticmethod
@@ -145,15 +141,15 @@ class _Layer(torch.autograd.Function):
         # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
         refuse_second_derivative(dy, dh_n)
         y, gates, x, h0, w_ih, w_hh = ctx.saved_tensors
-        hidden = h0.shape[2]
-        if ctx.batch_first:
+        how, hidden = ctx.how, h0.shape[2]
+        if how.batch_first:
             y, dy = y.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
         y, dy = y.unflatten(-1, (2, hidden)), None if dy is None else dy.unflatten(-1, (2, hidden))
-        filled = None if ctx.varlen is None else y.new_empty(y.shape)
-        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.precision, ctx.kernel, ctx.varlen, filled)
+        filled = None if how.varlen is None else y.new_empty(y.shape)
+        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, how.precision, how.kernel, how.varlen, filled)
         h_prev = states_before(y, h0) if filled is None else filled.transpose(0, 1)
-        needs_x, needs_h0, _, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_h0, _, *needs = ctx.needs_input_grad
         dx = (dgi.flatten(0, -3).flatten(1) @ w_ih).view(x.shape) if needs_x else None
         gradients = [dx, dh0 if needs_h0 else None, *parameter_gradients(dgi, dq, x, h_prev, needs)]
         gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *gradients[:2], None, None, None, None, None, *gradients[2:]
+        return *gradients[:2], None, *gradients[2:]

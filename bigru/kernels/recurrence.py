@@ -236,13 +236,14 @@ def check_operands(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, pr
         raise ValueError(f"gi: expected shape (T, B, 2, 3H), got {tuple(gi.shape)}")
     steps, batch, directions, gates = gi.shape
     hidden = gates // 3
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "w_hh": (w_hh, (directions, gates, hidden)),
-        "h0": (h0, (directions, batch, hidden)),
-    }
-    if b_hn is not None:
-        expected["b_hn"] = (b_hn, (directions, hidden))
-    for name, (tensor, shape) in expected.items():
+    expected = (
+        ("w_hh", w_hh, (directions, gates, hidden)),
+        ("h0", h0, (directions, batch, hidden)),
+        ("b_hn", b_hn, (directions, hidden)),
+    )
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != gi.dtype or tensor.device != gi.device:

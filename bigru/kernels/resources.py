@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 import triton
-from tabulate import tabulate
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
@@ -53,9 +51,14 @@ BUDGETED_TRITON = (3, 6)
 """The version that the budgets are for; newer ones may take 15 % more instructions."""
 
 HEADERS = (
-    "arch", "kernel", "H", "storage", "precision", "N", "warps", "registers", "spilled B", "shared B", "limit B",
-    "step instr.", "barriers", "budget",
-)  # fmt: skip
+    *("arch", "kernel", "H", "storage", "precision", "N", "warps", "registers", "spilled B", "shared B", "limit B"),
+    *("step instr.", "barriers", "budget", "problem"),
+)
+FIELDS = (
+    *("arch", "name", "hidden", "storage", "mode", "rows", "num_warps", "registers", "spilled", "shared", "limit"),
+    *("instructions", "barriers", "budget", "problem"),
+)
+"""The table's columns, as `as_record` calls them."""
 FOOTNOTES = """\
 N: batch rows of one program. registers: of one thread; spilled: its stack. shared: of one program.
 step: instructions and barriers of the largest loop in the machine code, one time step; of a streamed kernel this is the
@@ -137,10 +140,9 @@ def main(
     cases = list(shipped(arguments.arch or DEVICES))
     usages = (compile_all or measure_all)(cases, arguments.jobs)
     print(f"triton {header['triton']}, ptxas {header['ptxas']}, {header['date']}; {len(cases)} kernels\n")
-    print(tabulate([table_row(*pair) for pair in zip(cases, usages, strict=True)], HEADERS))
-    print(f"\n{FOOTNOTES}")
+    rows = [as_record(*pair) for pair in zip(cases, usages, strict=True)]
+    print(*table(rows), f"\n{FOOTNOTES}", sep="\n")
     if arguments.json:
-        rows = [as_record(*pair) for pair in zip(cases, usages, strict=True)]
         arguments.json.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return verdict(cases, usages)
 
@@ -174,11 +176,15 @@ def cases_of(arch: str, name: str, hidden: int, dtype: torch.dtype, precision: s
 
 
 def measure_all(cases: Sequence[Case], jobs: int) -> list[Usage]:
-    """Measures the cases in this many processes, with a bar on a terminal."""
+    """Measures the cases in this many processes, and counts them on a terminal."""
+    usages = []
     # Spawned, not forked: torch has threads by now.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as executor:
-        return list(tqdm(executor.map(measure, cases), total=len(cases), disable=None, unit="kernel"))
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as executor:
+        for usage in executor.map(measure, cases):
+            usages.append(usage)
+            if sys.stderr.isatty():
+                print(f"\r{len(usages)} of {len(cases)} kernels", end="", file=sys.stderr, flush=True)
+    return usages
 
 
 def measure(case: Case) -> Usage:
@@ -234,7 +240,7 @@ def dump(cubin: bytes) -> str:
 
 
 def read_usage(text: str) -> tuple[int, int]:
-    """Registers and stack bytes of a thread, from what cuobjdump says."""
+    """Returns registers and stack bytes of a thread, from what cuobjdump says."""
     match = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if match is None:
         raise ValueError("cuobjdump prints no resource usage")
@@ -242,7 +248,7 @@ def read_usage(text: str) -> tuple[int, int]:
 
 
 def read_step(text: str) -> tuple[int, int]:
-    """Instructions and barriers of the largest loop, i.e. of what the longest branch back spans."""
+    """Returns instructions and barriers of the largest loop, i.e. of what the longest branch back spans."""
     code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
     # Behind the last exit lie waits that were moved out of the loop; they too branch back, into its middle.
     end = max((at for at, instruction in code if "EXIT" in instruction), default=0)
@@ -256,7 +262,7 @@ def read_step(text: str) -> tuple[int, int]:
 
 
 def ptxas_versions() -> str:
-    """Versions of the assemblers that Triton carries, the one for newer architectures last."""
+    """Returns the versions of the assemblers that Triton carries, the one for newer architectures last."""
     tools = (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell)
     return " and ".join(dict.fromkeys(tool.version for tool in tools))
 
@@ -278,13 +284,11 @@ def problem(case: Case, usage: Usage, version: tuple[int, ...] = TRITON_VERSION)
 
 def budget(case: Case, version: tuple[int, ...] = TRITON_VERSION) -> tuple[int, int] | None:
     """Returns the most instructions and barriers of one step under a triton, for the cases that have a budget."""
-    narrowest = 4 if case.config.split else 8
     of_kernel = BUDGETS.get((case.kernel, case.direction, case.save))
-    if (
-        of_kernel is None
-        or case.varlen
-        or (case.arch, case.hidden, case.config.rows) != ("sm_90", BUDGETED_HIDDEN, narrowest)
-    ):
+    if of_kernel is None:
+        return None
+    narrowest = 4 if case.config.split else 8
+    if (case.arch, case.hidden, case.config.rows, case.varlen) != ("sm_90", BUDGETED_HIDDEN, narrowest, False):
         return None
     instructions, barriers = of_kernel[case.mode]
     return int(instructions * (1.15 if version > BUDGETED_TRITON else 1)), barriers
@@ -298,22 +302,21 @@ def verdict(cases: Sequence[Case], usages: Sequence[Usage]) -> int:
     return 1 if found else 0
 
 
-def table_row(case: Case, usage: Usage) -> tuple[Any, ...]:
-    """A row under `HEADERS`."""
-    precision = case.precision if case.storage == "fp32" else "-"
-    limit = DEVICES[case.arch].shared_memory
-    sizes = usage.registers, usage.spilled, usage.shared, limit, usage.instructions, usage.barriers
-    most = budget(case)
-    return (
-        case.arch, case.name, case.hidden, case.storage, precision, case.config.rows,
-        case.config.num_warps,
-        *(("error",) * len(sizes) if usage.error else sizes), f"{most[0]}, {most[1]}" if most else "-",
-    )  # fmt: skip
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the lines of the table."""
+    cells = [[*HEADERS], *([_cell(row[name]) for name in FIELDS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else str(value)
 
 
 def as_record(case: Case, usage: Usage) -> dict[str, Any]:
-    """A row with everything known of it, for the JSON file."""
-    more = {"name": case.name, "num_warps": case.config.num_warps}
+    """Returns everything known of a case."""
+    more = {"name": case.name, "mode": case.mode, "rows": case.config.rows, "num_warps": case.config.num_warps}
     more |= {"limit": DEVICES[case.arch].shared_memory, "budget": budget(case), "problem": problem(case, usage)}
     return asdict(case) | asdict(usage) | more
 

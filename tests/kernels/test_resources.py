@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytest.importorskip("tabulate")
 
 from bigru.kernels import registry, resources
 from bigru.kernels.config import H100, Call, choose_resident, choose_triton
