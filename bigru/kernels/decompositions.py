@@ -1,7 +1,8 @@
 """The operators in other people's terms: a whole model's ONNX graph, and programs for converters that know ATen alone.
 
-A converter that meets `bigru::gru_forward` has no rule for it. `torch.onnx.export` of a module gets ONNX's own GRU
-operator instead, by itself; the programs of `torch.export` are rewritten by `decompositions`.
+A converter that meets `bigru::gru_forward` has no rule for it. `torch.onnx.export` gets ONNX's own GRU operator
+instead, by itself, of a module and of a program of `torch.export`; for other converters such a program is rewritten by
+`decompositions`.
 """
 
 from __future__ import annotations
@@ -94,6 +95,34 @@ def onnx_gru_layer(
     if lengths is not None:
         y = y * (torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[:, :, None]
     return y, h_n
+
+
+def onnx_recurrence(
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes `bigru::gru_forward` as ONNX's GRU operator, one a direction, into what is traced.
+
+    The input product is already in the program, and gi takes the place of the input: the operator multiplies it with 1.
+    """
+    steps, batch, _, gates = gi.shape
+    hidden = gates // 3
+    w = gates_zrh(torch.eye(gates, dtype=gi.dtype, device=gi.device))[None]
+    ys, states = [], []
+    for d, direction in enumerate(("forward", "reverse")):
+        bias = None
+        if b_hn is not None:
+            # Of b_ih and b_hh, in z, r, h, all but b_hn is in gi.
+            bias = torch.cat([gi.new_zeros(gates + 2 * hidden), b_hn[d]])[None]
+        y, h_n = torch.onnx.ops.symbolic_multi_out(
+            "GRU",
+            [gi[:, :, d], w, gates_zrh(w_hh[d])[None], bias, None, h0[d : d + 1]],
+            {"direction": direction, "hidden_size": hidden, "linear_before_reset": 1},
+            dtypes=[gi.dtype, gi.dtype],
+            shapes=[(steps, 1, batch, hidden), (1, batch, hidden)],
+        )
+        ys.append(y)
+        states.append(h_n)
+    return torch.cat(ys, 1).transpose(1, 2), torch.cat(states), gi.new_empty(0)
 
 
 def gates_zrh(weight: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ class BiGRU(nn.RNNBase):
             "reference" inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
             weight, or an initial state, is some 10^5 times as large as the others) or "tf32" (below 2e-3); weights
-            must be finite. Products over all steps at once
-            (of the inputs, and for the gradients of inputs and weights) are ATen's and follow
-            torch.backends.cuda.matmul.allow_tf32; the "torch" backend follows torch.backends.cudnn.allow_tf32.
+            must be finite. Products over all steps at once (of the inputs, and for the gradients of inputs and weights)
+            are ATen's and follow torch.backends.cuda.matmul.allow_tf32; the "torch" backend follows
+            torch.backends.cudnn.allow_tf32.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -225,6 +225,12 @@ class BiGRU(nn.RNNBase):
         writes ONNX's own. No backend is refused there: the graph may run on another machine.
         """
         if torch.jit.is_tracing() and (self.backend in ("auto", "reference") or torch.onnx.is_in_onnx_export()):
+            data = input.data if isinstance(input, PackedSequence) else input
+            if self.backend not in ("auto", "torch") and autocasts(data.device.type):
+                raise RuntimeError(
+                    f"backend {self.backend!r} cannot be traced under autocast: a trace records ATen's GRU, which "
+                    "heeds no autocast on a CPU and takes float16 alone on a GPU; trace without autocast"
+                )
             return "torch"
         return "onnx" if writes_onnx() else self.resolve_backend(input)
 

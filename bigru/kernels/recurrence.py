@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from bigru.kernels import registry
 from bigru.kernels.config import Call, describe
+from bigru.kernels.decompositions import onnx_recurrence
 from bigru.kernels.flops import register_flop_formulas
 from bigru.kernels.kernel import Backward, Forward
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
@@ -201,6 +203,20 @@ def _(
     rows, hidden = tuple(gi.shape[:-1]), h0.shape[-1]
     gates = gi.new_empty(registry.get(kernel_name).gates_shape(rows, hidden) if save else (0,))
     return gi.new_empty(*rows, hidden), h0.new_empty(h0.shape), gates
+
+
+@torch.library.register_torch_dispatch("bigru::gru_forward", ProxyTorchDispatchMode)
+def _(
+    mode: ProxyTorchDispatchMode,
+    operator: torch._ops.OpOverload,
+    types: tuple[Any, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if torch.onnx.is_in_onnx_export():  # of a program, which holds the operator
+        with mode:
+            return onnx_recurrence(*args)
+    return mode.__torch_dispatch__(operator, types, args, kwargs)
 
 
 @torch.library.custom_op("bigru::gru_backward", mutates_args=())

@@ -39,33 +39,50 @@ def check(run, model, sizes=SIZES):
                 torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("backend", "bias"), [("triton", True), pytest.param("reference", False, marks=pytest.mark.slow)]
-)
-def test_onnx_gets_its_own_operator(backend, bias, tmp_path):
+@pytest.fixture
+def in_onnxruntime(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = whole(backend, bias=bias)
-    program = torch.onnx.export(model, (torch.randn(4, 2, 3),), dynamo=True, dynamic_shapes=FREE, verbose=False)
-    assert sum(node.op_type == "GRU" for node in program.model_proto.graph.node) == 2
+
+    def load(program):
+        program.save(tmp_path / "model.onnx")
+        return onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("backend", "bias", "exported"),
+    [
+        ("triton", True, False),
+        ("triton", True, True),
+        ("torch", False, True),
+        pytest.param("reference", False, False, marks=pytest.mark.slow),
+    ],
+)
+def test_onnx_gets_its_own_operator(backend, bias, exported, in_onnxruntime):
+    model, x = whole(backend, bias=bias), (torch.randn(4, 2, 3),)
+    options = {"dynamo": True, "verbose": False}
+    if exported:
+        program = torch.onnx.export(torch.export.export(model, x, dynamic_shapes=FREE), **options)
+    else:
+        program = torch.onnx.export(model, x, dynamic_shapes=FREE, **options)
+    # One a layer, or, of an exported program, one a direction.
+    assert sum(node.op_type == "GRU" for node in program.model_proto.graph.node) == (4 if exported else 2)
     assert {opset.domain for opset in program.model_proto.opset_import} == {""}
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = in_onnxruntime(program)
     name = session.get_inputs()[0].name
     check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model)
 
 
 @pytest.mark.parametrize("batch_first", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_lengths_are_an_input_of_the_onnx_graph(batch_first, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_lengths_are_an_input_of_the_onnx_graph(batch_first, in_onnxruntime):
     model = whole("triton", batch_first=batch_first)
     x = torch.randn(4, 2, 3)
     given = x, torch.tensor([1, 2, 1, 2] if batch_first else [4, 2])
     free = *FREE, {0: FREE[0][0 if batch_first else 1]}
     program = torch.onnx.export(model, given, dynamo=True, dynamic_shapes=free, verbose=False)
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = in_onnxruntime(program)
     model.gru.backend = "torch"
     for lengths in ([2, 4], [3, 1, 5]):
         lengths = torch.tensor(lengths)
@@ -78,13 +95,10 @@ def test_lengths_are_an_input_of_the_onnx_graph(batch_first, tmp_path):
 
 
 @pytest.mark.slow
-def test_nn_gru_keeps_its_time(tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_nn_gru_keeps_its_time(in_onnxruntime):
     model = Whole(nn.GRU(3, 4, 2, bidirectional=True)).eval()
     program = torch.onnx.export(model, (torch.randn(4, 2, 3),), dynamo=True, dynamic_shapes=FREE, verbose=False)
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = in_onnxruntime(program)
     assert session.get_inputs()[0].shape[0] == "time"
     y, _ = session.run(None, {session.get_inputs()[0].name: torch.randn(6, 2, 3).numpy()})
     assert y.shape == (4, 3, 2)  # of 6 steps of 2 sequences

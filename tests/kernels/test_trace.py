@@ -84,3 +84,10 @@ def test_a_bare_module_through_the_tracing_exporter():
     file = io.BytesIO()
     torch.onnx.export(BiGRU(3, 4).eval(), (torch.randn(4, 2, 3),), file, dynamo=False)
     assert file.tell()
+
+
+@pytest.mark.parametrize("tracer", [through_jit, through_onnx])
+def test_the_reference_under_autocast_is_refused(tracer):
+    model = Whole(BiGRU(3, 4, backend="reference"), "padded")
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="cannot be traced under autocast"):
+        tracer(model, (torch.randn(4, 2, 3), torch.tensor(LENGTHS[0])))
