@@ -87,7 +87,7 @@ def gpu_refusal(call: Call, interpreted: bool | None = None) -> str | None:
     device, dtype = call.device, call.dtype
     if device.type == "hip":
         return "the GPU is not one of NVIDIA's"
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         way_out = "" if interpreted is None else " (or with TRITON_INTERPRET=1)"
         return f"the input is on {device.type}, and the kernel runs on a GPU{way_out}"
     if device.type == "cuda" and device.capability < OLDEST:

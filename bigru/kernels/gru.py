@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -253,6 +253,10 @@ class BiGRU(nn.RNNBase):
         memo[id(self)] = copied = self.__new__(type(self))
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # torch.jit.script asks for another module here, and leaves it in the user's model.
+        raise RuntimeError("torch.jit.script takes no BiGRU, but its to_gru(); torch.jit.trace takes it")
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()

@@ -171,7 +171,8 @@ def fused_gru_recurrence(
     """
     refuse_transforms(gi, w_hh, b_hn, h0)
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (gi, w_hh, b_hn, h0))
-    save = wanted and torch.is_grad_enabled()
+    # A trace is differentiable also where it was made without gradients, as torch.jit's check of a trace does.
+    save = (wanted and torch.is_grad_enabled()) or torch.jit.is_tracing()
     if not torch.compiler.is_compiling():
         register_flop_formulas()
     y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)

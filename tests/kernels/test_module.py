@@ -431,6 +431,8 @@ def test_flops_are_nn_grus(gru, x, trained):
 
 def test_meta_device():
     x = torch.empty(5, 2, 3, device="meta")
+    with pytest.raises(RuntimeError, match=r"the input is on meta|not installed"):
+        BiGRU(3, 4, backend="triton", device="meta")(x)
     assert BiGRU(3, 4, backend="reference", device="meta")(x)[0].shape == (5, 2, 8)
     assert BiGRU(3, 4, device="meta")(x)[1].shape == (2, 2, 4)
 

@@ -91,3 +91,20 @@ def test_the_reference_under_autocast_is_refused(tracer):
     model = Whole(BiGRU(3, 4, backend="reference"), "padded")
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="cannot be traced under autocast"):
         tracer(model, (torch.randn(4, 2, 3), torch.tensor(LENGTHS[0])))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripting_is_refused_and_says_what_to_do():
+    model = nn.Sequential(BiGRU(3, 4))
+    with pytest.raises(RuntimeError, match="to_gru"):
+        torch.jit.script(model)
+    assert type(model[0]) is BiGRU
+    torch.jit.script(model[0].to_gru())
+
+
+def test_a_trace_of_a_fused_kernel_passes_its_own_check(kernel_device):
+    pytest.importorskip("triton")
+    gru, x = BiGRU(3, 4, backend="triton", device=kernel_device), torch.randn(5, 2, 3, device=kernel_device)
+    traced = torch.jit.trace(gru, (x,))  # which traces again, without gradients
+    for ours, wanted in zip(traced(x), gru(x), strict=True):
+        torch.testing.assert_close(ours, wanted)
