@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +167,7 @@ def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems:
         if described["key"] != key:
             raise CacheMiss("stale")
         clips = {split: tuple(_entry(stems, *entry) for entry in described["clips"][split]) for split in splits}
-        skipped = tuple(Skipped(*_texts(skip)) for skip in described["skipped"])
+        skipped = tuple(Skipped(*_texts(*skip)) for skip in described["skipped"])
         ends = np.cumsum([0] + [sum(clip.frames for clip in part) for part in clips.values()])
         middle = start + int(ends[-1]) * columns * np.dtype(np.float32).itemsize
         frames = content[start:middle].view(np.float32).reshape(ends[-1], columns)
@@ -183,18 +183,16 @@ def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems:
     return Frames(parts, skipped)
 
 
-def _entry(stems: set[str], stem: str, fps: float, frames: int, *texts: Any) -> Entry:
+def _entry(stems: set[str], stem: str, fps: float, frames: int, assumed: str, digest: str) -> Entry:
     """Returns a checked entry of the header."""
     slowest, fastest = FRAME_RATES
-    if not (stem in stems and type(frames) is int and 0 < frames <= MAX_FRAMES):
+    counted = type(frames) is int and 0 < frames <= MAX_FRAMES
+    if not (stem in stems and counted and isinstance(fps, float) and slowest <= fps <= fastest):
         raise ValueError(stem)
-    if not (isinstance(fps, float) and slowest <= fps <= fastest):
-        raise ValueError(fps)
-    return Entry(stem, fps, frames, *_texts(texts))
+    return Entry(stem, fps, frames, *_texts(assumed, digest))
 
 
-def _texts(values: Iterable[Any]) -> Iterator[str]:
-    for value in values:
-        if not isinstance(value, str):
-            raise TypeError(value)
-        yield value
+def _texts(*values: Any) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(values)
+    return values

@@ -164,25 +164,28 @@ def _frame_times(file: h5py.File, frames: int, given: float | None) -> tuple[flo
         ClipError: `bad timestamps`, they tell a rate that cannot be, or none, and the clip's name tells no participant
             either; or `frame counts differ`.
     """
-    dataset = own_dataset(file, "timestamps")
+    dataset, numbers = own_dataset(file, "timestamps"), np.arange(frames)
     if dataset is None:
-        return _assumed_times(file, given, np.arange(frames), "no timestamps")
+        return _assumed_times(file, given, numbers, "no timestamps")
     if dataset.dtype.kind not in "fiu":
-        return _assumed_times(file, given, np.arange(frames), "timestamps are no numbers")
+        return _assumed_times(file, given, numbers, "timestamps are no numbers")
     if dataset.ndim != 1:
-        return _assumed_times(file, given, np.arange(frames), f"timestamps of shape {dataset.shape}, expected (F,)")
+        return _assumed_times(file, given, numbers, f"timestamps of shape {dataset.shape}, expected (F,)")
     if dataset.shape[0] != frames:
         raise ClipError("frame counts differ", f"timestamps {dataset.shape[0]}, {HAND_DATASETS[0]} {frames}")
     seconds = read_array(dataset, np.dtype(np.float64))
     steps = np.diff(seconds)
+    why = ""
     if not np.isfinite(seconds).all() or not np.isfinite(steps).all():
-        return _assumed_times(file, given, np.arange(frames), "timestamps are not finite")
-    if frames < 2:
-        return _assumed_times(file, given, np.arange(frames), "a single frame")
-    if steps.min() < 0 or np.median(steps) == 0:
-        return _assumed_times(file, given, np.arange(frames), "timestamps do not rise")
-    if np.median(steps) == 1 and np.array_equal(seconds, np.rint(seconds)):
-        return _assumed_times(file, given, seconds, "timestamps are frame numbers")
+        why = "timestamps are not finite"
+    elif frames < 2:
+        why = "a single frame"
+    elif steps.min() < 0 or np.median(steps) == 0:
+        why = "timestamps do not rise"
+    elif np.median(steps) == 1 and np.array_equal(seconds, np.rint(seconds)):
+        why, numbers = "timestamps are frame numbers", seconds
+    if why:
+        return _assumed_times(file, given, numbers, why)
     # Python's division, as NumPy's warns where the quotient overflows.
     fps = 1 / float(np.median(steps))
     slowest, fastest = FRAME_RATES
@@ -197,14 +200,13 @@ def _assumed_times(
     file: h5py.File, given: float | None, numbers: np.ndarray, why: str
 ) -> tuple[float, np.ndarray, str]:
     """Returns the given or published frame rate, the times of the frames so numbered, and why the rate is assumed."""
-    if given is not None:
-        return given, (numbers - numbers[0]) / given, why
-    match = CLIP_NAME.fullmatch(f"{Path(file.filename).stem}.mp4")
-    if match is None:
-        cure = "whose rate is documented; predict takes --fps"
-        raise ClipError("bad timestamps", f"{why}, and the clip's name tells no participant, {cure}")
-    fps = published_frame_rate(int(match[1][1:]))
-    return fps, (numbers - numbers[0]) / fps, why
+    if given is None:
+        match = CLIP_NAME.fullmatch(f"{Path(file.filename).stem}.mp4")
+        if match is None:
+            cure = "whose rate is documented; predict takes --fps"
+            raise ClipError("bad timestamps", f"{why}, and the clip's name tells no participant, {cure}")
+        given = published_frame_rate(int(match[1][1:]))
+    return given, (numbers - numbers[0]) / given, why
 
 
 def resampled_length(seconds: np.ndarray, rate: float) -> int:

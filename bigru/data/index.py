@@ -126,10 +126,14 @@ def read_index(path: Path) -> ClipIndex:
 
 def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Returns (line number, column -> text) for every row of the index."""
-    expected = f"expected tab-separated columns {' '.join(COLUMNS)}"
+
+    def unusable(what: str, line: int | None = None) -> DataError:
+        where = printable(path) + (f", line {line}" if line else "")
+        return DataError(f"index {where}: {what}; expected tab-separated columns {' '.join(COLUMNS)}")
+
     size = path.stat().st_size
     if size > MAX_INDEX_BYTES:
-        raise DataError(f"index {printable(path)}: {size:,} bytes, at most {MAX_INDEX_BYTES:,} are read; {expected}")
+        raise unusable(f"{size:,} bytes, at most {MAX_INDEX_BYTES:,} are read")
     header: list[str] = []
     rows = []
     # Bytes, decoded line by line, so that the message can name the line that is not text.
@@ -140,28 +144,22 @@ def _index_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             except UnicodeDecodeError:
                 text = "\0"
             if "\0" in text:
-                raise DataError(f"index {printable(path)}, line {line}: not text in UTF-8; {expected}")
+                raise unusable("not text in UTF-8", line)
             fields = [_unquoted(field) for field in text.split("\t")]
             if not header:
-                missing = [name for name in COLUMNS if name not in fields]
-                if missing:
-                    raise DataError(f"index {printable(path)}, line {line}: no column {', '.join(missing)}; {expected}")
-                repeated = [name for name in COLUMNS if fields.count(name) > 1]
-                if repeated:
-                    raise DataError(
-                        f"index {printable(path)}, line {line}: repeated column {', '.join(repeated)}; {expected}"
-                    )
+                if missing := [name for name in COLUMNS if name not in fields]:
+                    raise unusable(f"no column {', '.join(missing)}", line)
+                if repeated := [name for name in COLUMNS if fields.count(name) > 1]:
+                    raise unusable(f"repeated column {', '.join(repeated)}", line)
                 header = fields
             elif text.strip():
                 if len(fields) != len(header):
-                    raise DataError(
-                        f"index {printable(path)}, line {line}: {len(fields)} columns, not {len(header)}; {expected}"
-                    )
+                    raise unusable(f"{len(fields)} columns, not {len(header)}", line)
                 rows.append((line, dict(zip(header, fields, strict=True))))
     if not header:
-        raise DataError(f"index {printable(path)}, line 1: the file is empty; {expected}")
+        raise unusable("the file is empty", 1)
     if not rows:
-        raise DataError(f"index {printable(path)}, line 2: no row after the header; {expected}")
+        raise unusable("no row after the header", 2)
     return rows
 
 

@@ -19,7 +19,7 @@ from bigru.command import CommandError, ending
 from bigru.data.clips import published_frame_rate
 from bigru.data.frames import SPLITS
 from bigru.data.index import CAMERA, COLUMNS, INDEX_NAME, SUBTASKS, read_index
-from bigru.files import replacing, user_path
+from bigru.files import replacing, user_path, write_lines
 from bigru.layout import IMAGE_PX
 
 FORMAT = 1
@@ -154,7 +154,9 @@ def clip_arrays(plan: PlannedClip, seed: int) -> dict[str, np.ndarray]:
     seconds = np.arange(plan.frames) / plan.fps
     theta = 2 * np.pi * seconds / rng.uniform(1.3, 1.7) + rng.uniform(0, 2 * np.pi)
     right = _hand(theta, np.array([0.38, 0.28]), rng)
-    left = _mirrored(_hand(theta + np.pi + rng.normal(0, 0.1), np.array([0.38, 0.28]), rng))
+    left = _hand(theta + np.pi + rng.normal(0, 0.1), np.array([0.38, 0.28]), rng)
+    # A right hand on the image's left is a left hand on its right: the camera looks down, facing them.
+    left[..., 0] = 1 - left[..., 0]
     palm = right[:, 9, :2].copy()
     # Gaze runs a fifth of a second ahead of the hand it guides.
     gaze = np.stack([np.interp(seconds + 0.2, seconds, palm[:, axis]) for axis in range(2)], axis=1)
@@ -205,19 +207,10 @@ def _hand(theta: np.ndarray, rest: np.ndarray, rng: np.random.Generator) -> np.n
     return joints + rng.normal(0, 0.001, joints.shape)
 
 
-def _mirrored(hand: np.ndarray) -> np.ndarray:
-    """Turns a right hand on the image's left into a left hand on its right: the camera looks down, facing them."""
-    return np.concatenate([1 - hand[..., :1], hand[..., 1:]], axis=-1)
-
-
 def _missing(frames: int, rng: np.random.Generator, *, whole: float, runs: float) -> np.ndarray:
     """Draws the frames, (F,) bool, in which something is not seen.
 
-    Args:
-        frames: F.
-        rng: source of chance.
-        whole: probability that it is missing throughout.
-        runs: probability that it is missing in one to three runs, each of up to 30 % of the clip.
+    It is missing throughout with probability `whole`, and in one to three runs, each of up to 30 % of the clip, `runs`.
     """
     missing = np.zeros(frames, dtype=bool)
     draw = rng.random()
@@ -269,8 +262,7 @@ def write_index(root: Path, stems: Sequence[str]) -> Path:
         participant, camera, task, subtask, times = stem.split("-")
         lines.append("\t".join([participant, camera, task, subtask, *times.split("_"), f"{stem}.mp4"]))
     path = root / INDEX_NAME
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(path, lines)
     return path
 
 
@@ -307,8 +299,7 @@ def write_synthetic(
     planned = plan_clips(clips, seed, participants)
     _clear(root, overwrite)
     # First, so that an interrupted write is known as ours and can be taken up again.
-    with replacing(root / MARKER_NAME) as temporary:
-        temporary.write_text(json.dumps(_marker(clips, seed, participants)) + "\n", encoding="utf-8")
+    write_lines(root / MARKER_NAME, [json.dumps(_marker(clips, seed, participants))])
     for plan in tqdm(planned, desc="writing", unit="clip", disable=None if progress is None else not progress):
         (write or write_clip)(root / plan.subtask / f"{plan.stem}.h5", clip_arrays(plan, seed))
     write_index(root, [plan.stem for plan in planned])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bigru.report.markdown import blocks, code, plain, table
-from bigru.report.record import METRICS, RunError, RunRecord, Scores, read_run
+from bigru.report.record import METRICS, RunError, RunRecord, Scores, cells, read_run
 
 # Settings that are named in columns of their own, or that change no figure.
 NOT_COMPARED = {"gaze", "objects", "surrogate", "out", "index", "strict", "cache", "no_cache", "device", "threads"}
@@ -68,25 +68,21 @@ def comparison(records: Sequence[RunRecord], picture: str) -> str:
 
 def _table(records: Sequence[RunRecord], with_baselines: bool) -> str:
     settings = differing_settings(records)
-    figures = [_cells(record.test) for record in records]
+    figures = [cells(record.test) for record in records]
     lowest = [_lowest(column) for column in zip(*figures, strict=True)]
     rows = []
     for name, record, differing, values in zip(names(records), records, settings, figures, strict=True):
-        cells = [f"**{value}**" if value == least else value for value, least in zip(values, lowest, strict=True)]
+        shown = [f"**{value}**" if value == least else value for value, least in zip(values, lowest, strict=True)]
         epochs = f"{record.best_epoch} of {len(record.metrics['epoch'])}"
         speed = f"{record.timing['epoch_s_median']:,.2f}"
-        rows.append([code(name), inputs(record), differing, epochs, f"{record.test.windows:,}", *cells, speed])
+        rows.append([code(name), inputs(record), differing, epochs, f"{record.test.windows:,}", *shown, speed])
     for name, scores in records[0].baselines.items() if with_baselines else ():
-        rows.append([plain(name), "", "", "", f"{scores.windows:,}", *_cells(scores), ""])
+        rows.append([plain(name), "", "", "", f"{scores.windows:,}", *cells(scores), ""])
     headers = ["run", "inputs", "settings that differ", "best epoch", "test windows"]
     headers += [*(metric.label for metric in METRICS), "s per epoch"]
     if not any(settings):
         headers, rows = [*headers[:2], *headers[3:]], [[*row[:2], *row[3:]] for row in rows]
     return table(headers, rows, left=len(headers) - len(METRICS) - 3)
-
-
-def _cells(scores: Scores) -> list[str]:
-    return [metric.text(metric.of(scores)) for metric in METRICS]
 
 
 def _lowest(figures: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from bigru.files import printable, shell_line, write_atomically
 from bigru.report import breakdown, breakdown_figures, comparison, comparison_figures, figures
 from bigru.report.markdown import blocks, code, listed, plain, table
-from bigru.report.record import METRICS, PUBLISHED, PUBLISHED_COLUMNS, RunRecord, Scores, read_run
+from bigru.report.record import METRICS, PUBLISHED, PUBLISHED_COLUMNS, RunRecord, Scores, cells, read_run
 
 try:
     import fcntl
@@ -233,13 +233,9 @@ def _modalities(record: RunRecord) -> str:
     )
 
 
-def _score_cells(scores: Scores) -> list[str]:
-    return [metric.text(metric.of(scores)) for metric in METRICS]
-
-
 def _comparison(record: RunRecord) -> str:
     forecasters = {"this run": record.test, **record.baselines}
-    rows = [[plain(name), *_score_cells(scores)] for name, scores in forecasters.items()]
+    rows = [[plain(name), *cells(scores)] for name, scores in forecasters.items()]
     compared = table(["Forecast", *(metric.label for metric in METRICS)], rows, left=1)
     return blocks(
         f"{record.test.windows:,} test windows. Lengths are in centred units, one of which is half the image in each "
@@ -294,7 +290,7 @@ def _definitions(mask_missing: bool) -> str:
 def _by_frame_rate(record: RunRecord) -> str:
     predicted = record.config["data"]["predicted"]
     rows = [
-        [f"{fps:g}", f"{predicted / fps:.2f}", f"{scores.windows:,}", *_score_cells(scores)]
+        [f"{fps:g}", f"{predicted / fps:.2f}", f"{scores.windows:,}", *cells(scores)]
         for fps, scores in record.by_frame_rate
     ]
     if not rows:
@@ -313,7 +309,7 @@ def _by_frame_rate(record: RunRecord) -> str:
 
 
 def _by_subtask(record: RunRecord) -> str:
-    rows = [[plain(name), f"{scores.windows:,}", *_score_cells(scores)] for name, scores in record.by_subtask]
+    rows = [[plain(name), f"{scores.windows:,}", *cells(scores)] for name, scores in record.by_subtask]
     return table(["subtask", "windows", *(metric.label for metric in METRICS)], rows, left=1)
 
 

@@ -65,6 +65,12 @@ METRICS = (
 )
 """Every measure in the order of the tables; the document, the comparison and the curves take theirs from here."""
 
+
+def cells(scores: Scores) -> list[str]:
+    """Returns a row of scores as it stands in every table."""
+    return [metric.text(metric.of(scores)) for metric in METRICS]
+
+
 PUBLISHED = tuple(metric for metric in METRICS if metric.short)
 PUBLISHED_COLUMNS = tuple(f"{split}_{metric.name}" for metric in PUBLISHED for split in ("tr", "va"))
 """The metric columns of the published document, in its order."""

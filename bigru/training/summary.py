@@ -28,14 +28,12 @@ from bigru.model.metrics import (
     summarise,
     window_error_px,
 )
-from bigru.report.record import NETWORK
+from bigru.report.record import METRICS, NETWORK
 from bigru.training.example_windows import write_example_windows
 from bigru.training.run_dir import start_of
 from bigru.training.trainer import Trainer
 
 log = logging.getLogger("bigru.train")
-
-SCORES = ("mpjpe", "ade", "fde", "joint_error", "joint_error_px")
 
 
 def finish(folder: Path, trainer: Trainer, backend: str) -> None:
@@ -116,7 +114,7 @@ def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
         "in px",
     )
     for name, scores in rows.items():
-        numbers = [math.nan if scores[key] is None else scores[key] for key in SCORES]
+        numbers = [math.nan if scores[key] is None else scores[key] for key in (metric.name for metric in METRICS)]
         log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *numbers)
     log.info("%s", printable(document))
 
