@@ -21,6 +21,10 @@ TOLERANCE = {
 }
 
 
+MODES = dict(zip(("fp32", "tf32", "bf16", "fp16"), TOLERANCE, strict=True))
+"""Storage dtype and precision by the names that users know."""
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """Norm-relative error; infinite where `actual` is not finite, absolute where `expected` is zero."""
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
@@ -67,6 +71,26 @@ def expected(inputs, upstream):
     return outputs_and_gradients(
         lambda *args: reference.gru_recurrence(*args)[:2], wide, [x.double() for x in upstream]
     )
+
+
+def matches_reference(run, inputs, upstream, tolerance):
+    """Asserts that outputs and gradients of a recurrence are the fp64 reference's, in the inputs' dtype."""
+    results = zip(NAMES, outputs_and_gradients(run, inputs, upstream), expected(inputs, upstream), strict=True)
+    for name, value, wanted in results:
+        assert (value is None) == (wanted is None), name
+        if value is not None:
+            assert value.dtype == inputs[0].dtype, name
+            assert error(value, wanted) < tolerance, name
+
+
+def opcheck(kernel, device, bias=True):
+    """Has torch check the operators of a kernel, forward and backward."""
+    inputs, (dy, dh_n) = make_inputs((2, 3, 4), torch.float32, device, bias=bias)
+    y, _, gates = torch.ops.bigru.gru_forward(*inputs, "fp32", True, kernel)
+    backward = dy, dh_n, y, gates, inputs[3], inputs[1], "fp32", kernel
+    torch.library.opcheck(torch.ops.bigru.gru_backward.default, backward)
+    inputs = [None if x is None else x.requires_grad_() for x in inputs]
+    torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, kernel))
 
 
 class Recorder(TorchDispatchMode):

@@ -3,8 +3,11 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from bigru.config import DataConfig
+from bigru.data.clips import read_clip
+from bigru.data.hdf5 import ClipError
 from bigru.data.synthetic import write_clip, write_index
 
 CONFIG = DataConfig(observed=4, predicted=4, stride=3)
@@ -24,6 +27,14 @@ def clip_arrays(frames, seed=0):
         "surrogate_hands": (2, 4),
     }
     return {name: rng.uniform(0.1, 0.9, (frames, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def refusal(path, config):
+    """Why a clip is refused: the reason and the detail."""
+    with pytest.raises(ClipError) as caught:
+        read_clip(path, config)
+    assert str(caught.value) == f"{caught.value.reason}: {caught.value.detail}"
+    return caught.value.reason, caught.value.detail
 
 
 def write_dataset(root, clips):

@@ -9,13 +9,14 @@ import h5py
 import numpy as np
 import pytest
 from data.dataset import clip_arrays, stem_of
+from data.dataset import refusal as refusal_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigru.config import DataConfig
 from bigru.data.clips import read_clip
 from bigru.data.hdf5 import MAX_FRAMES, ClipError, DataError
-from bigru.data.index import COLUMNS, MAX_INDEX_BYTES, read_index
+from bigru.data.index import COLUMNS, read_index
 from bigru.data.synthetic import write_clip, write_index
 
 FRAMES = 7
@@ -31,16 +32,8 @@ def arrays_with_times():
     return clip_arrays(FRAMES) | {"timestamps": np.arange(FRAMES, dtype=np.float32) / 23}
 
 
-def write_packed(path, arrays, **packing):
-    with h5py.File(path, "w") as file:
-        for name, values in arrays.items():
-            file.create_dataset(name, data=values, **packing)
-
-
 def refusal(path):
-    with pytest.raises(ClipError) as caught:
-        read_clip(path, CONFIG)
-    return caught.value.reason, caught.value.detail
+    return refusal_of(path, CONFIG)
 
 
 @pytest.fixture
@@ -153,7 +146,9 @@ def test_chunk_declared_at_gigabytes(path):
     "packing", [{"compression": "lzf"}, {"fletcher32": True}, {"scaleoffset": 3}, {"shuffle": True}], ids=str
 )
 def test_other_filters_are_refused(path, packing):
-    write_packed(path, arrays_with_times(), **packing)
+    with h5py.File(path, "w") as file:
+        for name, values in arrays_with_times().items():
+            file.create_dataset(name, data=values, **packing)
     reason, detail = refusal(path)
     assert reason == "packed"
     assert detail.endswith("expected gzip, shuffle and gzip, or none")
@@ -184,36 +179,6 @@ def test_floating_point_type_of_no_machine_is_refused(path):
     with h5py.File(path, "a") as file:
         h5py.h5d.create(file.id, b"norm_gaze", odd, h5py.h5s.create_simple((FRAMES, 2)))
     assert refusal(path)[0] == "wrong dtype"
-
-
-def test_index_too_large_to_be_one(tmp_path):
-    path = tmp_path / "index.csv"
-    with path.open("wb") as file:
-        file.truncate(MAX_INDEX_BYTES + 1)
-    with pytest.raises(DataError, match=r"index .*index\.csv: 67,108,865 bytes, at most 67,108,864 are read"):
-        read_index(path)
-
-
-@pytest.mark.parametrize(
-    ("before", "words"),
-    [("", "line 1: no column participant"), ("\t".join(COLUMNS) + "\n", "line 2: 1 columns, not 7")],
-    ids=["header", "row"],
-)
-def test_giant_line_of_an_index(tmp_path, before, words):
-    path = tmp_path / "index.csv"
-    path.write_text(before + "x" * 5_000_000)
-    with pytest.raises(DataError, match=words) as caught:
-        read_index(path)
-    assert len(str(caught.value)) < 500
-
-
-def test_giant_name_in_an_index(tmp_path):
-    row = ["p01", "CAM_AV", "BIAH_RB", "BHO", "0", "1", "p01-CAM_AV-BIAH_RB-BHO-0_" + "1" * 1_000_000 + ".mp4"]
-    path = tmp_path / "index.csv"
-    path.write_text("\t".join(COLUMNS) + "\n" + "\t".join(row) + "\n")
-    index = read_index(path)
-    assert [skip.reason for skip in index.skipped] == ["bad name"]
-    assert len(index.skipped[0].stem + index.skipped[0].detail) < 500
 
 
 # Fuzzing: always the same examples, so that a failure is seen by everyone.

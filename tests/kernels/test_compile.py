@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from bigru import BiGRU
 
 # B and T; a compiler takes sizes that are equal at first, features among them, for equal ever after.
-SIZES = [(2, 3), (5, 4), (3, 7)]
+SIZES = [(2, 3), (4, 5), (3, 4)]
 # Of the compiler's own making.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 COMPILER = "inductor" if shutil.which("g++") else "aot_eager"
@@ -40,8 +40,15 @@ def trained(module, gru, x, hx=None):
     return [y, h_n, x.grad, *(parameter.grad for parameter in gru.parameters())]
 
 
-def same(ours, theirs):
-    return all(error(a, b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
+def same(ours, theirs, tolerance=1e-6):
+    return all(error(a, b) < tolerance for a, b in zip(ours, theirs, strict=True))
+
+
+def aten(gru):
+    """The same on ATen's GRU, uncompiled: right by other tests, and quick."""
+    other = BiGRU(6, 4, 2, batch_first=True, backend="torch", device=gru.weight_hh_l0.device)
+    other.load_state_dict(gru.state_dict())
+    return other
 
 
 # Most of the time is inductor's own, and it sees one operator whatever the backend: on a CPU one goes through it.
@@ -54,17 +61,17 @@ def same(ours, theirs):
     indirect=["gru"],
 )
 def test_one_graph_serves_every_batch_and_length(gru, compiler, kernel_device):
-    compiled = torch.compile(gru, fullgraph=True, dynamic=True, backend=compiler)
+    compiled, other = torch.compile(gru, fullgraph=True, dynamic=True, backend=compiler), aten(gru)
     counter = torch._dynamo.utils.counters["stats"]
     for batch, steps in SIZES:
         x = torch.randn(batch, steps, 6, device=kernel_device)
-        assert same(trained(compiled, gru, x), trained(gru, gru, x))
+        assert same(trained(compiled, gru, x), trained(other, other, x), 1e-5)
     assert counter["unique_graphs"] == 1
     # Inference is one more, since it keeps nothing.
     with torch.no_grad():
         for batch, steps in SIZES:
             x = torch.randn(batch, steps, 6, device=kernel_device)
-            assert same(compiled(x), gru(x))
+            assert same(compiled(x), other(x), 1e-5)
     assert counter["unique_graphs"] == 2
 
 
@@ -108,7 +115,7 @@ def test_export_leaves_batch_and_time_free(gru, kernel_device):
     with torch.no_grad():
         for batch, steps in SIZES:
             x = torch.randn(batch, steps, 6, device=kernel_device)
-            assert same(program.module()(x), gru(x))
+            assert same(program.module()(x), aten(gru)(x), 1e-5)
 
 
 def test_autocast_means_the_same_when_compiled(gru, kernel_device):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import NAMES, TOLERANCE, error, expected, make_inputs, run_kernel
+from support import MODES, NAMES, TOLERANCE, error, expected, make_inputs, run_kernel
 
 pytest.importorskip("triton")
 
@@ -16,12 +16,6 @@ from bigru.kernels.config import A100, B200, H100, Call, CooperativeConfig, desc
 from bigru.kernels.cooperative import KERNEL
 
 DEVICES = {"A100": A100, "H100": H100, "B200": B200}
-MODES = {
-    "fp32": (torch.float32, "fp32"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16": (torch.bfloat16, "fp32"),
-    "fp16": (torch.float16, "fp32"),
-}
 HIDDEN = (129, 160, 192, 255, 256, 257, 384, 512, 640, 768, 900, 1024, 1056)
 NARROW = ("tf32", "bf16", "fp16")
 

@@ -139,6 +139,7 @@ def test_reference(configuration):
 
 
 # The interpreter is too slow to look for a smaller failure.
+@pytest.mark.slow
 @settings(REPEATABLE, max_examples=12, phases=[Phase.explicit, Phase.generate])
 @given(configurations([torch.float32, torch.bfloat16], 3))
 def test_triton(kernel_device, configuration):

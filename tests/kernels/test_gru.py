@@ -116,9 +116,11 @@ def test_double_precision_through_the_reference():
     check(gru, theirs, torch.randn(4, 3, 3), None, 1e-12)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("given_state", [False, True])
-@pytest.mark.parametrize("batched", [False, True])
+# Any two of the three in every way.
+@pytest.mark.parametrize(
+    ("batch_first", "given_state", "batched"),
+    [(False, False, False), (False, True, True), (True, False, True), (True, True, False)],
+)
 def test_layouts(batch_first, given_state, batched, backend, kernel_device):
     torch.manual_seed(1)
     gru, theirs = pair(3, 4, 2, backend=backend, batch_first=batch_first, device=kernel_device)
@@ -238,8 +240,15 @@ class TestBackends:
 class TestAutocast:
     """Everything in autocast's dtype, as nn.GRU on a GPU has it (on a CPU it does not)."""
 
-    @pytest.mark.parametrize("hx_dtype", [None, torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("x_dtype", "hx_dtype"),
+        [
+            (torch.float32, None),
+            (torch.bfloat16, None),
+            (torch.float32, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+        ],
+    )
     @pytest.mark.parametrize("backend", ["triton", "reference"])
     def test_takes_its_dtype_and_returns_gradients_in_each_ones_own(self, backend, x_dtype, hx_dtype, kernel_device):
         if backend == "triton":
@@ -278,8 +287,10 @@ class TestFusedLayer:
     def with_triton(self):
         pytest.importorskip("triton")
 
-    @pytest.mark.parametrize("asked", ["all", "input", "state", "weights", "one bias"])
-    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize(
+        ("asked", "bias"),
+        [("all", True), ("all", False), ("input", True), ("state", False), ("weights", False), ("one bias", True)],
+    )
     def test_eager_and_spelled_out_agree(self, bias, asked, kernel_device):
         results = []
         for mode in (nullcontext(), Recorder()):
@@ -292,7 +303,7 @@ class TestFusedLayer:
                 wanted = {
                     "all": True,
                     "weights": name.startswith(("weight", "bias")),
-                    "one bias": name == "bias_hh_l1_reverse" or (not bias and name == "weight_ih_l0"),
+                    "one bias": name == "bias_hh_l1_reverse",
                 }
                 leaf.requires_grad_(wanted.get(asked, name == asked))
             with mode:

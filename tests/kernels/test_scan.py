@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from support import NAMES, TOLERANCE, error, expected, make_inputs, outputs_and_gradients
+from support import TOLERANCE, make_inputs, matches_reference, opcheck, outputs_and_gradients
 
 from bigru.kernels.recurrence import fused_gru_recurrence
 
@@ -16,13 +16,7 @@ run = functools.partial(fused_gru_recurrence, precision="fp32", kernel="scan")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_reference(dtype, shape, bias, poisoned):
     inputs, upstream = make_inputs(shape, dtype, "cpu", bias=bias)
-    tolerance = TOLERANCE.get((dtype, "fp32"), 1e-14)
-    results = zip(NAMES, outputs_and_gradients(run, inputs, upstream), expected(inputs, upstream), strict=True)
-    for name, value, wanted in results:
-        assert (value is None) == (wanted is None)
-        if value is not None:
-            assert value.dtype == dtype
-            assert error(value, wanted) < tolerance, name
+    matches_reference(run, inputs, upstream, TOLERANCE.get((dtype, "fp32"), 1e-14))
 
 
 def test_empty_batch():
@@ -34,10 +28,4 @@ def test_empty_batch():
 
 
 def test_opcheck():
-    inputs, (dy, dh_n) = make_inputs((3, 2, 5), torch.float32, "cpu")
-    y, _, gates = torch.ops.bigru.gru_forward(*inputs, "fp32", True, "scan")
-    backward = (dy, dh_n, y, gates, inputs[3], inputs[1], "fp32", "scan")
-    torch.library.opcheck(torch.ops.bigru.gru_backward.default, backward)
-    for x in inputs:
-        x.requires_grad_()
-    torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, "scan"))
+    opcheck("scan", "cpu")

@@ -183,9 +183,17 @@ def test_compiled_then_in_forward_mode(kernel_device):
 
 
 # The inputs of PyTorch's own module tests for its GRU.
-@pytest.mark.parametrize("given_state", [True, False])
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize(("bias", "batch_first", "layers"), [(True, True, 2), (False, False, 2), (True, False, 1)])
+@pytest.mark.parametrize(
+    ("bias", "batch_first", "layers", "batched", "given_state"),
+    [
+        (True, True, 2, True, True),
+        (True, True, 2, False, False),
+        (False, False, 2, True, False),
+        (False, False, 2, False, True),
+        (True, False, 1, True, True),
+        (True, False, 1, False, False),
+    ],
+)
 def test_gradcheck_to_second_order(bias, batch_first, layers, batched, given_state):
     torch.manual_seed(0)
     gru = BiGRU(2, 2, layers, bias, batch_first, backend="reference", dtype=torch.float64)

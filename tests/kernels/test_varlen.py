@@ -85,8 +85,7 @@ def check(gru, inputs, tolerance, **options):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_each_sequence_as_if_alone(lengths, backend, kernel_device):
     torch.manual_seed(1)
-    gru = BiGRU(3, SMALL, 2, backend=backend, device=kernel_device)
-    check(gru, ragged(lengths, layers=2), 1e-5)
+    check(BiGRU(3, SMALL, backend=backend, device=kernel_device), ragged(lengths), 1e-5)
 
 
 # The second block has one step less: its state ends in the right buffer only if it starts in the other one.
@@ -145,7 +144,7 @@ def test_bit_identical_from_run_to_run(kernel_device):
 def test_nan_stays_in_its_sequence(hidden, kernel_device):
     pytest.importorskip("triton")
     gru = BiGRU(3, hidden, backend="triton", device=kernel_device)
-    sequences, *rest = ragged([1, 2, 2], hidden=hidden)
+    sequences, *rest = ragged([2, 1, 2], hidden=hidden)
     clean = together(gru, sequences, *rest)
     sequences[2] = torch.full_like(sequences[2], float("nan"))
     dirty = together(gru, sequences, *rest)
@@ -286,8 +285,7 @@ class TestErrors:
 
 
 class TestLengths:
-    @pytest.mark.parametrize("batch_first", [False, True])
-    @pytest.mark.parametrize("given_state", [False, True])
+    @pytest.mark.parametrize(("batch_first", "given_state"), [(False, True), (True, False)])
     def test_as_packing_and_unpacking(self, batch_first, given_state, backend, kernel_device):
         torch.manual_seed(1)
         gru = BiGRU(3, SMALL, 2, batch_first=batch_first, backend=backend, device=kernel_device)
