@@ -2,7 +2,7 @@
 
 import os
 
-from interpreter import prepare_once
+from interpreter import hasten
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    prepare_once()
+    hasten()

@@ -49,10 +49,10 @@ def wrapped(model, how, mesh):
 
 def worker(rank, store):
     """Two steps of each kind of parallelism on this process's rows, held to one process's steps on all rows."""
-    from interpreter import prepare_once
+    from interpreter import hasten
     from support import error
 
-    prepare_once()
+    hasten()
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     mesh = init_device_mesh("cpu", (PROCESSES,))
