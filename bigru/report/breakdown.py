@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from bigru.report.markdown import blocks, plain, table
-from bigru.report.record import NETWORK, RunRecord
+from bigru.report.record import NETWORK, RunRecord, Series
 
 COMPARED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -17,10 +18,7 @@ def horizon(record: RunRecord, picture: str) -> str:
     predicted = record.config["data"]["predicted"]
     frames = sorted({max(1, math.ceil(share * predicted)) for share in COMPARED_SHARES})
     rows = [
-        [
-            plain("this run" if name == NETWORK else name),
-            *(f"{series.joint_error_px[frame - 1]:,.1f}" for frame in frames),
-        ]
+        [plain(name), *(f"{series.joint_error_px[frame - 1]:,.1f}" for frame in frames)]
         for name, series in record.horizon.items()
     ]
     reach = ", ".join(f"{predicted / fps:.2f} s ahead at {fps:g} fps" for fps, _ in record.by_frame_rate)
@@ -28,19 +26,28 @@ def horizon(record: RunRecord, picture: str) -> str:
         f"The per-joint error in pixels at each predicted frame; frame {predicted} is {reach}.",
         f"![Error against horizon]({picture})",
         table(["Forecast", *(f"frame {frame}" for frame in frames)], rows, left=1),
-        *_not_beaten(record),
+        *([not_beaten] if (not_beaten := unbeaten(record.horizon)) else []),
     )
 
 
-def _not_beaten(record: RunRecord) -> list[str]:
-    """Returns a paragraph that names the frames in which a baseline is at least as good, if there are any."""
-    ours = np.array(record.horizon[NETWORK].joint_error_px)
+def unbeaten(horizon: Mapping[str, Series]) -> str:
+    """Returns sentences that name the frames in which a baseline is at least as good; empty if there are none."""
+    ours = np.array(horizon[NETWORK].joint_error_px)
     sentences = []
-    for name, series in record.horizon.items():
+    for name, series in horizon.items():
         frames = np.flatnonzero(ours >= np.array(series.joint_error_px)) + 1
         if name != NETWORK and frames.size:
-            sentences.append(f'"{plain(name)}" is at least as good as this run at {_ranges(frames.tolist())}.')
-    return [" ".join(sentences)] if sentences else []
+            first = beaten_from(ours, np.array(series.joint_error_px))
+            after = f" and is beaten from frame {first} on" if first else ""
+            sentences.append(f'"{plain(name)}" is at least as good as {NETWORK} at {_ranges(frames.tolist())}{after}.')
+    return " ".join(sentences)
+
+
+def beaten_from(ours: np.ndarray, theirs: np.ndarray) -> int | None:
+    """Returns the frame, from 1, from which on our errors are smaller to the end; None if the last one's is not."""
+    losing = np.flatnonzero(~(ours < theirs))
+    first = int(losing[-1]) + 2 if losing.size else 1
+    return first if first <= len(ours) else None
 
 
 def _ranges(frames: list[int]) -> str:

@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bigru.report.breakdown import beaten_from
 from bigru.report.figures import BLUE, DPI, INK, VERMILION, WIDTH_IN, scale_values, stroke, styled
 from bigru.report.record import NETWORK, RunRecord
 
@@ -45,11 +46,17 @@ def horizon(record: RunRecord) -> Figure:
         axes.plot(
             frames, values, color=color, linestyle=style, linewidth=2.0 if name == NETWORK else 1.3, marker=marker
         )
-    scale_values(axes, np.concatenate([*lines.values(), np.empty(0)]))
+    scale = scale_values(axes, np.concatenate([*lines.values(), np.empty(0)]))
     axes.set_xlim(1 if len(frames) > 1 else 0, max(2, len(frames)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_xlabel("future frame")
-    axes.set_ylabel("per-joint error (px)")
+    ahead = ", ".join(f"{len(frames) / fps:.2f} s at {fps:g} fps" for fps, _ in record.by_frame_rate[:3])
+    axes.set_xlabel(f"future frame ({len(frames)} = {ahead})" if ahead else "future frame")
+    axes.set_ylabel(f"per-joint error (px){scale}")
+    still = lines.get("repeat last frame")
+    if still is not None and (first := beaten_from(lines[NETWORK], still)):
+        axes.axvline(first, color=INK, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+        said = f'"repeat last frame" is beaten from frame {first} on'
+        axes.set_title(said, loc="left", fontsize=8, color=INK)
     name_line_ends(axes, lines, {name: color for name, (color, _) in looks.items()})
     return figure
 

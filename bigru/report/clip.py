@@ -7,11 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bigru.files import printable
 from bigru.layout import IMAGE_PX
-from bigru.report.figures import BLUE, DPI, FAINT, INK, STROKE, VERMILION, WIDTH_IN, styled
+from bigru.report.figures import DPI, FAINT, HANDS, INK, WIDTH_IN, clip_name, stroke, styled
 
-HANDS = (("left", BLUE), ("right", VERMILION))
 SNAPSHOTS = 5
 PANEL_ASPECT = 1.3
 
@@ -57,9 +55,7 @@ def draw_clip(
             # Image rows are counted from the top.
             axes.invert_yaxis()
     _draw_presence(figure.add_subplot(rows[3]), seconds, present, fps, span)
-    name = printable(name)
-    shown = name if len(name) <= 78 else f"{name[:77]}…"
-    figure.text(0.085, 0.985, shown, fontsize=8, fontweight="bold", va="top")
+    figure.text(0.085, 0.985, clip_name(name, 78), fontsize=8, fontweight="bold", va="top")
     caption = f"{len(seconds):,} frames at {rate or f'{fps:g} per second'}; px of the 1728 x 972 image, y pointing down"
     figure.text(0.085, 0.945, caption, fontsize=7.5, color=INK, va="top")
     figure.legend(
@@ -101,8 +97,7 @@ def _draw_snapshot(axes: Axes, joints_px: np.ndarray, limits: tuple[float, float
                 color=FAINT,
             )
             continue
-        line = np.where(STROKE[:, None] < 0, np.nan, joints_px[hand][STROKE])
-        axes.plot(line[:, 0], line[:, 1], color=colour, linewidth=0.9, solid_joinstyle="round")
+        axes.plot(*stroke(joints_px[hand]).T, color=colour, linewidth=0.9, solid_joinstyle="round")
     x0, x1, top, bottom = limits
     axes.set_xlim(x0, x1)
     axes.set_ylim(bottom, top)
@@ -112,14 +107,14 @@ def _draw_snapshot(axes: Axes, joints_px: np.ndarray, limits: tuple[float, float
 
 
 def _draw_presence(axes: Axes, seconds: np.ndarray, present: np.ndarray, fps: float, span: tuple[float, float]) -> None:
-    """Draws a bar for each hand where it was seen, and writes the share of frames in which it was not."""
+    """Draws a bar for each hand where it was seen, and writes the share of frames in which it was."""
     labels = []
     for hand, (name, colour) in enumerate(HANDS):
         seen = present[:, hand]
         axes.broken_barh([(time, 1 / fps) for time in seconds[seen]], (0.6 - hand, 0.7), color=colour, linewidth=0)
-        labels.append(f"{name} {100 * (1 - seen.mean()):.0f} %")
+        labels.append(f"{name} {100 * seen.mean():.0f} %")
     axes.set_xlim(span)
     axes.set_ylim(-0.5, 1.4)
     axes.set_yticks([0.95, -0.05], labels, fontsize=6.5)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("time (s)   bars: seen; percent: frames in which it is missing")
+    axes.set_xlabel("time (s)   bars and percent: frames in which the hand is seen")

@@ -56,11 +56,11 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     for axes, x, title in ((epochs, "epoch", "validation"), (frames, "future frame", "test")):
         axes.set_title(title, loc="left")
         axes.set_xlabel(x)
-        axes.set_ylabel("per-joint error (px)")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-        scale_values(
+        scale = scale_values(
             axes, np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.empty(0)])
         )
+        axes.set_ylabel(f"per-joint error (px){scale}")
     if not frames.lines:
         frames.set_xticks([])
         frames.texts[0].set_text("not recorded by these runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from tabulate import tabulate
 from bigru.files import printable, shell_line, write_atomically
 from bigru.report import breakdown, breakdown_figures, comparison, comparison_figures, figures
 from bigru.report.markdown import blocks, code, listed, plain, table
-from bigru.report.record import METRICS, PUBLISHED, PUBLISHED_COLUMNS, RunRecord, Scores, cells, read_run
+from bigru.report.record import METRICS, NETWORK, PUBLISHED, PUBLISHED_COLUMNS, RunRecord, Scores, cells, read_run
 
 try:
     import fcntl
@@ -134,7 +135,22 @@ def text(records: Sequence[RunRecord], left_out: Mapping[str, str], out: Path) -
         reasons = ", ".join(f"{plain(name)} ({plain(reason)})" for name, reason in left_out.items())
         sections += ["<!-- all runs -->", "## All runs in this folder", *compared]
         sections += [f"Left out: {reasons}."] * bool(left_out) + ["<!-- end of all runs -->"]
-    return blocks(head(records[0]), *sections) + "\n"
+    return blocks(head(records[0]), *_index(records), *sections) + "\n"
+
+
+def _index(records: Sequence[RunRecord]) -> list[str]:
+    """Returns links to the sections of several runs, by the names that GitHub gives their headings."""
+    if len(records) < 2:
+        return []
+    lines, seen = [], Counter[str]()
+    for record in records:
+        heading = f"Run at {record.started}"
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        again = f"-{seen[anchor]}" if seen[anchor] else ""
+        seen[anchor] += 1
+        error = METRICS[-1].text(record.test.joint_error_px)
+        lines.append(f"- [{plain(heading)}](#{anchor}{again}): {comparison.inputs(record)}, test {error} px")
+    return ["## Runs", "\n".join([*lines, "- [All of them compared](#all-runs-in-this-folder)"])]
 
 
 def head(record: RunRecord) -> str:
@@ -234,7 +250,7 @@ def _modalities(record: RunRecord) -> str:
 
 
 def _comparison(record: RunRecord) -> str:
-    forecasters = {"this run": record.test, **record.baselines}
+    forecasters = {NETWORK: record.test, **record.baselines}
     rows = [[plain(name), *cells(scores)] for name, scores in forecasters.items()]
     compared = table(["Forecast", *(metric.label for metric in METRICS)], rows, left=1)
     return blocks(
@@ -247,7 +263,7 @@ def _comparison(record: RunRecord) -> str:
 
 
 def verdict(test: Scores, baselines: dict[str, Scores]) -> str:
-    """Says of each baseline which measures the run does not beat it on, if any; judged by figures as printed."""
+    """Says of each baseline which measures the network does not beat it on, if any; judged by figures as printed."""
     if not baselines:
         return "No baseline was recorded, so these figures stand alone."
     sentences = []
@@ -259,7 +275,9 @@ def verdict(test: Scores, baselines: dict[str, Scores]) -> str:
                 against = f"{metric.label} ({metric.text(ours)} against {metric.text(theirs)})"
                 found.setdefault(_standing(ours, theirs), []).append(against)
         found = found or {"beats": ["every measure"]}
-        sentences += [f'This run {standing} "{plain(name)}" on {listed(on)}.' for standing, on in found.items()]
+        sentences += [
+            f'{NETWORK.capitalize()} {standing} "{plain(name)}" on {listed(on)}.' for standing, on in found.items()
+        ]
     return " ".join(sentences)
 
 
@@ -319,7 +337,7 @@ def _details(record: RunRecord, out: Path) -> str:
     folder = shell_line([_as_seen_from(record.folder, out)])
     versions = ", ".join(f"{name} {environment[name]}" for name in ("bigru", "python", "torch", "triton", "numpy"))
     lines = {
-        "Epochs run": f"{len(metrics['epoch'])}, {'stopped early' if record.stopped_early else 'not stopped early'}",
+        "Epochs run": f"{len(metrics['epoch'])}, {_stop(record)}",
         "Best epoch": f"{record.best_epoch}, validation MPJPE (published) {metrics['va_mpjpe'][best]:.3f}, true "
         f"per-joint error {metrics['va_joint_error'][best]:.3f} ({metrics['va_joint_error_px'][best]:.1f} px)",
         "Device": plain(environment["device"]),
@@ -349,6 +367,17 @@ def _details(record: RunRecord, out: Path) -> str:
     if record.torn_line is not None:
         lines["Left out"] = f"line {record.torn_line} of metrics.jsonl, torn when the run was killed"
     return "\n".join(f"- **{name}:** {text}" for name, text in lines.items())
+
+
+def _stop(record: RunRecord) -> str:
+    if not record.stopped_early:
+        return "not stopped early"
+    optim = record.config["optim"]
+    # Else a best epoch just before the last one looks like a fault.
+    return (
+        f"stopped early: no gain of {optim.get('min_delta')} in validation MPJPE in {optim.get('patience')} epochs; "
+        "the best epoch is that of the least MPJPE, however small its gain"
+    )
 
 
 def _counted(counts: dict[str, int]) -> str:

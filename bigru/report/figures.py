@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -33,13 +34,11 @@ BLUE, VERMILION, INK, FAINT = "#0072B2", "#D55E00", "#444444", "#999999"
 # MediaPipe's hand as one pen stroke: five fingers from the wrist (0), then the knuckles; -1 lifts the pen.
 STROKE = np.array([*(j for tip in (4, 8, 12, 16, 20) for j in (0, *range(tip - 3, tip + 1), -1)), 5, 9, 13, 17])
 
-WRISTS = [0, len(STROKE) + 1]
-"""Indices of the wrists in `pose_stroke` of two hands."""
-
+HANDS = (("left", BLUE), ("right", VERMILION))
 # True poses are drawn broad and pale under the predicted ones, so that both show where they agree.
-OBSERVED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "alpha": 1.0}
-TRUE: dict[str, Any] = {"color": BLUE, "linewidth": 1.9, "alpha": 0.5}
-PREDICTED: dict[str, Any] = {"color": VERMILION, "linewidth": 0.8, "alpha": 1.0}
+OBSERVED: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (2, 0.7)), "alpha": 1.0}
+TRUE: dict[str, Any] = {"linewidth": 2.6, "alpha": 0.35}
+PREDICTED: dict[str, Any] = {"linewidth": 0.9, "alpha": 1.0}
 LOOKS = {"observed": OBSERVED, "true": TRUE, "predicted": PREDICTED}
 
 STYLE = {
@@ -98,13 +97,24 @@ def pixels(figure: Figure) -> np.ndarray:
 
 @styled
 def learning_curves(record: RunRecord) -> Figure:
-    """Draws MPJPE, ADE and FDE (published definitions) of train and validation against the epoch."""
-    figure = Figure(figsize=(WIDTH_IN, 2.75), dpi=DPI)
-    for i, metric in enumerate(PUBLISHED):
-        axes = figure.add_axes((0.075 + 0.325 * i, 0.155, 0.25, 0.60))
-        _draw_curves(axes, record, metric.name)
-        axes.set_title(metric.curve, loc="left", pad=14)
-        axes.set_ylabel(metric.unit)
+    """Draws MPJPE, ADE and FDE (published definitions), the loss and the learning rate against the epoch.
+
+    The last two are left out where a run did not record them.
+    """
+    panels: list[tuple[str, str, tuple[str, ...]]] = [
+        (metric.curve, metric.unit, (f"tr_{metric.name}", f"va_{metric.name}")) for metric in PUBLISHED
+    ]
+    if record.metrics["lr"]:
+        panels += [("Loss", "squared error", ("tr_loss", "va_loss")), ("Learning rate", "", ("lr",))]
+    rows = math.ceil(len(panels) / 3)
+    total = 0.45 + 2.3 * rows
+    figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI)
+    for i, (title, unit, names) in enumerate(panels):
+        top = total - 0.68 - 2.3 * (i // 3)
+        axes = figure.add_axes((0.075 + 0.325 * (i % 3), (top - 1.5) / total, 0.25, 1.5 / total))
+        scale = _draw_curves(axes, record, names)
+        axes.set_title(title, loc="left", pad=14)
+        axes.set_ylabel(f"{unit}{scale}".removeprefix(", "))
     handles = [
         Line2D([], [], color=BLUE, linewidth=1.3, label="train (dropout on, weights moving)"),
         Line2D([], [], color=VERMILION, linewidth=1.3, label="validation"),
@@ -114,10 +124,9 @@ def learning_curves(record: RunRecord) -> Figure:
     return figure
 
 
-def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
-    epochs = record.metrics["epoch"]
-    train, validation = record.metrics[f"tr_{metric}"], record.metrics[f"va_{metric}"]
-    for values, color in ((train, BLUE), (validation, VERMILION)):
+def _draw_curves(axes: Axes, record: RunRecord, names: Sequence[str]) -> str:
+    epochs, curves = record.metrics["epoch"], [record.metrics[name] for name in names]
+    for values, color in zip(curves, (BLUE, VERMILION) if len(names) > 1 else (INK,), strict=True):
         axes.plot(epochs, values, color=color, linewidth=1.3, marker="o", markersize=4, markevery=lone_points(values))
     axes.axvline(record.best_epoch, color=INK, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1)
     # Above the frame, where no curve runs.
@@ -135,7 +144,7 @@ def _draw_curves(axes: Axes, record: RunRecord, metric: str) -> None:
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
-    scale_values(axes, np.array([*train, *validation], dtype=float))
+    return scale_values(axes, np.array(curves, dtype=float))
 
 
 def lone_points(values: list[float]) -> list[int]:
@@ -144,8 +153,12 @@ def lone_points(values: list[float]) -> list[int]:
     return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()
 
 
-def scale_values(axes: Axes, values: np.ndarray) -> None:
-    """Sets a linear axis from 0, or a logarithmic one where huge first epochs would flatten all others."""
+def scale_values(axes: Axes, values: np.ndarray) -> str:
+    """Sets a linear axis from 0, or a logarithmic one where huge first epochs would flatten all others.
+
+    Returns:
+        What the axis' label is to say of it: ", log scale" or nothing.
+    """
     values = values[np.isfinite(values) & (values > 0)]
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
     axes.set_axisbelow(True)
@@ -161,16 +174,18 @@ def scale_values(axes: Axes, values: np.ndarray) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+        return ", log scale"
+    return ""
 
 
 @styled
 def forecasts(samples: Samples, centre: str = "frame") -> Figure:
     """Draws hand skeletons of the sample windows: last observed frame, then true and predicted at 25, 50, 75 and 100 %.
 
-    A row is a window, in pixels of the 1728 x 972 image from the midpoint of the wrists (of `centre` "frame", each
-    frame's own, or "last", the last observed one's), y pointing down as in the image; limits are the same within a row.
-    Missing hands are not drawn and not counted in the error. A target that is NaN is not known: the forecast is drawn
-    alone.
+    A row is a window; its title's line ends with its error and with which hands are missing where: those are neither
+    drawn nor counted. Axes are in pixels of the 1728 x 972 image from the midpoint of the wrists (of `centre` "frame",
+    each frame's own, or "last", the last observed one's), y pointing down as in the image; limits are the same within a
+    row. A target that is NaN is not known: the forecast is drawn alone.
     """
     frames = _horizon_frames(samples.predicted.shape[1])
     limits = [row_limits(samples, row, [-1], frames) for row in range(len(samples.stem))]
@@ -185,6 +200,8 @@ def forecasts(samples: Samples, centre: str = "frame") -> Figure:
         top -= above
         title = row_title(samples, row)
         figure.text(left / WIDTH_IN, (top + 0.24) / total, title, fontsize=8, va="bottom", fontweight="bold")
+        said = _row_verdict(samples, row, frames)
+        figure.text(1 - right / WIDTH_IN, (top + 0.24) / total, said, fontsize=7.5, va="bottom", ha="right")
         for column in range(len(frames) + 1):
             x = left + column * (width + gap)
             box = (x / WIDTH_IN, (top - height) / total, width / WIDTH_IN, height / total)
@@ -195,13 +212,19 @@ def forecasts(samples: Samples, centre: str = "frame") -> Figure:
     figure.text(0.5, 0.03 / total, axes_text(centre), ha="center", va="bottom", fontsize=7.5, color=INK)
     known = bool(np.isfinite(samples.target).any())
     figure.legend(
-        handles=[Line2D([], [], label=name, **look) for name, look in LOOKS.items() if known or name != "true"],
+        handles=legend(known),
         loc="upper left",
         bbox_to_anchor=((left - 0.08) / WIDTH_IN, 1.0),
-        ncols=3,
+        ncols=5,
         borderaxespad=0.2,
     )
     return figure
+
+
+def legend(known: bool = True) -> list[Line2D]:
+    """Returns the legend's lines: the hands' colours, and what lines say; without the true ones if not `known`."""
+    looks = [Line2D([], [], color=INK, label=name, **look) for name, look in LOOKS.items() if known or name != "true"]
+    return [Line2D([], [], color=color, linewidth=4, label=f"{name} hand") for name, color in HANDS] + looks
 
 
 def axes_text(centre: str) -> str:
@@ -228,15 +251,35 @@ def frame_error_px(predicted: np.ndarray, target: np.ndarray, present: np.ndarra
     return float(np.mean(known)) if known else math.nan
 
 
-def row_title(samples: Samples, row: int, longest: int = 58) -> str:
-    """Returns a window's label, clip, frame rate and error; the clip's name is cut: its times go to 18 digits."""
-    stem, error_px, label = printable(str(samples.stem[row])), samples.error_px[row], str(samples.label[row])
+def clip_name(stem: str, longest: int) -> str:
+    """Returns a clip's name as pictures show it: its times, of up to 18 digits, rounded; cut if it is still long."""
+    name = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", printable(stem))
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def row_title(samples: Samples, row: int, longest: int = 53) -> str:
+    """Returns a window's label, clip and frame rate."""
+    label = str(samples.label[row])
     assumed = " (assumed)" if samples.fps_assumed is not None and samples.fps_assumed[row] else ""
-    longest -= len(label) + len(assumed)
-    name = stem if len(stem) <= longest else f"{stem[: longest - 1]}…"
-    name = f"{label}: {name}" if label else name
-    error = "" if math.isnan(error_px) else f", mean error {error_px:.0f} px"
-    return f"{name}   {samples.fps[row]:g} fps{assumed}{error}"
+    name = clip_name(str(samples.stem[row]), longest - len(label) - len(assumed))
+    return f"{label}: " * bool(label) + f"{name}   {samples.fps[row]:g} fps{assumed}"
+
+
+def mean_error(samples: Samples, row: int) -> str:
+    """Returns a window's error in words; empty where it is not known."""
+    return "" if math.isnan(samples.error_px[row]) else f"mean error {samples.error_px[row]:.0f} px"
+
+
+def _row_verdict(samples: Samples, row: int, frames: Sequence[int]) -> str:
+    """Returns the error of a window, and which hand is missing in which of its panels."""
+    said = [mean_error(samples, row)] * bool(mean_error(samples, row))
+    for hand, (name, _) in enumerate(HANDS):
+        there = samples.target_present[row, :, hand]
+        lacking = ["last"] * (not samples.observed_present[row, -1, hand])
+        lacking += [f"+{(frame + 1) / samples.fps[row]:.2f}" for frame in frames if not there[frame]]
+        if lacking:
+            said.append(f"{name} missing: {', '.join(lacking)}" + " s" * (lacking[-1] != "last"))
+    return "; ".join(said)
 
 
 def row_limits(
@@ -254,9 +297,9 @@ def row_limits(
     if len(cloud) == 0:
         return -100.0, 100.0, -70.0, 70.0
     low, high = cloud.min(axis=0), cloud.max(axis=0)
-    centre, half = (low + high) / 2, np.maximum(0.56 * (high - low), 20.0)
+    centre, half = (low + high) / 2, np.maximum(0.54 * (high - low), 20.0)
     half_x = max(half[0], half[1] / 1.3)
-    half_y = max(half[1], half_x * 0.7)
+    half_y = max(half[1], half_x * 0.4)
     return centre[0] - half_x, centre[0] + half_x, centre[1] - half_y, centre[1] + half_y
 
 
@@ -274,12 +317,9 @@ def _draw_panel(axes: Axes, samples: Samples, row: int, frame: int | None) -> No
         title = f"+{(frame + 1) / samples.fps[row]:.2f} s" + ("" if math.isnan(error_px) else f"   {error_px:.0f} px")
     axes.set_title(title, fontsize=7.5, pad=3, loc="left")
     for pose, look in poses:
-        for hand in (0, 1):
+        for hand, (_, color) in enumerate(HANDS):
             if present[hand]:
-                _draw_hand(axes, hand_px(pose, hand), **look)
-    for hand, (name, x) in enumerate((("left", 0.02), ("right", 0.98))):
-        if not present[hand]:
-            axes.text(x, 0.03, f"{name} missing", transform=axes.transAxes, ha=name, fontsize=6.5, color=FAINT)
+                _draw_hand(axes, hand_px(pose, hand), color, **look)
 
 
 def stroke(joints: np.ndarray) -> np.ndarray:
@@ -287,20 +327,10 @@ def stroke(joints: np.ndarray) -> np.ndarray:
     return np.where(STROKE[:, None] < 0, np.nan, joints[STROKE])
 
 
-def pose_stroke(pose: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Returns the line that draws the present hands of an 84-vector in centred units: (N, 2) in pixels.
-
-    A missing hand is NaN, which draws nothing and keeps the wrists at `WRISTS`.
-    """
-    lift = np.full((1, 2), np.nan)
-    strokes = (np.where(present[hand], stroke(hand_px(pose, hand)), np.nan) for hand in (0, 1))
-    return np.concatenate([part for line in strokes for part in (line, lift)])
-
-
-def _draw_hand(axes: Axes, joints: np.ndarray, color: str, linewidth: float, alpha: float) -> None:
+def _draw_hand(axes: Axes, joints: np.ndarray, color: str, linewidth: float, alpha: float, **look: Any) -> None:
     line = stroke(joints)
-    axes.plot(line[:, 0], line[:, 1], color=color, linewidth=linewidth, alpha=alpha, solid_joinstyle="round")
-    axes.plot(joints[:1, 0], joints[:1, 1], color=color, alpha=alpha, marker="o", markersize=2 + linewidth)
+    axes.plot(*line.T, color=color, linewidth=linewidth, alpha=alpha, solid_joinstyle="round", **look)
+    axes.plot(*joints[:1].T, color=color, alpha=alpha, marker="o", markersize=2 + linewidth)
 
 
 def frame_panel(axes: Axes, limits: tuple[float, float, float, float], first: bool) -> None:

@@ -76,6 +76,8 @@ PUBLISHED_COLUMNS = tuple(f"{split}_{metric.name}" for metric in PUBLISHED for s
 """The metric columns of the published document, in its order."""
 COLUMNS = ("epoch", *PUBLISHED_COLUMNS, "va_joint_error", "va_joint_error_px")
 """What the report reads of each line of metrics.jsonl."""
+DRAWN = ("tr_loss", "va_loss", "lr")
+"""What it draws too, where a run has recorded it."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class RunRecord:
     folder: Path
     config: dict[str, dict[str, Any]]
     metrics: dict[str, list[float]]
-    """One list for each of `COLUMNS`, with a value an epoch."""
+    """One list for each of `COLUMNS`, with a value an epoch; of `DRAWN` too, empty where that is not recorded."""
     torn_line: int | None
     """Number of the unfinished last line of metrics.jsonl, which is left out."""
     stamp: str
@@ -253,7 +255,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
             torn_line = len(lines) + 1
     if not lines:
         raise ValueError("no complete epoch")
-    columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[float]] = {name: [] for name in (*COLUMNS, *DRAWN)}
     for number, line in enumerate(lines, start=1):
         with _damage_in(Path(f"{path}:{number}")):
             values = _parse_object(line)
@@ -261,6 +263,11 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[float]], int | None]:
                 raise ValueError(f"expected epoch {number}, got epoch {values['epoch']!r}")
             for name in COLUMNS:
                 columns[name].append(values["epoch"] if name == "epoch" else _number(values, name))
+            if all(name in values for name in DRAWN):
+                for name in DRAWN:
+                    columns[name].append(_number(values, name))
+    if len(columns["lr"]) < len(columns["epoch"]):
+        columns |= {name: [] for name in DRAWN}
     return columns, torn_line
 
 

@@ -26,18 +26,20 @@ def main(argv: Sequence[str] | None = None, parts: Parts = Parts()) -> int:  # n
             nobody = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nobody))
             stack.enter_context(redirect_stderr(nobody))
-        stack.enter_context(log_to(logging.StreamHandler()))
-        return _carry_out(argv, parts)
+        console = stack.enter_context(log_to(logging.StreamHandler()))
+        return _carry_out(argv, parts, console)
 
 
 @ending("train")
-def _carry_out(argv: Sequence[str], parts: Parts) -> int:
+def _carry_out(argv: Sequence[str], parts: Parts, console: logging.Handler) -> int:
     with on_signals(interrupt):
         arguments = parse_arguments(argv)
         with joined():
             if arguments.resume is not None:
                 resume(arguments.resume, arguments.changes, parts)
             elif arguments.sweep == "modalities":
+                # Five runs' lines are too many; their logs hold them.
+                console.setLevel(logging.WARNING)
                 sweep_modalities(
                     arguments.settings,
                     partial(train, parts=parts),

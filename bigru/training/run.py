@@ -147,6 +147,13 @@ def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, str
     threads = config.run.threads or (1 if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else 0)
     if threads:
         torch.set_num_threads(threads)
+    optim = config.optim
+    if optim.epochs < optim.warmup_epochs:
+        log.warning(
+            "epochs: %d are fewer than the %d of warmup_epochs: the learning rate ends below lr",
+            optim.epochs,
+            optim.warmup_epochs,
+        )
     if device.type == "cpu" and config.run.amp != "none":
         log.warning("amp: on a CPU %s gains nothing and takes many times as long as none", config.run.amp)
     # The first leaves what the others need not make again.
@@ -263,7 +270,7 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
                 describe_training(config, trainer.team.size),
                 f"{count_parameters(trainer.model):,}",
             )
-            log.info("below: train/val; train is taken in passing, dropout on and weights moving")
+            log.info("below: train/val, train in passing with dropout on and weights moving; px: joint error of val")
             with tensorboard.watched(folder, trainer) if config.run.tensorboard else nullcontext():
                 trainer.fit(folder)
                 finish(folder, trainer, backend)

@@ -237,14 +237,14 @@ class RunLog(logging.FileHandler):
 
 
 @contextmanager
-def log_to(handler: logging.Handler) -> Iterator[None]:
+def log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
     """Sends the log's lines to a handler too, for as long as the block runs."""
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        yield
+        yield handler
     finally:
         log.setLevel(level)
         log.removeHandler(handler)

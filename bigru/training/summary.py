@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,9 +29,10 @@ from bigru.model.metrics import (
     summarise,
     window_error_px,
 )
-from bigru.report.record import METRICS, NETWORK
+from bigru.report.breakdown import unbeaten
+from bigru.report.record import METRICS, NETWORK, Series
 from bigru.training.example_windows import write_example_windows
-from bigru.training.run_dir import start_of
+from bigru.training.run_dir import SUMMARY, start_of
 from bigru.training.trainer import Trainer
 
 log = logging.getLogger("bigru.train")
@@ -102,21 +104,36 @@ def describe_source(config: TrainConfig) -> str:
 def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
     """Writes the document of a finished run and logs its test figures beside the baselines'."""
     document = write_report(folder)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    rows = {NETWORK: summary["test"], **summary["baselines"]}
-    log.info(
-        "%-20s %8s %8s %8s %12s %9s",
-        f"test, {summary['test']['windows']} windows",
-        "MPJPE",
-        "ADE",
-        "FDE",
-        "joint error",
-        "in px",
-    )
-    for name, scores in rows.items():
-        numbers = [math.nan if scores[key] is None else scores[key] for key in (metric.name for metric in METRICS)]
-        log.info("%-20s %8.3f %8.3f %8.3f %12.4f %9.1f", name, *numbers)
+    summary = read_summary(folder)
+    log.info("%s", score_table({NETWORK: summary["test"], **summary["baselines"]}))
+    # NaN where nothing was scored.
+    horizon = {name: Series(*map(tuple, series.values())) for name, series in summary.get("horizon", {}).items()}
+    if horizon and (sentences := unbeaten(horizon)):
+        log.info("%s", sentences)
     log.info("%s", printable(document))
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Reads what the end of a run wrote; null, which stands for NaN, as NaN."""
+    text = (folder / SUMMARY).read_text(encoding="utf-8")
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: numbers(inner) for name, inner in value.items()}
+        return [numbers(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
+
+    summary: dict[str, Any] = numbers(json.loads(text))
+    return summary
+
+
+def score_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns the test figures of forecasters or runs, by name, as lines for the console."""
+    windows = " or ".join(f"{count}" for count in dict.fromkeys(scores["windows"] for scores in rows.values()))
+    lines = [f"{f'test, {windows} windows':20} {'MPJPE':>8} {'ADE':>8} {'FDE':>8} {'joint error':>12} {'in px':>9}"]
+    for name, scores in rows.items():
+        mpjpe, ade, fde, joint, pixels = (scores[key] for key in (metric.name for metric in METRICS))
+        lines.append(f"{name:20} {mpjpe:8.3f} {ade:8.3f} {fde:8.3f} {joint:12.4f} {pixels:9.1f}")
+    return "\n".join(lines)
 
 
 def count_parameters(model: nn.Module) -> int:

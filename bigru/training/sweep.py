@@ -15,8 +15,10 @@ from typing import Any
 from bigru.config import ConfigError, TrainConfig
 from bigru.data.windows import NoWindowsError
 from bigru.files import printable
+from bigru.report.document import DOCUMENT
 from bigru.training import run_dir
 from bigru.training.distributed import current_team
+from bigru.training.summary import read_summary, score_table
 from bigru.training.trainer import DivergedError
 
 log = logging.getLogger("bigru.train")
@@ -62,22 +64,23 @@ def sweep_modalities(
     config = run_dir.with_absolute_data(config)
     out = config.run.out / "sweep_modalities"
     failed: dict[str, DivergedError | NoWindowsError] = {}
+    done: dict[str, Path] = {}
     for number, (name, fed) in enumerate(MODALITIES.items(), start=1):
         wanted = replace(config, data=replace(config.data, **fed), run=replace(config.run, out=out))
         # Of several processes the first looks for all.
         found = team.broadcast(str(find_run(out, wanted, digest) or "") if team.first else None)
-        log.info("run %d of %d: %s", number, len(MODALITIES), name)
+        print(f"run {number} of {len(MODALITIES)}: {name}", flush=True)
         try:
-            if found:
-                resume(Path(found))
-            else:
-                train(wanted)
+            done[name] = resume(Path(found)) if found else train(wanted)
         except (DivergedError, NoWindowsError) as error:
             log.warning("%s: %s", name, error)
             failed[name] = error
         except KeyboardInterrupt:
             log.warning("the same command goes on with the sweep; what is done is not done again")
             raise
+    if done and team.first:
+        print(score_table({name: read_summary(folder)["test"] for name, folder in done.items()}))
+        print(f"the runs' logs are in their folders; {printable(out / DOCUMENT)}")
     if failed:
         last = [*failed.values()][-1]
         raise type(last)(

@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,7 @@ class Trainer:
                 if stopped := self.team.all_reduce_max(self.stop.signal):
                     raise Interrupted(stopped)
             if self.progress.epoch < optim.epochs:
-                log.info(
-                    "stopped early: no gain of %g in validation MPJPE in %d epochs", optim.min_delta, optim.patience
-                )
+                log.info("%s", early_stop_line(self.progress, optim))
         # One that came after it was asked for last.
         if self.stop.signal:
             raise Interrupted(self.stop.signal)
@@ -198,7 +196,7 @@ class Trainer:
             if best:
                 save_weights(folder / WEIGHTS, progress.best_weights)
             write_metrics(folder, progress.history)
-        log.info("%s", epoch_line(row, optim.epochs, best))
+        log.info("%s", epoch_line(progress.history, optim.epochs, best))
         if self.team.first:
             self.watch(row, best)
 
@@ -221,11 +219,13 @@ class Trainer:
         done = progress.epoch * self.steps
         bar = tqdm(
             range(progress.step, self.steps),
-            f"epoch {progress.epoch + 1}",
-            initial=progress.step,
-            total=self.steps,
+            f"epoch {progress.epoch + 1}/{self.config.optim.epochs}",
+            # Of all epochs, so that the time left is the run's.
+            initial=done + progress.step,
+            total=self.config.optim.epochs * self.steps,
             leave=False,
-            unit="batch",
+            bar_format="{desc} {percentage:3.0f} %|{bar}| at most {remaining} left{postfix}",
+            postfix=f"best {progress.best_mpjpe:.3f} of epoch {progress.best_epoch}" if progress.best_epoch else None,
             disable=None if self.team.first else True,
         )
         for number in bar:
@@ -330,11 +330,22 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * done))
 
 
-def epoch_line(row: dict[str, Any], epochs: int, best: bool) -> str:
-    """Returns a line for the log: an epoch's figures, train/val where there are two, and a star on the best so far."""
+def epoch_line(history: Sequence[dict[str, Any]], epochs: int, best: bool) -> str:
+    """Returns a line of at most 100 columns for the log: the last epoch's figures, train/val where there are two."""
+    row = history[-1]
+    seconds = [row["train_s"] + row["val_s"] for row in history]
+    left = tqdm.format_interval(sum(seconds) / len(seconds) * (epochs - len(history)))
     return (
         f"epoch {row['epoch']:3d}/{epochs}  loss {row['tr_loss']:.5f}/{row['va_loss']:.5f}  "
-        f"mpjpe {row['tr_mpjpe']:.3f}/{row['va_mpjpe']:.3f}  val joint error {row['va_joint_error_px']:.1f} px  "
-        f"lr {row['lr']:.1e}  {row['train_s']:.2f}+{row['val_s']:.2f} s  "
-        f"{row['train_windows_per_s']:.0f} windows/s{'  * best' if best else ''}"
+        f"mpjpe {row['tr_mpjpe']:.3f}/{row['va_mpjpe']:.3f}  {row['va_joint_error_px']:.1f} px  "
+        f"lr {row['lr']:.0e}  {seconds[-1]:.1f} s, {left} left{'  best' if best else ''}"
+    )
+
+
+def early_stop_line(progress: Progress, optim: OptimConfig) -> str:
+    """Returns a line that says why a run stopped, and which epoch's weights it keeps: a small gain is one too."""
+    return (
+        f"stopped early after epoch {progress.epoch}: no gain of {optim.min_delta:g} in validation MPJPE since epoch "
+        f"{progress.gain_epoch} ({progress.gain_mpjpe:.4f}); best is epoch {progress.best_epoch} "
+        f"({progress.best_mpjpe:.4f})"
     )

@@ -285,7 +285,7 @@ def test_picture_shows_the_wrists_in_pixels_and_nothing_where_a_hand_is_missing(
             expected = np.where(present[:, hand], hands[:, hand, 0, axis] * size, np.nan)
             np.testing.assert_allclose(drawn[label][hand], expected, rtol=1e-6)
     presence = figure.axes[-1]
-    assert [label.get_text() for label in presence.get_yticklabels()] == ["left 25 %", "right 0 %"]
+    assert [label.get_text() for label in presence.get_yticklabels()] == ["left 75 %", "right 100 %"]
     assert "time (s)" in presence.get_xlabel()
     assert figure.get_facecolor() == (1, 1, 1, 1)
 

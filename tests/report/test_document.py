@@ -176,7 +176,7 @@ def test_comparison_and_frame_rates(make_run: MakeRun) -> None:
     measures = ["MPJPE (published)", "ADE", "FDE", "per-joint error", "per-joint error (px)"]
     assert table_under(text, "### True per-joint error") == [
         ["Forecast", *measures],
-        ["this run", "0.912", "0.036", "0.042", "0.101", "70.4"],
+        ["this network", "0.912", "0.036", "0.042", "0.101", "70.4"],
         ["repeat last frame", "1.234", "0.040", "0.061", "0.141", "98.4"],
         ["constant velocity", "2.346", "0.035", "0.102", "0.241", "168.4"],
     ]
@@ -208,7 +208,7 @@ def test_verdict_is_honest(make_run: MakeRun, changes: dict[str, float], expecte
     still = dict.fromkeys(measures, 0.5) | {"joint_error_px": 500.0, "windows": 9}
     test = dict.fromkeys(measures, 0.25) | {"joint_error_px": 250.0, "windows": 9} | changes
     text = report(make_run(summary={"test": test, "baselines": {"still": still}}))
-    assert f"\n\nThis run {expected}\n\n" in text
+    assert f"\n\nThis network {expected}\n\n" in text
 
 
 def test_protocol_names_what_is_on(make_run: MakeRun) -> None:
@@ -246,14 +246,17 @@ def test_horizon_names_where_a_baseline_is_as_good(make_run: MakeRun) -> None:
     text = report(make_run())
     assert table_under(text, "### Error against horizon") == [
         ["Forecast", "frame 1", "frame 15", "frame 30", "frame 45", "frame 60"],
-        ["this run", "35.6", "43.8", "52.5", "61.3", "70.0"],
+        ["this network", "35.6", "43.8", "52.5", "61.3", "70.0"],
         ["repeat last frame", "9.3", "42.0", "77.0", "112.0", "147.0"],
         ["constant velocity", "4.7", "70.0", "140.0", "210.0", "280.0"],
     ]
     assert "frame 60 is 2.61 s ahead at 23 fps, 1.02 s ahead at 59 fps." in text
     # 0.05 + 0.05 x = 0.01 + 0.2 x at x = 4/15, frame 16; and 0.4 x at 1/7, between frames 8 and 9.
-    assert '"repeat last frame" is at least as good as this run at frames 1 to 1' in text
-    assert '"constant velocity" is at least as good as this run at frames 1 to 8.' in text
+    assert '"repeat last frame" is at least as good as this network at frames 1 to 1' in text
+    assert (
+        '"constant velocity" is at least as good as this network at frames 1 to 8 and is beaten from frame 9 on.'
+        in text
+    )
 
 
 def test_frames_in_a_row_are_named_as_ranges() -> None:
@@ -291,7 +294,8 @@ def test_details(make_run: MakeRun) -> None:
     best = json.loads((run / "metrics.jsonl").read_text().splitlines()[19])
     for line in (
         "- **Train batch size:** 32",
-        "- **Epochs run:** 30, stopped early",
+        "- **Epochs run:** 30, stopped early: no gain of 0.001 in validation MPJPE in 20 epochs; the best epoch is "
+        "that of the least MPJPE, however small its gain",
         f"- **Best epoch:** 20, validation MPJPE (published) {best['va_mpjpe']:.3f}, true per-joint error "
         f"{best['va_joint_error']:.3f} ({best['va_joint_error_px']:.1f} px)",
         "- **Versions:** bigru 0.1.0, python 3.11.7, torch 2.13.0+cpu, triton none, numpy 2.4.6",
@@ -312,9 +316,19 @@ def test_a_second_run_has_its_section_and_the_comparison_follows(make_run: MakeR
     first = report(make_run(epochs=2))
     assert "All runs" not in first
     both = report(make_run(LATER, epochs=2))
-    assert both.startswith(f"{first}\n---\n\n<!-- run {LATER} -->\n\n## Run at 2026-11-24 10:11:12\n")
+    index = """## Runs
+
+- [Run at 2026-11-23 22:45:00](#run-at-2026-11-23-224500): hands, test 70.4 px
+- [Run at 2026-11-24 10:11:12](#run-at-2026-11-24-101112): hands, test 70.4 px
+- [All of them compared](#all-runs-in-this-folder)
+
+"""
+    assert index in both
+    alone = both.replace(index, "")
+    assert alone.startswith(f"{first}\n---\n\n<!-- run {LATER} -->\n\n## Run at 2026-11-24 10:11:12\n")
     assert headings(both) == [
         *HEAD_HEADINGS,
+        "## Runs",
         "## Run at 2026-11-23 22:45:00",
         *RUN_HEADINGS,
         "## Run at 2026-11-24 10:11:12",

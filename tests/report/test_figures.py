@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigru.report import breakdown_figures, figures, write_report
+from bigru.report import animation, breakdown_figures, figures, write_report
 from bigru.report.animation import gif
 from bigru.report.record import Samples, Series, read_run
 
@@ -45,7 +45,7 @@ def hand_strokes(axes) -> list[np.ndarray]:
 def test_pictures_of_a_report(make_run: MakeRun) -> None:
     run = make_run()
     text = write_report(run).read_text()
-    for name, tallest in (("learning_curves", 700), ("forecasts", 1600), ("horizon", 700), ("joints", 800)):
+    for name, tallest in (("learning_curves", 950), ("forecasts", 1600), ("horizon", 700), ("joints", 800)):
         picture = f"plots/{run.name}_bigru_{name}.png"
         assert f"]({picture})" in text
         width, height = png_size((run.parent / picture).read_bytes())
@@ -76,14 +76,20 @@ def test_reporting_again_changes_no_byte(make_run: MakeRun, monkeypatch: pytest.
 def test_curves_are_the_metrics(make_run: MakeRun) -> None:
     record = read_run(make_run(epochs=12))
     panels = figures.learning_curves(record).axes
-    assert [axes.get_title(loc="left").split()[0].lower() for axes in panels] == ["mpjpe", "ade", "fde"]
-    for axes, metric in zip(panels, ("mpjpe", "ade", "fde"), strict=True):
+    names = [axes.get_title(loc="left").split()[0].lower() for axes in panels]
+    assert names == ["mpjpe", "ade", "fde", "loss", "learning"]
+    assert record.metrics["lr"] == panels[4].lines[0].get_ydata().tolist() == [1e-3] * 12
+    for axes, metric in zip(panels[:4], ("mpjpe", "ade", "fde", "loss"), strict=True):
         train, validation, best = axes.lines
         np.testing.assert_array_equal(train.get_ydata(), record.metrics[f"tr_{metric}"])
         np.testing.assert_array_equal(validation.get_ydata(), record.metrics[f"va_{metric}"])
         np.testing.assert_array_equal(train.get_xdata(), np.arange(1, 13))
         assert best.get_xdata()[0] == record.best_epoch == 8
-        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "centred units")
+        unit, *scale = axes.get_ylabel().split(", ")
+        assert (axes.get_xlabel(), unit) == ("epoch", "squared error" if metric == "loss" else "centred units")
+        assert scale == ["log scale"] * (axes.get_yscale() == "log")
+    older = replace(record, metrics=record.metrics | {key: [] for key in ("tr_loss", "va_loss", "lr")})
+    assert len(figures.learning_curves(older).axes) == 3
 
 
 @pytest.mark.parametrize(("highest", "scale"), [(9.0, "linear"), (11.0, "log")])
@@ -92,7 +98,7 @@ def test_curves_turn_logarithmic_when_they_span_a_decade(make_run: MakeRun, high
     for metric in ("mpjpe", "ade", "fde"):
         record.metrics[f"tr_{metric}"] = [highest, 1.0, 1.0, math.nan]
         record.metrics[f"va_{metric}"] = [1.0, 1.0, 1.0, 1.0]
-    for axes in figures.learning_curves(record).axes:
+    for axes in figures.learning_curves(record).axes[:3]:
         low, high = axes.get_ylim()
         assert axes.get_yscale() == scale
         assert low < 1.0 < highest < high
@@ -164,9 +170,10 @@ def test_missing_hands_are_not_drawn_nor_counted(make_run: MakeRun) -> None:
     for name in ("predicted", "target"):
         arrays[name].reshape(3, 60, 2, 42)[lost] = 50.0 if name == "target" else -50.0
     np.savez(run / "samples.npz", **arrays)
-    panels = np.array(figures.forecasts(read_run(run).samples).axes).reshape(3, 5)
+    figure = figures.forecasts(read_run(run).samples)
+    panels = np.array(figure.axes).reshape(3, 5)
     assert [len(hand_strokes(axes)) for axes in panels[2]] == [2, 4, 4, 2, 2]
-    assert [text.get_text() for text in panels[2, 4].texts] == ["left missing"]
+    assert figure.texts[5].get_text().endswith("px; left missing: +1.96, +2.61 s")
     assert float(panels[2, 4].get_title(loc="left").split()[2]) < 200
     assert panels[2, 0].get_xlim()[1] < 1000
 
@@ -200,13 +207,17 @@ def test_forecasts_with_nan_and_one_frame(make_run: MakeRun) -> None:
 def test_horizon_draws_each_forecaster(make_run: MakeRun) -> None:
     record = read_run(make_run())
     (axes,) = breakdown_figures.horizon(record).axes
-    for line, series in zip(axes.lines, record.horizon.values(), strict=True):
+    *lines, beaten = axes.lines
+    # As the document says: 0.05 + 0.05 x = 0.01 + 0.2 x in frame 16.
+    assert (beaten.get_xdata()[0], axes.get_title(loc="left")) == (17, '"repeat last frame" is beaten from frame 17 on')
+    for line, series in zip(lines, record.horizon.values(), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), series.joint_error_px)
         np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 61))
     # The last values, lowest first.
     names = [text.get_text() for text in axes.texts]
     assert names == ["this network  70", "repeat last frame  147", "constant velocity  280"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("future frame", "per-joint error (px)")
+    assert axes.get_xlabel() == "future frame (60 = 2.61 s at 23 fps, 1.02 s at 59 fps)"
+    assert axes.get_ylabel() == "per-joint error (px), log scale"
 
 
 def test_names_at_the_lines_ends_do_not_overlap(make_run: MakeRun) -> None:
@@ -250,6 +261,10 @@ def test_windows_say_which_they_are(make_run: MakeRun) -> None:
     titles = [figures.row_title(samples, row) for row in range(3)]
     assert [title.split(":")[0] for title in titles] == ["best", "median", "worst"]
     assert not figures.row_title(replace(samples, label=np.full(3, "")), 0).startswith(":")
+    assert (
+        figures.clip_name("p63-CAM_AV-BIAH_BV-RPP-50.841946499133776_54.5", 50) == "p63-CAM_AV-BIAH_BV-RPP-50.84_54.5"
+    )
+    assert figures.clip_name("x" * 60, 50) == "x" * 49 + "…"
     assumed = replace(samples, fps_assumed=np.array([True, False, False]))
     assert ["fps (assumed)" in figures.row_title(assumed, row) for row in range(3)] == [True, False, False]
 
@@ -291,9 +306,12 @@ def test_a_gif_of_a_window_with_a_hand_missing(make_run: MakeRun, seen: tuple[bo
     )
     with Image.open(io.BytesIO(gif(samples, 0, dpi=30))) as picture:
         assert picture.format == "GIF"
-    both, one = (figures.pose_stroke(whole.observed[0, 0], there) for there in (np.array([True, True]), present[0, 0]))
-    for hand, wrist in enumerate(figures.WRISTS):
-        np.testing.assert_array_equal(one[wrist], both[wrist] if seen[hand] else [np.nan, np.nan])
+    poses, _ = animation._moment(samples, 0, -3)
+    assert {hand for _, hand in poses} == {hand for hand in (0, 1) if seen[hand]}
+    for (name, hand), drawn in poses.items():
+        wrist = whole.observed[0, 0].reshape(2, 21, 2)[hand, 0]
+        assert name == "observed"
+        np.testing.assert_allclose(drawn[0], wrist * [864, 486])
 
 
 def test_a_users_style_changes_nothing(make_run: MakeRun) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -394,13 +395,32 @@ def test_training_stops_when_validation_stalls(config):
     history, summary = rows(folder), json.loads((folder / "summary.json").read_text())
     assert summary["stopped_early"]
     assert len(history) < 50
-    assert "stopped early: no gain of 0.05 in validation MPJPE in 3 epochs\n" in (folder / "train.log").read_text()
+    (line,) = [line for line in (folder / "train.log").read_text().splitlines() if line.startswith("stopped early")]
     gain, gain_epoch = float("inf"), 0
     for row in history:
         assert row["epoch"] - gain_epoch <= 3
         if row["va_mpjpe"] < gain - 0.05:
             gain, gain_epoch = row["va_mpjpe"], row["epoch"]
     assert history[-1]["epoch"] - gain_epoch == 3
+    best = min(history, key=lambda row: row["va_mpjpe"])
+    assert line == (
+        f"stopped early after epoch {len(history)}: no gain of 0.05 in validation MPJPE since epoch {gain_epoch} "
+        f"({gain:.4f}); best is epoch {best['epoch']} ({best['va_mpjpe']:.4f})"
+    )
+
+
+def test_what_a_run_says_fits_a_terminal_and_its_log_tells_the_time_left(config, capsys):
+    main(
+        [*options(config), "--epochs", "2", "--warmup-epochs", "3", "--amp", "bf16", "--threads", "1"],
+        write_report=write_report,
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert max(len(line) for line in lines if line.startswith("epoch ")) <= 100
+    assert re.search(r"s, 00:00 left", next(line for line in lines if line.startswith("epoch   2/2")))
+    assert "epochs: 2 are fewer than the 3 of warmup_epochs: the learning rate ends below lr" in lines
+    assert any(line.startswith("amp: on a CPU bf16 gains nothing") for line in lines)
+    # Two epochs beat nothing.
+    assert any('"repeat last frame" is at least as good as this network at frame' in line for line in lines[-3:])
 
 
 def test_learning_rate_literally():

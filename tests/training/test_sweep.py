@@ -11,6 +11,7 @@ from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
 from bigru.report import figures
+from bigru.report.record import METRICS
 from bigru.training.command import main
 from bigru.training.run import Parts
 from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
@@ -25,6 +26,11 @@ class Runs:
     def __init__(self):
         self.began, self.resumed, self.failures, self.digest = [], [], {}, "a"
 
+    def finish(self, folder):
+        write_json(
+            folder / "summary.json", {"test": dict.fromkeys((metric.name for metric in METRICS), 0.5) | {"windows": 7}}
+        )
+
     def train(self, config):
         folder = config.run.out / f"20261123_22450{len(self.began)}"
         folder.mkdir(parents=True)
@@ -33,12 +39,12 @@ class Runs:
         write_json(folder / "data.json", {"digest": self.digest})
         if error := self.failures.get(config.data.input_size):
             raise error
-        write_json(folder / "summary.json", {})
+        self.finish(folder)
         return folder
 
     def resume(self, folder):
         self.resumed.append(folder.name)
-        write_json(folder / "summary.json", {})
+        self.finish(folder)
         return folder
 
 
@@ -168,10 +174,13 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
             super().fit(folder)
 
     assert main(command, Parts(trainer=Noted)) == 130
-    error = capsys.readouterr().err
-    assert "run 3 of 5: hands + objects" in error
+    printed, error = capsys.readouterr()
+    assert printed.splitlines()[-1] == "run 3 of 5: hands + objects"
     assert "the same command goes on with the sweep" in error
     assert main(command, Parts(trainer=Noted)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed[6:11]] == list(MODALITIES)
+    assert printed[11].endswith("results_bigru.md")
     # Neither of the first two is trained again.
     assert begun == [*SIZES[:3], *SIZES[2:]]
     folder = tmp_path / "runs" / "sweep_modalities"
