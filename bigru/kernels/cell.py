@@ -75,22 +75,23 @@ def _dot(w, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product(w_high, w_low, x, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _product(w, x, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    # w as `_load_weights` returns it.
     if SPLIT:
         # fp16x3: the product of the two low parts is below the rounding of the others.
         x_high, x_low = _parts(x, SPLIT)
-        acc = _dot(w_low, x_high, acc, PRECISION)
-        acc = _dot(w_high, x_low, acc, PRECISION)
-        acc = _dot(w_high, x_high, acc, PRECISION)
+        acc = _dot(w[1], x_high, acc, PRECISION)
+        acc = _dot(w[0], x_low, acc, PRECISION)
+        acc = _dot(w[0], x_high, acc, PRECISION)
     else:
-        acc = _dot(w_high, x.to(w_high.dtype), acc, PRECISION)
+        acc = _dot(w[0], x.to(w[0].dtype), acc, PRECISION)
     return acc
 
 
 @triton.jit
 def _load_weights(w, mask, SPLIT: tl.constexpr):
-    # One gate's recurrent weights in the form `_product` takes, and the largest of them if SPLIT. Gate by gate, since
-    # all three in fp32 at once would fill the registers.
+    # One gate's recurrent weights: high and low parts, and the largest of them if SPLIT. Gate by gate, since all three
+    # in fp32 at once would fill the registers.
     x = tl.load(w, mask, 0.0)
     peak = 1.0
     if SPLIT:
@@ -115,7 +116,7 @@ def _extent(varlen_ptr, b0, b, T, B):
     if varlen_ptr is None:
         return B - b0, 0
     else:
-        lengths = tl.load(varlen_ptr + b0 + b, b0 + b < B, 0).to(tl.int32)
+        lengths = tl.load(varlen_ptr + b0 + b, b0 + b < B, 0).to(tl.int32)  # of b's shape
         return lengths, T - tl.load(varlen_ptr + b0).to(tl.int32)
 
 
@@ -148,37 +149,32 @@ def _store_gates(gates_ptr, row, offs, mask, r, z, n, q, H: tl.constexpr):
 
 @triton.jit
 def _load_saved(
-    dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s, b0, d, i, b, extent, T, B, H: tl.constexpr
+    dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s, T, b0, d, i, b, extent, B, H: tl.constexpr
 ):  # fmt: skip
-    # s counts backward steps; at T there is nothing to load. The state before a row's first step is h0: at s = T - 1
-    # or, with varlen, at t = 0 in direction 0 and at the sequence's own end in direction 1. Rows are given with varlen.
-    mask_i = (i < H)[:, None]
+    # i and b, units and rows, are broadcast against each other. s counts backward steps; at T there is nothing to load.
+    # The state before a row's first step is h0: at s = T - 1 or, with varlen, at t = 0 in direction 0 and at the
+    # sequence's own end in direction 1. Rows are given with varlen.
     present = _present(varlen_ptr, extent, t, b, s < T)
-    mask = mask_i & present[None, :]
     if varlen_ptr is None:
         row = _row(varlen_ptr, t, b0, d, T, B)
-    offs_y = b[None, :] * (2 * H) + i[:, None]
+        row_prev = _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B)
+        has_prev = _present(varlen_ptr, extent, t, b, s < T - 1)
+        is_first = _present(varlen_ptr, extent, t, b, s == T - 1)
+    else:
+        has_prev = present & (t != d * (extent - 1))
+        is_first = present & (t == d * (extent - 1))
+    mask = (i < H) & present
+    offs_y = b * (2 * H) + i
     dy = tl.load(dy_ptr + row * H + offs_y, mask, 0.0).to(tl.float32)
-    gates = gates_ptr + row * (4 * H) + b[None, :] * (2 * 4 * H) + i[:, None]
+    gates = gates_ptr + row * (4 * H) + b * (2 * 4 * H) + i
     r = tl.load(gates, mask, 0.0).to(tl.float32)
     # z = 1 where there is no row: its gradient passes unchanged.
     z = tl.load(gates + H, mask, 0.0 if varlen_ptr is None else 1.0).to(tl.float32)
     n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
     q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
-    if varlen_ptr is None:
-        row_prev = _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B)
-    y_prev = y_ptr + row_prev * H + offs_y
-    first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[None, :] * H + i[:, None]
-    if varlen_ptr is None:
-        has_prev = _present(varlen_ptr, extent, t, b, s < T - 1)
-    else:
-        has_prev = present & (t != d * (extent - 1))
-    h_prev = tl.load(y_prev, mask_i & has_prev[None, :], 0.0).to(tl.float32)
-    if varlen_ptr is None:
-        is_first = _present(varlen_ptr, extent, t, b, s == T - 1)
-    else:
-        is_first = present & (t == d * (extent - 1))
-    h_prev += tl.load(first, mask_i & is_first[None, :], 0.0).to(tl.float32)
+    h_prev = tl.load(y_ptr + row_prev * H + offs_y, (i < H) & has_prev, 0.0).to(tl.float32)
+    h0 = h0_ptr + (d.to(tl.int64) * B + b0) * H + b * H + i
+    h_prev += tl.load(h0, (i < H) & is_first, 0.0).to(tl.float32)
     return dy, r, z, n, q, h_prev
 
 

@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bigru.kernels.gru import BiGRU, check_options
+from bigru.kernels.gru import BiGRU
+from bigru.kernels.registry import check_options
 from bigru.kernels.twin import own_callable, unlike_bigru
 
 

@@ -22,6 +22,13 @@ Products have batch rows as their short side: h[N, H] @ W_hh^T[H, S] and da[N, S
 factors are scaled fp16, two parts of each for precision "fp32" (as in `bigru.kernels.cell`) and one for "tf32",
 which has TF32's ten bits of mantissa at half its bytes. State, accumulation and element-wise arithmetic are fp32.
 Offsets inside one time step are 32-bit, the step's own offset is 64-bit.
+
+Pointers are to the operands that `bigru.kernels.kernel` describes, to `Varlen.table` or None, and to what a launch's
+groups exchange: `state_ptr` (groups, 2, parts, N, padded H) of the products' dtype and `arrivals_ptr` (groups, COUNTER)
+int64, both zero on entry, and `shares_ptr` (groups, 2, PROGRAMS, N, padded H) fp32. b_hn is not touched unless
+HAS_BIAS, the gates not unless SAVE. S are the hidden units of a program, N the rows of a group, CHUNK the columns of
+W_hh in one product, of which each of WARPS multiplies a part; first_b and first_d are a launch's first row and
+direction.
 """
 
 from __future__ import annotations
@@ -41,6 +48,7 @@ from bigru.kernels.cell import (
     _cell_backward,
     _extent,
     _load_gates_in,
+    _load_saved,
     _peak,
     _present,
     _row,
@@ -78,30 +86,10 @@ COUNTER = tl.constexpr(16)
 
 @triton.jit(do_not_specialize=SIZES)
 def gru_forward_cooperative_kernel(
-    gi_ptr,  # (T, B, D, 3H)
-    w_hh_ptr,  # (D, 3H, H)
-    b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
-    h0_ptr,  # (D, B, H)
-    y_ptr,  # (T, B, D, H)
-    h_n_ptr,  # (D, B, H)
-    gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
-    state_ptr,  # (groups, 2, 2 if SPLIT else 1, N, CHUNKS * CHUNK) of the products' dtype, zero on entry
-    arrivals_ptr,  # (groups, COUNTER) int64, zero on entry
-    varlen_ptr,  # (B + T) int64, or None
-    T,
-    B,
-    first_b,  # first batch row of this launch
-    first_d,  # first direction of this launch
-    H: tl.constexpr,
-    S: tl.constexpr,  # hidden units of one program
-    N: tl.constexpr,  # batch rows of one group
-    CHUNK: tl.constexpr,  # columns of W_hh in one product
-    WARPS: tl.constexpr,  # each multiplies its own part of a chunk
-    HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MAX_POLLS: tl.constexpr,
-):
+    gi_ptr, w_hh_ptr, b_hn_ptr, h0_ptr, y_ptr, h_n_ptr, gates_ptr, state_ptr, arrivals_ptr, varlen_ptr, T, B, first_b,
+    first_d, H: tl.constexpr, S: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, MAX_POLLS: tl.constexpr,
+):  # fmt: skip
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
     HP: tl.constexpr = CHUNKS * CHUNK
     SCALED: tl.constexpr = w_hh_ptr.dtype.element_ty == tl.float32
@@ -110,26 +98,26 @@ def gru_forward_cooperative_kernel(
     b0 = first_b + tl.program_id(1) * N
     d = first_d + tl.program_id(2)
     group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    j = tl.program_id(0) * S + tl.arange(0, S)
-    b = tl.arange(0, N)
-    mask_j = (j < H)[None, :]
-    mask = mask_j & (b0 + b < B)[:, None]
+    units = tl.program_id(0) * S + tl.arange(0, S)
+    j = units[None, :]
+    b = tl.arange(0, N)[:, None]
+    mask = (j < H) & (b0 + b < B)
 
     # Columns by warp: (WARPS, CHUNK / WARPS).
     k = tl.arange(0, WARPS)[:, None] * (CHUNK // WARPS) + tl.arange(0, CHUNK // WARPS)[None, :]
     w = w_hh_ptr + d * (3 * H * H)
-    w_r = _load_rows(w, j[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
-    w_z = _load_rows(w + H * H, j[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
-    w_n = _load_rows(w + 2 * H * H, j[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
-    b_hn = tl.zeros([S], tl.float32)
+    w_r = _load_rows(w, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
+    w_z = _load_rows(w + H * H, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
+    w_n = _load_rows(w + 2 * H * H, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
+    b_hn = tl.zeros([1, S], tl.float32)
     if HAS_BIAS:
         b_hn = tl.load(b_hn_ptr + d * H + j, j < H, 0.0).to(tl.float32)
 
-    offs_gi = b[:, None] * (2 * 3 * H) + j[None, :]
-    offs_y = b[:, None] * (2 * H) + j[None, :]
-    offs_gates = b[:, None] * (2 * 4 * H) + j[None, :]
-    offs_h = (d.to(tl.int64) * B + b0) * H + b[:, None] * H
-    h = tl.load(h0_ptr + offs_h + j[None, :], mask, 0.0).to(tl.float32)
+    offs_gi = b * (2 * 3 * H) + j
+    offs_y = b * (2 * H) + j
+    offs_gates = b * (2 * 4 * H) + j
+    offs_h = (d.to(tl.int64) * B + b0) * H + b * H
+    h = tl.load(h0_ptr + offs_h + j, mask, 0.0).to(tl.float32)
     scale = 1.0
     unscale = 1.0
     if SCALED:
@@ -137,7 +125,7 @@ def gru_forward_cooperative_kernel(
         h_peak = tl.full([N], 1.0, tl.float32)
         for c in tl.static_range(CHUNKS):
             column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-            h0 = tl.load(h0_ptr + offs_h + column, (b0 + b < B)[:, None] & (column < H), 0.0)
+            h0 = tl.load(h0_ptr + offs_h + column, (b0 + b < B) & (column < H), 0.0)
             h_peak = tl.maximum(h_peak, _peak(h0, 1))
         scale = (1024.0 / h_peak)[:, None]
         unscale = (h_peak * (1.0 / (1024.0 * 1024.0)))[:, None]
@@ -146,14 +134,14 @@ def gru_forward_cooperative_kernel(
     # which came after that program's loads of step s - 1 from the same buffer.
     arrivals_ptr += group * COUNTER
     state_ptr += group * (2 * HALF)
-    mine = state_ptr + b[:, None] * HP + j[None, :]
-    everyones = state_ptr + b[None, :, None] * HP + k[:, None, :]
+    mine = state_ptr + b * HP + j
+    everyones = state_ptr + b[None] * HP + k[:, None, :]
     _publish_state(mine, h, scale, N * HP, SCALED, SPLIT)
     _arrive(arrivals_ptr)
     extent, start = _extent(varlen_ptr, b0, b, T, B)
     steps = T - start
     t = d * (steps - 1)
-    present = mask_j & _present(varlen_ptr, extent, t, b, True)[:, None]
+    present = (j < H) & _present(varlen_ptr, extent, t, b, True)
     i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(varlen_ptr, t, b0, d, T, B), offs_gi, present, H)
     for s in range(steps):
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
@@ -165,82 +153,31 @@ def gru_forward_cooperative_kernel(
             h_r *= unscale * w_r[2]
             h_z *= unscale * w_z[2]
             q *= unscale * w_n[2]
-        q += b_hn[None, :]
+        q += b_hn
         h = tl.where(failed, float("nan"), h)
         r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, SPLIT)
         # A sequence without a row at this step keeps its state.
-        h = h_new if varlen_ptr is None else tl.where((t < extent)[:, None], h_new, h)
+        h = h_new if varlen_ptr is None else tl.where(t < extent, h_new, h)
         _publish_state(mine + ((s + 1) % 2) * HALF, h, scale, N * HP, SCALED, SPLIT)
         _arrive(arrivals_ptr)
         # What no other program waits for comes after the arrival, and hides the exchange's latency.
         row = _row(varlen_ptr, t, b0, d, T, B)
-        present = mask_j & _present(varlen_ptr, extent, t, b, True)[:, None]
+        present = (j < H) & _present(varlen_ptr, extent, t, b, True)
         tl.store(y_ptr + row * H + offs_y, h, present)
         if SAVE:
             _store_gates(gates_ptr, row, offs_gates, present, r, z, n, q, H)
         t += 1 - 2 * d
-        mask_next = mask_j & _present(varlen_ptr, extent, t, b, s + 1 < steps)[:, None]
+        mask_next = (j < H) & _present(varlen_ptr, extent, t, b, s + 1 < steps)
         i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(varlen_ptr, t, b0, d, T, B), offs_gi, mask_next, H)
-    tl.store(h_n_ptr + offs_h + j[None, :], h, mask)
-
-
-@triton.jit
-def _load_saved(
-    dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, t, s, steps, b0, d, i, b, extent, T, B, H: tl.constexpr
-):  # fmt: skip
-    # As in `cell`, but rows by units. s counts backward steps: past the last one there is nothing to load.
-    mask_i = (i < H)[None, :]
-    present = _present(varlen_ptr, extent, t, b, s < steps)
-    mask = mask_i & present[:, None]
-    row = _row(varlen_ptr, t, b0, d, T, B)
-    offs_y = b[:, None] * (2 * H) + i[None, :]
-    dy = tl.load(dy_ptr + row * H + offs_y, mask, 0.0).to(tl.float32)
-    gates = gates_ptr + row * (4 * H) + b[:, None] * (2 * 4 * H) + i[None, :]
-    r = tl.load(gates, mask, 0.0).to(tl.float32)
-    # z = 1 where there is no row: its gradient passes unchanged.
-    z = tl.load(gates + H, mask, 0.0 if varlen_ptr is None else 1.0).to(tl.float32)
-    n = tl.load(gates + 2 * H, mask, 0.0).to(tl.float32)
-    q = tl.load(gates + 3 * H, mask, 0.0).to(tl.float32)
-    y_prev = y_ptr + _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B) * H + offs_y
-    first = h0_ptr + (d.to(tl.int64) * B + b0) * H + b[:, None] * H + i[None, :]
-    # The state before a sequence's first step is h0: direction 1 starts at its own end.
-    if varlen_ptr is None:
-        has_prev = _present(varlen_ptr, extent, t, b, s < steps - 1)
-        is_first = _present(varlen_ptr, extent, t, b, s == steps - 1)
-    else:
-        has_prev = present & (t != d * (extent - 1))
-        is_first = present & (t == d * (extent - 1))
-    h_prev = tl.load(y_prev, mask_i & has_prev[:, None], 0.0).to(tl.float32)
-    h_prev += tl.load(first, mask_i & is_first[:, None], 0.0).to(tl.float32)
-    return dy, r, z, n, q, h_prev
+    tl.store(h_n_ptr + offs_h + j, h, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gru_backward_cooperative_kernel(
-    dy_ptr,  # (T, B, D, H)
-    dh_n_ptr,  # (D, B, H)
-    y_ptr,  # (T, B, D, H)
-    gates_ptr,  # (T, B, D, 4, H), r, z, n, q
-    h0_ptr,  # (D, B, H)
-    w_hh_ptr,  # (D, 3H, H)
-    dgi_ptr,  # (T, B, D, 3H)
-    dq_ptr,  # (T, B, D, H)
-    dh0_ptr,  # (D, B, H)
-    shares_ptr,  # (groups, 2, PROGRAMS, N, CHUNKS * CHUNK) fp32
-    arrivals_ptr,  # (groups, COUNTER) int64, zero on entry
-    varlen_ptr,  # (B + T) int64, or None
-    h_prev_ptr,  # (P, D, H), the state before each step; None without a varlen
-    T,
-    B,
-    first_b,  # first batch row of this launch
-    first_d,  # first direction of this launch
-    H: tl.constexpr,
-    S: tl.constexpr,  # hidden units of one program
-    N: tl.constexpr,  # batch rows of one group
-    CHUNK: tl.constexpr,  # columns of W_hh in one product
-    SPLIT: tl.constexpr,
-    MAX_POLLS: tl.constexpr,
-):
+    dy_ptr, dh_n_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dgi_ptr, dq_ptr, dh0_ptr, shares_ptr, arrivals_ptr,
+    varlen_ptr, h_prev_ptr, T, B, first_b, first_d, H: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr, SPLIT: tl.constexpr, MAX_POLLS: tl.constexpr,
+):  # fmt: skip
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
     HP: tl.constexpr = CHUNKS * CHUNK
     PROGRAMS: tl.constexpr = (H + S - 1) // S
@@ -250,31 +187,34 @@ def gru_backward_cooperative_kernel(
     b0 = first_b + tl.program_id(1) * N
     d = first_d + tl.program_id(2)
     group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    i = tl.program_id(0) * S + tl.arange(0, S)
-    k = tl.arange(0, CHUNK)
-    b = tl.arange(0, N)
-    mask = (i < H)[None, :] & (b0 + b < B)[:, None]
+    units = tl.program_id(0) * S + tl.arange(0, S)
+    i = units[None, :]
+    k = tl.arange(0, CHUNK)[None, :]
+    b = tl.arange(0, N)[:, None]
+    mask = (i < H) & (b0 + b < B)
     w = w_hh_ptr + d * (3 * H * H)
-    w_r = _load_rows(w, i[:, None], k[None, :], H, CHUNK, CHUNKS, SPLIT)
-    w_z = _load_rows(w + H * H, i[:, None], k[None, :], H, CHUNK, CHUNKS, SPLIT)
-    w_n = _load_rows(w + 2 * H * H, i[:, None], k[None, :], H, CHUNK, CHUNKS, SPLIT)
+    w_r = _load_rows(w, units[:, None], k, H, CHUNK, CHUNKS, SPLIT)
+    w_z = _load_rows(w + H * H, units[:, None], k, H, CHUNK, CHUNKS, SPLIT)
+    w_n = _load_rows(w + 2 * H * H, units[:, None], k, H, CHUNK, CHUNKS, SPLIT)
     w_peak = 1.0
     if SCALED:
         w_peak = tl.maximum(tl.maximum(w_r[2], w_z[2]), w_n[2])
 
-    offs_gi = b[:, None] * (2 * 3 * H) + i[None, :]
-    offs_y = b[:, None] * (2 * H) + i[None, :]
-    offs_h = (d.to(tl.int64) * B + b0) * H + b[:, None] * H + i[None, :]
+    offs_gi = b * (2 * 3 * H) + i
+    offs_y = b * (2 * H) + i
+    offs_h = (d.to(tl.int64) * B + b0) * H + b * H + i
     dh = tl.load(dh_n_ptr + offs_h, mask, 0.0).to(tl.float32)
     arrivals_ptr += group * COUNTER
     shares_ptr += group * (2 * HALF)
-    mine = shares_ptr + tl.program_id(0) * (N * HP) + b[:, None] * HP + k[None, :]
-    of_mine = shares_ptr + b[:, None] * HP + i[None, :]
+    mine = shares_ptr + tl.program_id(0) * (N * HP) + b * HP + k
+    of_mine = shares_ptr + b * HP + i
     extent, start = _extent(varlen_ptr, b0, b, T, B)
     steps = T - start
     t = (1 - d) * (steps - 1)
+    row = _row(varlen_ptr, t, b0, d, T, B)
+    row_prev = _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B)
     dy, r, z, n, q, h_prev = _load_saved(
-        dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, t, 0, steps, b0, d, i, b, extent, T, B, H
+        dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, 0, steps, b0, d, i, b, extent, B, H
     )
     for s in range(steps):
         da_r, da_z, da_n, dq = _cell_backward(dh + dy, r, z, n, q, h_prev)
@@ -305,14 +245,15 @@ def gru_backward_cooperative_kernel(
             tl.store(mine + (s % 2) * HALF + c * CHUNK, acc)
         _arrive(arrivals_ptr)
         # What no other program waits for comes after the arrival, and hides the exchange's latency.
-        row = _row(varlen_ptr, t, b0, d, T, B)
-        present = (i < H)[None, :] & _present(varlen_ptr, extent, t, b, True)[:, None]
+        present = (i < H) & _present(varlen_ptr, extent, t, b, True)
         _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, present, da_r, da_z, da_n, dq, H)
         if h_prev_ptr is not None:
             tl.store(h_prev_ptr + row * H + offs_y, h_prev, present)
         t += 2 * d - 1
+        row = row_prev
+        row_prev = _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B)
         dy, r, z, n, q, h_prev = _load_saved(
-            dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, t, s + 1, steps, b0, d, i, b, extent, T, B, H
+            dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s + 1, steps, b0, d, i, b, extent, B, H
         )
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
         for p in tl.static_range(PROGRAMS):

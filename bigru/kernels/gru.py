@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NoReturn, Self
 
 import torch
@@ -20,12 +20,10 @@ from bigru.kernels.config import Call, describe
 from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.reference import gru_recurrence, layer_operands
-from bigru.kernels.registry import BACKENDS, choose
+from bigru.kernels.registry import check_options, choose
 from bigru.kernels.transforms import transformed, vmapped
 from bigru.kernels.twin import own_callable, twin, unlike_bigru
 from bigru.kernels.varlen import Varlen, checked_lengths, pack, unpack, varlen_of
-
-PRECISIONS = ("fp32", "tf32")
 
 
 class BiGRU(nn.RNNBase):
@@ -158,11 +156,10 @@ class BiGRU(nn.RNNBase):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
-        if hx is not None and hx.dim() != input.dim():
-            raise RuntimeError(
-                f"hx: expected {input.dim()} dimensions for {input.dim()}-D input, got shape {tuple(hx.shape)}"
-            )
-        batched = input.dim() == 3
+        dims = input.dim()
+        if hx is not None and hx.dim() != dims:
+            raise RuntimeError(f"hx: expected {dims} dimensions for {dims}-D input, got shape {tuple(hx.shape)}")
+        batched = dims == 3
         time_first = not self.batch_first or not batched
         x = input if batched else input.unsqueeze(1)
         if hx is not None and not batched:
@@ -321,9 +318,7 @@ class BiGRU(nn.RNNBase):
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
         # on a CPU heeds no autocast, so neither does what stands for it.
         dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
-        inside: AbstractContextManager[None] = (
-            torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-        )
+        inside: Any = torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
         sizes = None if varlen is None else varlen.batch_sizes.tolist()
         states = []
         with inside:
@@ -396,14 +391,6 @@ class BiGRU(nn.RNNBase):
         packed, index = pack(input, lengths, self.batch_first)
         y, h_n = self._forward_packed(packed, hx)
         return unpack(y, index, input.shape[:2]), h_n
-
-
-def check_options(backend: str = "auto", precision: str = "fp32") -> None:
-    """Raises ValueError for an unknown backend or precision."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
 
 
 # Compilers need not look inside: the answer depends on nothing that changes while the program runs.

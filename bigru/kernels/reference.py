@@ -21,27 +21,6 @@ import torch
 from torch import Tensor
 
 
-def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """Computes the input side of all gates, both directions, as one matrix product.
-
-    Args:
-        x: (T, B, I) input of the layer; packed, (P, I).
-        w_ih: (D, 3H, I) input weights.
-        b_ih: (D, 3H) input biases, or None.
-        b_hh: (D, 3H) recurrent biases, or None; only the parts of r and z are used.
-
-    Returns:
-        (T, B, D, 3H) `gi`, of x's dtype.
-    """
-    directions, gates, _ = w_ih.shape
-    bias = None
-    if b_ih is not None and b_hh is not None:
-        hidden = gates // 3
-        bias = torch.cat([b_ih[:, : 2 * hidden] + b_hh[:, : 2 * hidden], b_ih[:, 2 * hidden :]], dim=1).flatten()
-    gi = torch.nn.functional.linear(x, w_ih.flatten(0, 1), bias)
-    return gi.unflatten(-1, (directions, gates))
-
-
 def layer_operands(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes the recurrence's operands for one layer, in operators that autograd and compilers see through.
 
@@ -51,13 +30,19 @@ def layer_operands(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor
             second: the order of `torch.nn.GRU`.
 
     Returns:
-        gi, w_hh and b_hn, as `gru_recurrence` takes them.
+        gi (T, B, D, 3H), of x's dtype, w_hh (D, 3H, H) and b_hn (D, H), as `gru_recurrence` takes them.
     """
     half = len(weights) // 2
     w_ih, w_hh, *biases = (torch.stack(pair) for pair in zip(weights[:half], weights[half:], strict=True))
-    b_ih, b_hh = biases if biases else (None, None)
-    b_hn = b_hh[:, 2 * w_hh.shape[2] :] if b_hh is not None else None
-    return input_gates(x, w_ih, b_ih, b_hh), w_hh, b_hn
+    directions, gates, hidden = w_hh.shape
+    bias, b_hn = None, None
+    if biases:
+        b_ih, b_hh = biases
+        bias = torch.cat([b_ih[:, : 2 * hidden] + b_hh[:, : 2 * hidden], b_ih[:, 2 * hidden :]], dim=1).flatten()
+        b_hn = b_hh[:, 2 * hidden :]
+    # One matrix product for all gates of both directions.
+    gi = torch.nn.functional.linear(x, w_ih.flatten(0, 1), bias)
+    return gi.unflatten(-1, (directions, gates)), w_hh, b_hn
 
 
 def gru_recurrence(
@@ -74,7 +59,7 @@ def gru_recurrence(
     Differentiable to any order, on any device and in any floating dtype; state and arithmetic are of the inputs' dtype.
 
     Args:
-        gi: (T, B, D, 3H) input side of the gates, from `input_gates`.
+        gi: (T, B, D, 3H) input side of the gates, from `layer_operands`.
         w_hh: (D, 3H, H) recurrent weights.
         b_hn: (D, H) recurrent bias of n, or None.
         h0: (D, B, H) initial state.

@@ -38,10 +38,20 @@ KERNELS = {
 PUBLIC = tuple(name for name, entry in KERNELS.items() if entry.public)
 BACKENDS = ("auto", *PUBLIC, "torch", "reference")
 """The values of `BiGRU`'s `backend`."""
+PRECISIONS = ("fp32", "tf32")
+"""The values of its `precision`."""
 if TYPE_CHECKING:
     Backend = str
 else:
     Backend = Literal[BACKENDS]
+
+
+def check_options(backend: str = "auto", precision: str = "fp32") -> None:
+    """Raises ValueError for an unknown backend or precision."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
 
 
 class Missing(Kernel):

@@ -23,6 +23,9 @@ Hidden units and batch rows past the end repeat the last one: they read what it 
 store the same values to the same places, so that no step needs a mask. Sequences of different lengths lie and are
 served as in `bigru.kernels.persistent`: a program makes as many steps as its longest sequence has, and a mask leaves
 out the sequences that have no row at a step.
+
+Pointers are to the operands that `bigru.kernels.kernel` describes, the gates (T, B, D, H, 4), r, z, n, q side by side;
+`varlen_ptr` is to `Varlen.table` or None. HP is H padded to a power of two, N the rows of a program.
 """
 
 from __future__ import annotations

@@ -62,10 +62,8 @@ def _of_quads(quads, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
     r_n, z_q = gl.split(quads.to(gl.float32).reshape([HP, 2, 2, N]).permute([0, 3, 1, 2]))
     r, n = gl.split(r_n)
     z, q = gl.split(z_q)
-    return (
-        gl.convert_layout(r, UNITS), gl.convert_layout(z, UNITS), gl.convert_layout(n, UNITS),
-        gl.convert_layout(q, UNITS),
-    )  # fmt: skip
+    r, z = gl.convert_layout(r, UNITS), gl.convert_layout(z, UNITS)
+    return r, z, gl.convert_layout(n, UNITS), gl.convert_layout(q, UNITS)
 
 
 @gluon.jit
@@ -136,11 +134,11 @@ def _product_by_warp(weights, buffers, HP: gl.constexpr, N: gl.constexpr, SPLIT:
 
 @gluon.jit
 def _backward_step(
-    sources, targets, buffers, dh, saved, weights, w_unscale, t, t_next, step, T, place, lengths, indices,
-    H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
-    SCALED: gl.constexpr, BY_WARP: gl.constexpr,
+    fixed, lengths, buffers, dh, saved, t, t_next, H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr,
+    SPLIT: gl.constexpr, SCALED: gl.constexpr, BY_WARP: gl.constexpr,
 ):  # fmt: skip
     """One step back; returns the gradient of the state before it and what the next step reads."""
+    sources, targets, weights, w_unscale, step, T, place, indices = fixed
     dgi_ptr, dq_ptr, h_prev_ptr = targets
     j, b, _ = indices
     row = _row(t, place)
@@ -174,9 +172,9 @@ def _backward_step(
         else:
             scale = _scale_of(_largest(peak, buffers[3], HP, N, SPLIT))[None, :]
             unscale *= _inverse(scale)
-    _put(buffers[0], da_r * scale, OPERAND, HP, N, SPLIT)
-    _put(buffers[1], da_z * scale, OPERAND, HP, N, SPLIT)
-    _put(buffers[2], dq * scale, OPERAND, HP, N, SPLIT)
+    _put(buffers[0], da_r * scale, HP, N, SPLIT)
+    _put(buffers[1], da_z * scale, HP, N, SPLIT)
+    _put(buffers[2], dq * scale, HP, N, SPLIT)
     dgi = dgi_ptr + row * (3 * H) + (b * (6 * H) + j)
     gl.store(dgi, da_r.to(dgi_ptr.dtype.element_ty), present)
     gl.store(dgi + H, da_z.to(dgi_ptr.dtype.element_ty), present)
@@ -191,24 +189,9 @@ def _backward_step(
 
 @gluon.jit(do_not_specialize=SIZES)
 def gru_backward_resident_kernel(
-    dy_ptr,  # (T, B, D, H)
-    dh_n_ptr,  # (D, B, H)
-    y_ptr,  # (T, B, D, H)
-    gates_ptr,  # (T, B, D, H, 4), r, z, n, q
-    h0_ptr,  # (D, B, H)
-    w_hh_ptr,  # (D, 3H, H)
-    dgi_ptr,  # (T, B, D, 3H)
-    dq_ptr,  # (T, B, D, H)
-    dh0_ptr,  # (D, B, H)
-    varlen_ptr,  # (B + T) int64, or None
-    h_prev_ptr,  # (P, D, H), the state before each step; None without a varlen
-    T,
-    B,
-    H: gl.constexpr,
-    HP: gl.constexpr,  # H padded to a power of two; a warp for every 16
-    N: gl.constexpr,
-    SPLIT: gl.constexpr,
-):
+    dy_ptr, dh_n_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dgi_ptr, dq_ptr, dh0_ptr, varlen_ptr, h_prev_ptr, T, B,
+    H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
     SCALED: gl.constexpr = y_ptr.dtype.element_ty == gl.float32
     OPERAND: gl.constexpr = gl.float16 if SCALED else y_ptr.dtype.element_ty
     # By warp is faster except where its sums leave too few registers.
@@ -229,7 +212,7 @@ def gru_backward_resident_kernel(
     even = _allocate(OPERAND, BY_WARP, HP, N, SPLIT)
     odd = _allocate(OPERAND, BY_WARP, HP, N, SPLIT)
 
-    sources, targets, weights = (dy_ptr, y_ptr, gates_ptr, h0_ptr), (dgi_ptr, dq_ptr, h_prev_ptr), (w_r, w_z, w_n)
+    sources, targets = (dy_ptr, y_ptr, gates_ptr, h0_ptr), (dgi_ptr, dq_ptr, h_prev_ptr)
     place, indices = (varlen_ptr, B, b0, d), (j, b, offs_gates)
     lengths = None
     if varlen_ptr is not None:
@@ -238,26 +221,18 @@ def gru_backward_resident_kernel(
         lengths = gl.load(varlen_ptr + b0 + b).to(gl.int32)
     t = (1 - d) * (T - 1)
     step = 2 * d - 1
+    fixed = (sources, targets, (w_r, w_z, w_n), w_unscale, step, T, place, indices)
     saved = _load_saved(sources, t, step, T, place, lengths, indices, H, HP, N, SPLIT)
     if T % 2 == 1:
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
-        dh, saved = _backward_step(
-            sources, targets, odd, dh, saved, weights, w_unscale, t, t_next, step, T, place, lengths, indices,
-            H, HP, N, SPLIT, OPERAND, SCALED, BY_WARP,
-        )  # fmt: skip
+        dh, saved = _backward_step(fixed, lengths, odd, dh, saved, t, t_next, H, HP, N, SPLIT, SCALED, BY_WARP)
         t += step
     for _ in range(T // 2):
-        dh, saved = _backward_step(
-            sources, targets, even, dh, saved, weights, w_unscale, t, t + step, step, T, place, lengths, indices,
-            H, HP, N, SPLIT, OPERAND, SCALED, BY_WARP,
-        )  # fmt: skip
+        dh, saved = _backward_step(fixed, lengths, even, dh, saved, t, t + step, H, HP, N, SPLIT, SCALED, BY_WARP)
         t += step
         # There is nothing before the first step, so it asks for its own operands once more.
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
-        dh, saved = _backward_step(
-            sources, targets, odd, dh, saved, weights, w_unscale, t, t_next, step, T, place, lengths, indices,
-            H, HP, N, SPLIT, OPERAND, SCALED, BY_WARP,
-        )  # fmt: skip
+        dh, saved = _backward_step(fixed, lengths, odd, dh, saved, t, t_next, H, HP, N, SPLIT, SCALED, BY_WARP)
         t += step
     d = gl.where(t < 0, 0, 1)
     _store_state(dh0_ptr, dh, b * (2 * H) + j, B, b0, d, H)

@@ -33,10 +33,11 @@ from bigru.kernels.resident_tiles import (
 
 @gluon.jit
 def _forward_step(
-    pointers, read, write, h, gates_in, weights, b_hn, scales, t, t_next, place, lengths, offs, H: gl.constexpr,
-    HP: gl.constexpr, N: gl.constexpr, SAVE: gl.constexpr, SPLIT: gl.constexpr, OPERAND: gl.constexpr,
+    fixed, lengths, read, write, h, gates_in, t, t_next, H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr,
+    SAVE: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One step: the state comes from one buffer and goes to the other; returns it and the next step's input gates."""
+    pointers, weights, b_hn, scales, place, offs = fixed
     gi_ptr, y_ptr, gates_ptr = pointers
     w_r, w_z, w_n = weights
     scale, unscale = scales
@@ -55,7 +56,7 @@ def _forward_step(
     # Asked for now, into the registers of this step's; the next step's products hide the latency.
     gates_in = _load_gates_in(gi_ptr, row_next, offs_gi, _present(t_next, lengths, UNITS), H)
     h = _keep(present, n + z * (h - n), h)
-    _put(write, h * scale, OPERAND, HP, N, SPLIT)
+    _put(write, h * scale, HP, N, SPLIT)
     gl.store(y_ptr + row * H + offs_y, h.to(y_ptr.dtype.element_ty), present)
     if SAVE:
         quads = _to_quads(r, z, n, q, HP, N, SPLIT).to(gates_ptr.dtype.element_ty)
@@ -65,23 +66,9 @@ def _forward_step(
 
 @gluon.jit(do_not_specialize=SIZES)
 def gru_forward_resident_kernel(
-    gi_ptr,  # (T, B, D, 3H)
-    w_hh_ptr,  # (D, 3H, H)
-    b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
-    h0_ptr,  # (D, B, H)
-    y_ptr,  # (T, B, D, H)
-    h_n_ptr,  # (D, B, H)
-    gates_ptr,  # (T, B, D, H, 4), r, z, n, q; not touched unless SAVE
-    varlen_ptr,  # (B + T) int64, or None
-    T,
-    B,
-    H: gl.constexpr,
-    HP: gl.constexpr,  # H padded to a power of two; a warp for every 16
-    N: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    SAVE: gl.constexpr,
-    SPLIT: gl.constexpr,
-):
+    gi_ptr, w_hh_ptr, b_hn_ptr, h0_ptr, y_ptr, h_n_ptr, gates_ptr, varlen_ptr, T, B, H: gl.constexpr, HP: gl.constexpr,
+    N: gl.constexpr, HAS_BIAS: gl.constexpr, SAVE: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
     UNITS: gl.constexpr = _units(HP, N, SPLIT)
     QUADS: gl.constexpr = _quads(HP, N, SPLIT)
     SCALED: gl.constexpr = gi_ptr.dtype.element_ty == gl.float32
@@ -108,8 +95,6 @@ def gru_forward_resident_kernel(
     even = gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP))
     odd = gl.allocate_shared_memory(OPERAND, [COLUMNS, HP], _buffer(HP))
 
-    pointers, weights, scales = (gi_ptr, y_ptr, gates_ptr), (w_r, w_z, w_n), (scale, unscale)
-    place, offs = (varlen_ptr, B, b0, d), (offs_gi, offs_y, offs_gates)
     lengths = None
     if varlen_ptr is not None:
         # As many steps as the longest of the program's sequences has, which is the first.
@@ -117,29 +102,22 @@ def gru_forward_resident_kernel(
         lengths = gl.load(varlen_ptr + b0 + b).to(gl.int32)
     t = d * (T - 1)
     step = 1 - 2 * d
+    pointers, place, offs = (gi_ptr, y_ptr, gates_ptr), (varlen_ptr, B, b0, d), (offs_gi, offs_y, offs_gates)
+    fixed = (pointers, (w_r, w_z, w_n), b_hn, (scale, unscale), place, offs)
     gates_in = _load_gates_in(gi_ptr, _row(t, place), offs_gi, _present(t, lengths, UNITS), H)
     if T % 2 == 1:
-        _put(odd, h * scale, OPERAND, HP, N, SPLIT)
+        _put(odd, h * scale, HP, N, SPLIT)
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
-        h, gates_in = _forward_step(
-            pointers, odd, even, h, gates_in, weights, b_hn, scales, t, t_next, place, lengths, offs,
-            H, HP, N, SAVE, SPLIT, OPERAND,
-        )  # fmt: skip
+        h, gates_in = _forward_step(fixed, lengths, odd, even, h, gates_in, t, t_next, H, HP, N, SAVE, SPLIT)
         t += step
     else:
-        _put(even, h * scale, OPERAND, HP, N, SPLIT)
+        _put(even, h * scale, HP, N, SPLIT)
     for _ in range(T // 2):
-        h, gates_in = _forward_step(
-            pointers, even, odd, h, gates_in, weights, b_hn, scales, t, t + step, place, lengths, offs,
-            H, HP, N, SAVE, SPLIT, OPERAND,
-        )  # fmt: skip
+        h, gates_in = _forward_step(fixed, lengths, even, odd, h, gates_in, t, t + step, H, HP, N, SAVE, SPLIT)
         t += step
         # There is nothing after the last step, so it asks for its own input gates once more.
         t_next = gl.minimum(gl.maximum(t + step, 0), T - 1)
-        h, gates_in = _forward_step(
-            pointers, odd, even, h, gates_in, weights, b_hn, scales, t, t_next, place, lengths, offs,
-            H, HP, N, SAVE, SPLIT, OPERAND,
-        )  # fmt: skip
+        h, gates_in = _forward_step(fixed, lengths, odd, even, h, gates_in, t, t_next, H, HP, N, SAVE, SPLIT)
         t += step
     d = gl.where(t < 0, 1, 0)
     _store_state(h_n_ptr, h, offs_y, B, b0, d, H)

@@ -192,11 +192,11 @@ def _halves(x):
 
 
 @gluon.jit
-def _put(buffer, x, OPERAND: gl.constexpr, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
+def _put(buffer, x, HP: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr):
     """Stores (HP, N) numbers where the next product reads them."""
-    high = x.to(OPERAND)
+    high = x.to(buffer.dtype)
     if SPLIT:
-        low = (x - high.to(gl.float32)).to(OPERAND)
+        low = (x - high.to(gl.float32)).to(buffer.dtype)
         high = gl.join(high, low).reshape([HP, 2 * N])
     buffer.permute((1, 0)).store(high)
 

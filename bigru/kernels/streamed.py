@@ -1,7 +1,10 @@
 """The Triton kernels whose recurrent weights are streamed, for W_hh that does not fit on chip.
 
 As in `bigru.kernels.persistent`, but blocks of W_hh are read at every step (from the L2 cache, as a rule), and the
-state passes from step to step through a small fp32 buffer that only its own program touches.
+state passes from step to step through a small fp32 buffer that only its own program touches: `state_ptr`,
+(2, D, B, H), which holds h0 twice on entry and h_n in [T % 2] on return, or `dh_ptr`, (D, B, H), dh_n on entry and dh0
+on return. BH is the size of a block of hidden units; `hidden` is H once more, since loops bounded by a constant would
+be unrolled, and their values spilled.
 """
 
 from __future__ import annotations
@@ -13,41 +16,34 @@ from bigru.kernels.cell import (
     SIZES,
     _cell,
     _cell_backward,
+    _dot,
     _extent,
     _load_gates_in,
     _load_saved,
-    _product,
     _row,
     _store_gate_gradients,
     _store_gates,
 )
 
 
+@triton.jit
+def _add_product(w, mask, x, acc, PRECISION: tl.constexpr):
+    w = tl.load(w, mask, 0.0)
+    return _dot(w, x.to(w.dtype), acc, PRECISION)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def gru_forward_streamed_kernel(
-    gi_ptr,  # (T, B, D, 3H)
-    w_hh_ptr,  # (D, 3H, H)
-    b_hn_ptr,  # (D, H); not touched unless HAS_BIAS
-    state_ptr,  # (2, D, B, H) fp32; holds h0 twice on entry, [T % 2] holds h_n on return
-    y_ptr,  # (T, B, D, H)
-    gates_ptr,  # (T, B, D, 4, H), r, z, n, q; not touched unless SAVE
-    varlen_ptr,  # (B + T) int64, or None
-    T,
-    B,
-    hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
-    H: tl.constexpr,
-    BH: tl.constexpr,  # block of hidden units
-    N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    gi_ptr, w_hh_ptr, b_hn_ptr, state_ptr, y_ptr, gates_ptr, varlen_ptr, T, B, hidden, H: tl.constexpr,
+    BH: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,
-):
+):  # fmt: skip
     b0 = tl.program_id(0) * N
     d = tl.program_id(1)
-    j = tl.arange(0, BH)
-    b = tl.arange(0, N)
-    mask_b = (b0 + b < B)[None, :]
+    rows = tl.arange(0, BH)[:, None]
+    columns = tl.arange(0, BH)[None, :]
+    b = tl.arange(0, N)[None, :]
+    mask_b = b0 + b < B
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     state_ptr += (d.to(tl.int64) * B + b0) * H
     half = B.to(tl.int64) * (2 * H)
@@ -59,35 +55,32 @@ def gru_forward_streamed_kernel(
     for s in range(start, T):
         row = _row(varlen_ptr, t, b0, d, T, B)
         if varlen_ptr is not None:
-            present = (t < extent)[None, :]
-        h_ptr = state_ptr + (s % 2) * half + b[None, :] * H
+            present = t < extent
+        h_ptr = state_ptr + (s % 2) * half + b * H
         for j0 in range(0, hidden, BH):
-            offs_j = j0 + j[:, None]
+            offs_j = j0 + rows
             mask = (offs_j < H) & present
-            i_r, i_z, i_n = _load_gates_in(gi_ptr, row, b[None, :] * (2 * 3 * H) + offs_j, mask, H)
+            i_r, i_z, i_n = _load_gates_in(gi_ptr, row, b * (2 * 3 * H) + offs_j, mask, H)
             h_r = tl.zeros([BH, N], tl.float32)
             h_z = tl.zeros([BH, N], tl.float32)
             q = tl.zeros([BH, N], tl.float32)
             for k0 in range(0, hidden, BH):
-                h_k = tl.load(h_ptr + k0 + j[:, None], (k0 + j[:, None] < H) & mask_b, 0.0)
-                w = w_ptr + offs_j * H + k0 + j[None, :]
-                mask_w = (offs_j < H) & (k0 + j[None, :] < H)
-                w_r = tl.load(w, mask_w, 0.0)
-                h_r = _product(w_r, w_r, h_k, h_r, False, PRECISION)
-                w_z = tl.load(w + H * H, mask_w, 0.0)
-                h_z = _product(w_z, w_z, h_k, h_z, False, PRECISION)
-                w_n = tl.load(w + 2 * H * H, mask_w, 0.0)
-                q = _product(w_n, w_n, h_k, q, False, PRECISION)
+                h_k = tl.load(h_ptr + k0 + rows, (k0 + rows < H) & mask_b, 0.0)
+                w = w_ptr + offs_j * H + k0 + columns
+                mask_w = (offs_j < H) & (k0 + columns < H)
+                h_r = _add_product(w, mask_w, h_k, h_r, PRECISION)
+                h_z = _add_product(w + H * H, mask_w, h_k, h_z, PRECISION)
+                q = _add_product(w + 2 * H * H, mask_w, h_k, q, PRECISION)
             if HAS_BIAS:
-                q += tl.load(b_hn_ptr + d * H + j0 + j, j0 + j < H, 0.0).to(tl.float32)[:, None]
+                q += tl.load(b_hn_ptr + d * H + offs_j, offs_j < H, 0.0).to(tl.float32)
             mask_h = (offs_j < H) & mask_b
             h = tl.load(h_ptr + offs_j, mask_h, 0.0)
             r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
             h = h_new if varlen_ptr is None else tl.where(present, h_new, h)
-            tl.store(state_ptr + ((s + 1) % 2) * half + b[None, :] * H + offs_j, h, mask_h)
-            tl.store(y_ptr + row * H + b[None, :] * (2 * H) + offs_j, h, mask)
+            tl.store(state_ptr + ((s + 1) % 2) * half + b * H + offs_j, h, mask_h)
+            tl.store(y_ptr + row * H + b * (2 * H) + offs_j, h, mask)
             if SAVE:
-                _store_gates(gates_ptr, row, b[None, :] * (2 * 4 * H) + offs_j, mask, r, z, n, q, H)
+                _store_gates(gates_ptr, row, b * (2 * 4 * H) + offs_j, mask, r, z, n, q, H)
         # The next step reads what other threads of this program have just written.
         tl.debug_barrier()
         t += 1 - 2 * d
@@ -95,31 +88,17 @@ def gru_forward_streamed_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def gru_backward_streamed_kernel(
-    dy_ptr,  # (T, B, D, H)
-    y_ptr,  # (T, B, D, H)
-    gates_ptr,  # (T, B, D, 4, H), r, z, n, q
-    h0_ptr,  # (D, B, H)
-    w_hh_ptr,  # (D, 3H, H)
-    dh_ptr,  # (D, B, H) fp32; holds dh_n on entry, dh0 on return
-    dgi_ptr,  # (T, B, D, 3H)
-    dq_ptr,  # (T, B, D, H)
-    varlen_ptr,  # (B + T) int64, or None
-    h_prev_ptr,  # (P, D, H), the state before each step; None without varlen
-    T,
-    B,
-    hidden,  # H once more: loops bounded by a constant would be unrolled, and their values spilled
-    H: tl.constexpr,
-    BH: tl.constexpr,  # block of hidden units
-    N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dy_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dh_ptr, dgi_ptr, dq_ptr, varlen_ptr, h_prev_ptr, T, B, hidden,
+    H: tl.constexpr, BH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     b0 = tl.program_id(0) * N
     d = tl.program_id(1)
-    i = tl.arange(0, BH)
-    b = tl.arange(0, N)
-    mask_b = (b0 + b < B)[None, :]
+    rows = tl.arange(0, BH)[:, None]
+    columns = tl.arange(0, BH)[None, :]
+    b = tl.arange(0, N)[None, :]
+    mask_b = b0 + b < B
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
-    offs_h = (d.to(tl.int64) * B + b0) * H + b[None, :] * H
+    dh_ptr += (d.to(tl.int64) * B + b0) * H + b * H
 
     extent, start = _extent(varlen_ptr, b0, b, T, B)
     present = mask_b
@@ -128,18 +107,18 @@ def gru_backward_streamed_kernel(
         row = _row(varlen_ptr, t, b0, d, T, B)
         row_prev = _row(varlen_ptr, t + 2 * d - 1, b0, d, T, B)
         if varlen_ptr is not None:
-            present = (t < extent)[None, :]
+            present = t < extent
         for i0 in range(0, hidden, BH):
-            offs_i = i0 + i[:, None]
+            offs_i = i0 + rows
             mask = (offs_i < H) & mask_b
-            offs_y = b[None, :] * (2 * H) + offs_i
+            offs_y = b * (2 * H) + offs_i
             dy, r, z, n, q, h_prev = _load_saved(
-                dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s, b0, d, i0 + i, b, extent, T, B, H
-            )  # fmt: skip
-            dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0) + dy
+                dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row, row_prev, t, s, T, b0, d, offs_i, b, extent, B, H
+            )
+            dh = tl.load(dh_ptr + offs_i, mask, 0.0) + dy
             da_r, da_z, da_n, dq = _cell_backward(dh, r, z, n, q, h_prev)
-            tl.store(dh_ptr + offs_h + offs_i, dh * z, mask)
-            offs_gi = b[None, :] * (2 * 3 * H) + offs_i
+            tl.store(dh_ptr + offs_i, dh * z, mask)
+            offs_gi = b * (2 * 3 * H) + offs_i
             mask_row = (offs_i < H) & present
             _store_gate_gradients(dgi_ptr, dq_ptr, row, offs_gi, offs_y, mask_row, da_r, da_z, da_n, dq, H)
             if varlen_ptr is not None:
@@ -147,22 +126,19 @@ def gru_backward_streamed_kernel(
         # Each block of dh needs the gate gradients of all hidden units, which other threads have just written.
         tl.debug_barrier()
         for i0 in range(0, hidden, BH):
-            offs_i = i0 + i[:, None]
+            offs_i = i0 + rows
             mask = (offs_i < H) & mask_b
-            dh = tl.load(dh_ptr + offs_h + offs_i, mask, 0.0)
+            dh = tl.load(dh_ptr + offs_i, mask, 0.0)
             for k0 in range(0, hidden, BH):
-                offs_k = k0 + i[:, None]
+                offs_k = k0 + rows
                 mask_k = (offs_k < H) & present
-                w = w_ptr + (k0 + i[None, :]) * H + offs_i
-                mask_w = (offs_i < H) & (k0 + i[None, :] < H)
-                dgi = dgi_ptr + row * (3 * H) + b[None, :] * (2 * 3 * H) + offs_k
-                w_r = tl.load(w, mask_w, 0.0)
-                dh = _product(w_r, w_r, tl.load(dgi, mask_k, 0.0), dh, False, PRECISION)
-                w_z = tl.load(w + H * H, mask_w, 0.0)
-                dh = _product(w_z, w_z, tl.load(dgi + H, mask_k, 0.0), dh, False, PRECISION)
-                w_n = tl.load(w + 2 * H * H, mask_w, 0.0)
-                dq = tl.load(dq_ptr + row * H + b[None, :] * (2 * H) + offs_k, mask_k, 0.0)
-                dh = _product(w_n, w_n, dq, dh, False, PRECISION)
-            tl.store(dh_ptr + offs_h + offs_i, dh, mask)
+                w = w_ptr + (k0 + columns) * H + offs_i
+                mask_w = (offs_i < H) & (k0 + columns < H)
+                dgi = dgi_ptr + row * (3 * H) + b * (2 * 3 * H) + offs_k
+                dh = _add_product(w, mask_w, tl.load(dgi, mask_k, 0.0), dh, PRECISION)
+                dh = _add_product(w + H * H, mask_w, tl.load(dgi + H, mask_k, 0.0), dh, PRECISION)
+                dq = tl.load(dq_ptr + row * H + b * (2 * H) + offs_k, mask_k, 0.0)
+                dh = _add_product(w + 2 * H * H, mask_w, dq, dh, PRECISION)
+            tl.store(dh_ptr + offs_i, dh, mask)
         tl.debug_barrier()
         t += 2 * d - 1
