@@ -107,10 +107,9 @@ class CpuKernel(Kernel):
         w_ih, w_hh, *biases = zip(weights[:half], weights[half:], strict=True)
         none = None, None
         b_ih, b_hh = biases or (none, none)
-        b_hn = [bias if bias is None else bias[2 * hidden :] for bias in b_hh]
         strides = (0, x.stride(0)) if varlen is not None else x.stride()[:2]
         if batch > 0:
-            self._forward(x, strides, [w_ih, w_hh, b_ih, b_hh, b_hn], h0, y, h_n, gates, varlen)
+            self._forward(x, strides, [w_ih, w_hh, b_ih, b_hh, none], h0, y, h_n, gates, varlen)
         return y.transpose_(0, 1) if batch_first else y, h_n, gates
 
     def _forward(

@@ -11,7 +11,7 @@
 //   h0, h_n, dh_n, dh0 (D, B, H)              w_ih (3H, I), w_hh (3H, H), b_ih and b_hh (3H), b_hn (H), for each d
 //   table (B + T) int64: each sequence's length, longest first, then each step's first row; without it P = T * B
 // Nothing is read or computed past a sequence's end. Null where there is none or none is wanted: table, biases, gates,
-// before (the state before each step).
+// before (the state before each step). b_hn, the last third of b_hh, is read only beside gi.
 //
 // A tile is R rows times S * W vectors, held in registers over the whole sum. W_hh is packed at the start of a call so
 // that a tile reads it in order: panels of one vector of units (forward: their three gates side by side), [k][W][VW].
@@ -357,7 +357,7 @@ static void forward(const void *call, int d, intptr_t b0, intptr_t rows, char *s
   struct forward_scratch s;
   lay_out_forward(&s, c, rows, scratch);
   intptr_t H = c->H, T = c->T;
-  const real *x = c->x, *b_ih = c->b_ih[d], *b_hh = c->b_hh[d], *b_hn = c->b_hn[d];
+  const real *x = c->x, *b_ih = c->b_ih[d], *b_hh = c->b_hh[d], *b_hn = b_hh ? b_hh + 2 * H : c->b_hn[d];
   pack_gates(c->w_hh[d], H, s.hh, s.w_hh);
   if (s.w_ih) pack_gates(c->w_ih[d], H, s.ih, s.w_ih);
   for (intptr_t j = 0; j < s.units * VW; j++) {

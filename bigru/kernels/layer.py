@@ -64,7 +64,8 @@ def fused_gru_layer(
         return y.transpose(0, 1) if batch_first else y, h_n
     _check_weights(weights, x.shape[-1], h0.shape[2])
     if (whole_layer := registry.get(kernel).layer) is not None:
-        x, h0, weights = x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights]
+        if any(tensor.dtype != dtype for tensor in (x, h0, *weights)):
+            x, h0, weights = x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights]
         return whole_layer(x, h0, weights, varlen, batch_first)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
         return _Layer.apply(x, h0, _How(dtype, precision, kernel, varlen, batch_first), *weights)
