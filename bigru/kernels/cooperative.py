@@ -15,8 +15,8 @@ whole, so every wait ends. Should that ever not hold, a wait is given up after M
 finished becomes NaN: y from that step on and h_n, or dgi and dq from that step on and dh0 (`_wait`). Nothing hangs and
 nothing has to ask the GPU whether all went well.
 
-Sequences of different lengths lie as in `bigru.kernels.persistent`. A group makes as many steps as its longest sequence
-has; its programs agree on that, since they serve the same rows.
+Sequences of different lengths lie as in `bigru.kernels.triton_kernel`. A group makes as many steps as its longest
+sequence has; its programs agree on that, since they serve the same rows.
 
 Products have batch rows as their short side: h[N, H] @ W_hh^T[H, S] and da[N, S] @ W_hh[S, H]. For fp32 storage their
 factors are scaled fp16, two parts of each for precision "fp32" (as in `bigru.kernels.cell`) and one for "tf32",

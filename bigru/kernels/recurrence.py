@@ -36,14 +36,10 @@ def run_forward(
     """Runs the forward recurrence in a kernel, outside autograd; the equations are in `bigru.kernels.reference`.
 
     Args:
-        gi: (T, B, D, 3H) input side of the gates, or (P, D, 3H) with a `varlen`; (T, B, ...) below then means (P, ...).
-        w_hh: (D, 3H, H) recurrent weights, of gi's dtype.
-        b_hn: (D, H) recurrent bias of n, or None.
-        h0: (D, B, H) initial states.
+        gi, w_hh, b_hn, h0, varlen: as in `bigru.kernels.kernel.Forward`, of one dtype; not yet contiguous.
         precision: "fp32" or "tf32", for fp32 storage.
         save: whether to keep what the backward pass needs.
         kernel: name of a kernel that does not refuse the call.
-        varlen: the layout of sequences of different lengths.
         out: (T, B, D, H) memory for y, contiguous.
 
     Returns:
@@ -79,14 +75,13 @@ def run_backward(
     """Runs the backward recurrence in a kernel, outside autograd.
 
     Args:
-        dy: (T, B, D, H) gradient of y; None for zeros.
-        dh_n: (D, B, H) gradient of h_n; None for zeros.
+        dy, dh_n: gradients of y and h_n; None for zeros.
         y, gates: as `run_forward` of the same kernel returned them.
         h0, w_hh, precision, kernel, varlen: as for `run_forward`.
         h_prev: (P, D, H) memory, contiguous; with a `varlen`, filled with the state before each step.
 
     Returns:
-        dgi (T, B, D, 3H), gradient of gi; dq (T, B, D, H), gradient of W_hn h + b_hn; dh0 (D, B, H).
+        dgi, dq and dh0, as in `bigru.kernels.kernel.Backward`.
     """
     implementation = registry.get(kernel)
     batch, hidden = h0.shape[1:]
@@ -109,15 +104,9 @@ def states_before(y: Tensor, h0: Tensor) -> Tensor:
 
 
 def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
-    """Computes the gradient of the recurrent weights: dgh h_prev^T, summed over time and batch.
+    """Computes the gradient of w_hh, (D, 3H, H): dgh h_prev^T, summed over time and batch.
 
-    Args:
-        dgi: (T, B, D, 3H), from `run_backward`.
-        dq: (T, B, D, H), from `run_backward`.
-        h_prev: (D, T * B, H) state before each step.
-
-    Returns:
-        (D, 3H, H) gradient of w_hh.
+    `h_prev` is the state before each step, (D, T * B, H); dgi and dq are from `run_backward`.
     """
     hidden = dq.shape[-1]
     dgi_d, dq_d = (gradient.view(-1, *gradient.shape[-2:]).permute(1, 2, 0) for gradient in (dgi, dq))
@@ -127,13 +116,11 @@ def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
 def parameter_gradients(
     dgi: Tensor, dq: Tensor, x: Tensor, h_prev: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Computes the gradients of a layer's weights and biases.
+    """Computes the gradients of a layer's weights and biases, where wanted.
 
     Args:
-        dgi: (T, B, D, 3H), from `run_backward`.
-        dq: (T, B, D, H), from `run_backward`.
+        dgi, dq, h_prev: as for `recurrent_gradients`.
         x: (T, B, I) input of the layer.
-        h_prev: (D, T * B, H) state before each step.
         needs: for each parameter whether its gradient is wanted: w_ih, w_hh and, with biases, b_ih, b_hh of the first
             direction, then of the second.
 

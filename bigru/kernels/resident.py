@@ -1,6 +1,6 @@
 """The recurrence with W_hh resident in registers, as Gluon kernels for warp-level MMA (compute capability 8.0 on).
 
-As in `bigru.kernels.persistent`, one program serves a block of batch rows and one direction, the products are
+As in `bigru.kernels.triton_kernel`, one program serves a block of batch rows and one direction, the products are
 transposed, gates^T[H, N] = W_hh[H, H] @ h^T[H, N], and the time loop is inside. What differs is where things lie:
 
 - W_hh (backward: its transpose) is the A operand of the MMAs and stays in registers for the whole sequence; a warp owns
@@ -21,7 +21,7 @@ by the largest of all units.
 
 Hidden units and batch rows past the end repeat the last one: they read what it reads, compute what it computes and
 store the same values to the same places, so that no step needs a mask. Sequences of different lengths lie and are
-served as in `bigru.kernels.persistent`: a program makes as many steps as its longest sequence has, and a mask leaves
+served as in `bigru.kernels.triton_kernel`: a program makes as many steps as its longest sequence has, and a mask leaves
 out the sequences that have no row at a step.
 
 Pointers are to the operands that `bigru.kernels.kernel` describes, the gates (T, B, D, H, 4), r, z, n, q side by side;

@@ -187,7 +187,7 @@ def test_every_form_of_the_kernel_gives_the_same(config, kernel_device):
 
 def test_offsets_beyond_32_bits(kernel_device):
     # 2^31 elements lie between the two time steps; only the pages that the kernel touches become memory.
-    from bigru.kernels.persistent import gru_forward_kernel
+    from bigru.kernels.triton_kernel import gru_forward_kernel
 
     hidden, steps = 1, 2
     batch = 2**31 // 6 + 8
