@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bigru.config import DataConfig
-from bigru.data import Dataset, load_dataset
 from bigru.data.synthetic import write_synthetic
+from bigru.data.windows import Dataset, load_dataset
 
 CLIPS, SEED, BATCH = 500, 1, 64
 MODALITIES = {"hands": {}, "all": {"gaze": True, "objects": True, "surrogate": True}}

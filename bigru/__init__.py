@@ -3,23 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bigru.kernels.convert import replace_gru
-from bigru.kernels.gru import BiGRU
-
 if TYPE_CHECKING:
     from bigru.export import export_onnx
+    from bigru.kernels.convert import replace_gru
     from bigru.kernels.decompositions import decompositions
+    from bigru.kernels.gru import BiGRU
     from bigru.model.forecaster import HandForecaster
 
 __version__ = "0.1.0"
 
 __all__ = ["BiGRU", "HandForecaster", "__version__", "decompositions", "export_onnx", "replace_gru"]
 
-# Imported when first asked for: none of it is needed by the layer.
+# Imported when first asked for, and torch with it, which a command's help has no need of.
 LATER = {
+    "BiGRU": "bigru.kernels.gru",
     "HandForecaster": "bigru.model.forecaster",
     "decompositions": "bigru.kernels.decompositions",
     "export_onnx": "bigru.export",
+    "replace_gru": "bigru.kernels.convert",
 }
 
 

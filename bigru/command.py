@@ -7,10 +7,12 @@ mend; 128 and the signal's number for an interruption. What goes wrong is one li
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from importlib.util import find_spec
 from typing import Concatenate, ParamSpec
@@ -19,9 +21,11 @@ from bigru.files import ESCAPE, shell_line
 
 P = ParamSpec("P")
 
+log = logging.getLogger("bigru.train")
+
 COMMANDS = {
-    "train": ("bigru.training.command", "train the forecaster, score it and write the run's document"),
-    "predict": ("bigru.model.prediction", "forecast the motion of both hands in clips"),
+    "train": ("bigru.train", "train the forecaster, score it and write the run's document"),
+    "predict": ("bigru.predict", "forecast the motion of both hands in clips"),
     "compare": ("bigru.report.compare", "set finished runs side by side"),
     "report": ("bigru.report.__main__", "write a finished run's document again"),
     "data": ("bigru.data.__main__", "look through a dataset or a clip before anything is trained on it"),
@@ -75,6 +79,21 @@ def ending(name: str) -> Callable[[Callable[Concatenate[Sequence[str], P], int]]
 def training_line(*arguments: str | os.PathLike[str]) -> str:
     """Returns a training command as the reader's shell takes it: by nox, where nox started this one."""
     return shell_line([*os.environ.get("BIGRU_TRAIN", "python -m bigru.train").split(), *arguments])
+
+
+@contextmanager
+def log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
+    """Sends the log's lines to a handler too, for as long as the block runs."""
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield handler
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import tyro
 
 from bigru.command import CommandError
 from bigru.files import printable, user_path
-from bigru.kernels.registry import Backend
+from bigru.kernels.backends import Backend
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 
 log = logging.getLogger(__name__)

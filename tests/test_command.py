@@ -35,6 +35,24 @@ def test_the_layer_needs_no_extra_and_commands_name_theirs():
     ]
 
 
+HELP = """
+import sys
+from bigru.command import COMMANDS, run
+for name in COMMANDS:
+    try:
+        run(name, ["--help"])
+    except SystemExit as ending:
+        assert ending.code == 0
+print("torch" in sys.modules)
+"""
+
+
+def test_no_help_waits_for_torch():
+    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert result.stdout.count("usage: python -m bigru.") == len(COMMANDS), result.stderr
+    assert result.stdout.splitlines()[-1] == "False"
+
+
 def test_the_commands_are_listed():
     result = subprocess.run([sys.executable, "-m", "bigru"], capture_output=True, text=True)
     assert result.returncode == 0

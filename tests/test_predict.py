@@ -15,7 +15,8 @@ from bigru.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_clip
 from bigru.model import prediction as predict
 from bigru.model.forecaster import HandForecaster
-from bigru.model.prediction import COLUMNS, JOINT_NAMES, forecast, main
+from bigru.model.prediction import COLUMNS, JOINT_NAMES, forecast
+from bigru.predict import main
 from bigru.report import animation, figures
 
 T = 4

@@ -12,8 +12,9 @@ from bigru.config import DataConfig, ModelConfig, TrainConfig
 from bigru.data.clips import read_clip
 from bigru.data.synthetic import clip_arrays, plan_clips, write_clip
 from bigru.model.forecaster import HandForecaster
-from bigru.model.prediction import forecast, main
+from bigru.model.prediction import forecast
 from bigru.model.weights import save_weights
+from bigru.predict import main
 from bigru.streaming import ForecastStream
 
 LENGTH = 7

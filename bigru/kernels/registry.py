@@ -1,49 +1,20 @@
-"""The table of kernels, the names of backends, and the choice of a backend for a call.
-
-A new kernel is one module with an instance of `bigru.kernels.kernel.Kernel` named `KERNEL`, and one line in `KERNELS`.
-Modules are imported when their kernel is first asked for, so `import bigru` does not import triton.
-"""
+"""The choice of a backend for a call; a kernel's module is imported when it is first asked for."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
+from bigru.kernels.backends import BACKENDS, KERNELS
 from bigru.kernels.config import Call
 from bigru.kernels.kernel import Kernel
 
-
-class Entry(NamedTuple):
-    """A kernel's line in the registry."""
-
-    module: str
-    auto: str | None = None
-    """The type of device on which "auto" asks it."""
-    public: bool = True
-    """True if its name is one of `BiGRU`'s backends."""
-
-
-KERNELS = {
-    "resident": Entry("bigru.kernels.resident", auto="cuda"),
-    "cooperative": Entry("bigru.kernels.cooperative", auto="cuda"),
-    "triton": Entry("bigru.kernels.triton_kernel", auto="cuda"),
-    "cpu": Entry("bigru.kernels.cpu", auto="cpu"),
-    "scan": Entry("bigru.kernels.scan", public=False),
-}
-"""The kernels by name, in the order in which "auto" asks them."""
-PUBLIC = tuple(name for name, entry in KERNELS.items() if entry.public)
-BACKENDS = ("auto", *PUBLIC, "torch", "reference")
-"""The values of `BiGRU`'s `backend`."""
 PRECISIONS = ("fp32", "tf32")
-"""The values of its `precision`."""
-if TYPE_CHECKING:
-    Backend = str
-else:
-    Backend = Literal[BACKENDS]
+"""The values of `BiGRU`'s `precision`."""
 
 
 def check_options(backend: str = "auto", precision: str = "fp32") -> None:

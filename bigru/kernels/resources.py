@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from bigru.kernels import registry
+from bigru.kernels.backends import PUBLIC
 from bigru.kernels.cell import INTERPRETED, TRITON_VERSION
 from bigru.kernels.config import A100, B200, H100, Call, CooperativeConfig, ResidentConfig, TritonConfig
 
@@ -152,7 +153,7 @@ def shipped(archs: Iterable[str]) -> list[Case]:
     cases = [
         case
         for arch in archs
-        for kernel in registry.PUBLIC
+        for kernel in PUBLIC
         for hidden in registry.get(kernel).widths
         for dtype, precision in MODES
         for case in cases_of(arch, kernel, hidden, dtype, precision)

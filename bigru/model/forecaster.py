@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bigru.kernels.backends import Backend
 from bigru.kernels.gru import BiGRU
-from bigru.kernels.registry import Backend
 from bigru.layout import POSE_SIZE
 
 PUBLISHED_SIZES = (84, 128, 2)

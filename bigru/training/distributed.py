@@ -171,10 +171,5 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def is_first() -> bool:
-    """Returns whether this is the process that prints; may be asked before it has joined the others."""
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-
-
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bigru.command import training_line
+from bigru.command import log_to, training_line
 from bigru.config import ConfigError, DataConfig, TrainConfig, check_writable
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import SPLITS, Dataset, NoWindowsError, load_dataset
@@ -260,7 +260,7 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
             run_dir.write_metrics(folder, progress.history)
         skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
         write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
-        with run_dir.log_to(run_dir.RunLog(folder / "train.log")):
+        with log_to(run_dir.RunLog(folder / "train.log")):
             log.info("run %s%s", printable(folder), describe_progress(trainer))
             log.info("%s", dataset.describe())
             log.info(

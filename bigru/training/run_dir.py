@@ -234,18 +234,3 @@ class RunLog(logging.FileHandler):
         if isinstance(error, OSError):
             raise named(error, Path(self.baseFilename)) from error
         super().handleError(record)
-
-
-@contextmanager
-def log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
-    """Sends the log's lines to a handler too, for as long as the block runs."""
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield handler
-    finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
-        handler.close()

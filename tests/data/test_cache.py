@@ -17,9 +17,10 @@ import torch
 from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
-from bigru.data import ClipError, load_dataset
 from bigru.data.cache import ABANDONED_S, DIGEST_BYTES, LENGTH_BYTES, SETTINGS, Entry
+from bigru.data.hdf5 import ClipError
 from bigru.data.synthetic import write_clip, write_index
+from bigru.data.windows import load_dataset
 
 SPLITS = ("train", "val", "test")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs limits and fork")

@@ -11,11 +11,12 @@ from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.command import run
 from bigru.config import DataConfig
-from bigru.data import ClipError, NoWindowsError, load_dataset
 from bigru.data.__main__ import main
 from bigru.data.check import survey
 from bigru.data.clips import read_clip
+from bigru.data.hdf5 import ClipError
 from bigru.data.synthetic import write_clip
+from bigru.data.windows import NoWindowsError, load_dataset
 from bigru.report.clip import draw_clip
 
 SMALL = ("--observed", "4", "--predicted", "4", "--stride", "3")

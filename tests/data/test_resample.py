@@ -8,11 +8,11 @@ import torch
 from data.dataset import clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
-from bigru.data import load_dataset
 from bigru.data.check import survey
 from bigru.data.clips import Clip, read_clip, resampled, resampled_length
 from bigru.data.hdf5 import ClipError
 from bigru.data.synthetic import write_clip
+from bigru.data.windows import load_dataset
 
 FRAMES = 12
 CONFIG = DataConfig(observed=2, predicted=2, gaze=True, objects=True, surrogate=True)

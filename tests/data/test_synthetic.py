@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from bigru.config import DataConfig
-from bigru.data import load_dataset
 from bigru.data.index import CLIP_NAME, INDEX_NAME, SUBTASKS, read_index
 from bigru.data.synthetic import (
     EMBEDDED,
@@ -21,6 +20,7 @@ from bigru.data.synthetic import (
     write_clip,
     write_synthetic,
 )
+from bigru.data.windows import load_dataset
 
 SHAPES = {
     "left_landmarks": (21, 3),

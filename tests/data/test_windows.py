@@ -9,11 +9,12 @@ import torch
 from data.dataset import CONFIG, clip_arrays, config_for, stem_of, write_dataset
 
 from bigru.config import DataConfig
-from bigru.data import ClipError, NoWindowsError, load_dataset
 from bigru.data.clips import Clip
 from bigru.data.frames import frame_features, split_frames, window_count
+from bigru.data.hdf5 import ClipError
 from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import write_clip, write_index
+from bigru.data.windows import NoWindowsError, load_dataset
 from bigru.model.metrics import repeat_last_frame, score, summarise
 
 ALL = {"gaze": True, "objects": True, "surrogate": True}

@@ -19,6 +19,7 @@ from support import (
 )
 
 from bigru.kernels import reference, registry
+from bigru.kernels.backends import PUBLIC
 from bigru.kernels.config import Call, TritonConfig, describe
 from bigru.kernels.recurrence import fused_gru_recurrence
 
@@ -79,7 +80,7 @@ def check(inputs, upstream, precision, tolerance, kernel="triton", config=None):
 
 
 # Only these have an interpreter.
-@pytest.fixture(params=registry.PUBLIC if torch.cuda.is_available() else ["triton"])
+@pytest.fixture(params=PUBLIC if torch.cuda.is_available() else ["triton"])
 def kernel(request):
     return request.param
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from bigru import train as command
 from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bigru.data.index import Skipped
 from bigru.data.windows import Dataset, Windows
 from bigru.model.metrics import masked_mse
-from bigru.training import command, run
+from bigru.training import run
 from bigru.training.run import Parts
 
 FRAMES = 4

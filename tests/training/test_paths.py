@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from training.runs import at_step, killed, options
 
+from bigru import predict
 from bigru.command import prepare_console
 from bigru.config import DataConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import load_dataset
-from bigru.model import prediction
 from bigru.report import __main__ as report
 from bigru.report import compare
 from bigru.report.document import write_report
-from bigru.training.command import main
+from bigru.train import main
 from bigru.training.run import Parts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes")
@@ -38,7 +38,7 @@ def test_every_command_takes_a_path_that_is_not_utf8(tmp_path, capsys):
     assert report.main([str(finished)]) == 0
     assert compare.main([str(finished), str(stopped), "--out", str(out / "compared")]) == 0
     weights = finished / "weights.safetensors"
-    assert prediction.main(["--weights", str(weights), "--out", str(out), "--device", "cpu", str(clip)]) == 0
+    assert predict.main(["--weights", str(weights), "--out", str(out), "--device", "cpu", str(clip)]) == 0
     assert str(tmp_path) + "/d\\xe4ta|1" in (finished / "train.log").read_text()
     assert "d\\xe4ta|1" in (finished / "skipped.tsv").read_text()
     document = (out / "results_bigru.md").read_text()

@@ -22,7 +22,7 @@ from bigru.training.distributed import Team, current_team
 SERVER = """
 import json, os, signal, socket, sys, traceback
 from bigru.model.metrics import masked_mse
-from bigru.training.command import main
+from bigru.train import main
 from bigru.training.run import Parts
 
 for line in sys.stdin:

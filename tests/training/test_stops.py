@@ -194,8 +194,9 @@ def test_an_ignored_signal_stays_ignored_and_threads_need_none():
 KILLER = """
 import io, os, random, signal, sys, time
 from pathlib import Path
-import bigru.report.figures
-from bigru.training import command as train
+# Once, and not in every child.
+import bigru.training.sweep
+from bigru import train
 
 root, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 OPTIONS = ["--data-root", str(root), "--observed", "4", "--predicted", "4", "--hidden-size", "4", "--stride", "20",

@@ -12,7 +12,7 @@ from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
 from bigru.report import figures
 from bigru.report.record import METRICS
-from bigru.training.command import main
+from bigru.train import main
 from bigru.training.run import Parts
 from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
 from bigru.training.trainer import DivergedError, Trainer
