@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigru.kernels.reference import gru_recurrence
+
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Returns what a program of torch.export that holds a BiGRU can be rewritten with, for inference.
@@ -35,21 +37,15 @@ def _gru_forward(
     wide = torch.promote_types(gi.dtype, torch.float32)
     rows, w, h = gi.to(wide), w_hh.to(wide), h0.to(wide)
     bias = h.new_zeros(h.shape[0], h.shape[2]) if b_hn is None else b_hn.to(wide)
-    ys, h_n = [], []
-    for d in range(2):
-        in_steps = rows[:, :, d].flip(0) if d else rows[:, :, d]
-        if isinstance(gi.shape[0], int):
-            last, states = h[d], []
-            for i in in_steps.unbind():
-                last, _ = _step(last, i, w[d], bias[d])
-                states.append(last)
-            y = torch.stack(states)
-        else:
-            last, y = torch.ops.higher_order.scan(_step, [h[d]], [in_steps], (w[d], bias[d]))
-        ys.append(y.flip(0) if d else y)
-        h_n.append(last)
+    if isinstance(gi.shape[0], int):
+        y, h_n = gru_recurrence(rows, w, bias, h)
+    else:
+        scan = torch.ops.higher_order.scan
+        last, forwards = scan(_step, [h[0]], [rows[:, :, 0]], (w[0], bias[0]))
+        first, backwards = scan(_step, [h[1]], [rows[:, :, 1].flip(0)], (w[1], bias[1]))
+        y, h_n = torch.stack([forwards, backwards.flip(0)], 2), torch.stack([last, first])
     # Gates are for a backward pass, which a program for inference has none of.
-    return torch.stack(ys, 2).to(gi.dtype), torch.stack(h_n).to(gi.dtype), gi.new_empty(0)
+    return y.to(gi.dtype), h_n.to(gi.dtype), gi.new_empty(0)
 
 
 def _step(h: Tensor, i: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:

@@ -330,7 +330,7 @@ class BiGRU(nn.RNNBase):
                     x = x.transpose(0, 1) if last and batch_first else x
                 elif backend == "reference":
                     operands = layer_operands(x.to(dtype), [w.to(dtype) for w in own])
-                    y, h_n, _ = gru_recurrence(*operands, h0.to(dtype), batch_sizes=sizes)
+                    y, h_n = gru_recurrence(*operands, h0.to(dtype), sizes)
                     x = y.flatten(-2)
                     # A copy, since a view could not be detached in place.
                     x = (x.transpose(0, 1) if batch_first else x).clone() if last else x

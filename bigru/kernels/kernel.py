@@ -92,9 +92,9 @@ class Kernel(ABC):
         """Returns whether "auto" may take the kernel: it needs no recorded run, or one covers the call."""
         return self.proven is None or any(entry.covers(call) for entry in self.proven)
 
-    @abstractmethod
     def choose(self, call: Call, batch: int) -> Any:
-        """Returns the launch configuration of a call that is not refused, for B > 0 rows."""
+        """Returns the launch configuration of a call that is not refused, for B > 0 rows, or None."""
+        return None
 
     def gates_shape(self, rows: tuple[int, ...], hidden: int) -> tuple[int, ...]:
         """Returns the shape of the tensor that the forward pass keeps for the backward pass.
@@ -105,13 +105,13 @@ class Kernel(ABC):
         """
         return (*rows, 4, hidden)
 
-    @abstractmethod
     def forward(self, operands: Forward, config: Any) -> None:
         """Runs the forward recurrence in a configuration from `choose`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def backward(self, operands: Backward, config: Any) -> None:
         """Runs the backward recurrence in a configuration from `choose`."""
+        raise NotImplementedError
 
     def functions(self, config: Any) -> dict[str, tuple[Any, dict[str, str]]]:
         """Returns the jit functions that a configuration launches, for `bigru.kernels.resources`.

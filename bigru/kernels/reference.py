@@ -46,14 +46,8 @@ def layer_operands(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor
 
 
 def gru_recurrence(
-    gi: Tensor,
-    w_hh: Tensor,
-    b_hn: Tensor | None,
-    h0: Tensor,
-    *,
-    return_gates: bool = False,
-    batch_sizes: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, batch_sizes: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Runs the recurrence over time, direction 0 forwards and direction 1 backwards.
 
     Differentiable to any order, on any device and in any floating dtype; state and arithmetic are of the inputs' dtype.
@@ -63,22 +57,19 @@ def gru_recurrence(
         w_hh: (D, 3H, H) recurrent weights.
         b_hn: (D, H) recurrent bias of n, or None.
         h0: (D, B, H) initial state.
-        return_gates: whether to return what a backward pass needs.
         batch_sizes: for packed sequences, the number of rows at each step, never rising: step t has rows for the first
             batch_sizes[t] sequences only. gi is then (P, D, 3H), and (T, B, ...) below means (P, ...).
 
     Returns:
-        y (T, B, D, H), every state; h_n (D, B, H), the last state of each direction; and, where asked, the gates
-        (T, B, D, 4, H) in the order r, z, n, q, else None.
+        y (T, B, D, H), every state, and h_n (D, B, H), the last state of each direction.
     """
     by_step = gi if batch_sizes is None else gi.split(list(batch_sizes))
     join = torch.stack if batch_sizes is None else torch.cat
     steps = len(by_step)
-    ys, gates, h_n = [], [], []
+    ys, h_n = [], []
     for d in range(gi.shape[-2]):
         h = h0[d]
         y_d: list[Tensor] = [h] * steps
-        gates_d: list[Tensor] = [h] * steps
         for s in range(steps):
             t = s if d == 0 else steps - 1 - s
             i_r, i_z, i_n = by_step[t][:, d].chunk(3, dim=-1)
@@ -93,12 +84,8 @@ def gru_recurrence(
             n = torch.tanh(i_n + r * q)
             h = n + z * (h - n)
             y_d[t] = h
-            if return_gates:
-                gates_d[t] = torch.stack([r, z, n, q], dim=1)
             if batch_sizes is not None:
                 h = torch.cat([h, waiting])
         ys.append(join(y_d))
         h_n.append(h)
-        if return_gates:
-            gates.append(join(gates_d))
-    return torch.stack(ys, dim=-2), torch.stack(h_n), torch.stack(gates, dim=-3) if return_gates else None
+    return torch.stack(ys, dim=-2), torch.stack(h_n)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -34,15 +33,6 @@ class Missing(Kernel):
     def refusal(self, call: Call) -> str:
         """Returns the name of the missing package."""
         return f"{self.package} is not installed"
-
-    def choose(self, *operands: Any) -> Any:
-        raise ModuleNotFoundError(f"{self.package} is not installed", name=self.package)
-
-    def forward(self, *operands: Any) -> None:
-        self.choose()
-
-    def backward(self, *operands: Any) -> None:
-        self.choose()
 
 
 @functools.cache

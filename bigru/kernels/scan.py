@@ -21,9 +21,6 @@ class ScanKernel(Kernel):
     def refusal(self, call: Call) -> str | None:
         return "the input is a PackedSequence" if call.varlen else None
 
-    def choose(self, call: Call, batch: int) -> None:
-        return None
-
     def forward(self, operands: Forward, config: None) -> None:
         gi, w_hh, b_hn, h0, y, h_n, gates, _ = operands
         gi_s, w, h = _in_steps(gi), _wide(w_hh).mT, _wide(h0)

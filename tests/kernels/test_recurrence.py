@@ -101,7 +101,7 @@ def test_without_bias(hidden, kernel, kernel_device):
 def test_reference_alone_matches_autograd_free_equations():
     # The reference is what all else is held to, so it is held to scalar arithmetic written out once more.
     (gi, w_hh, b_hn, h0), _ = make_inputs((2, 1, 2), torch.float64, "cpu")
-    y, h_n, gates = reference.gru_recurrence(gi, w_hh, b_hn, h0, return_gates=True)
+    y, h_n = reference.gru_recurrence(gi, w_hh, b_hn, h0)
     for d, order in enumerate(([0, 1], [1, 0])):
         h = [h0[d, 0, 0].item(), h0[d, 0, 1].item()]
         for t in order:
@@ -114,7 +114,6 @@ def test_reference_alone_matches_autograd_free_equations():
                 q = side[4 + j] + b_hn[d, j].item()
                 n = math.tanh(row[4 + j] + r * q)
                 new.append((1 - z) * n + z * h[j])
-                assert gates[t, 0, d, :, j].tolist() == pytest.approx([r, z, n, q], rel=1e-12)
             h = new
             assert y[t, 0, d].tolist() == pytest.approx(h, rel=1e-12)
         assert h_n[d, 0].tolist() == pytest.approx(h, rel=1e-12)
