@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
 from benchmarks import machine  # noqa: E402
-from benchmarks.record import NN_GRU, Record, Row, read_record  # noqa: E402
+from benchmarks.record import GEMM, NN_GRU, Record, Row, read_record  # noqa: E402
 from benchmarks.workloads import MAIN, Case, sweep  # noqa: E402
 
 BOTH, FORWARD = ("forward", "training"), ("forward",)
@@ -26,14 +28,17 @@ Job = tuple[Case, str, tuple[str, ...]]
 
 def jobs(main: Case = MAIN) -> Iterator[Job]:
     """Yields case, rival and modes, the most valuable first."""
-    batches = sweep(main, batch=(1, 8, 64, 256))
+    batches = sweep(main, batch=(1, 8, 64, 256, 2))
     for case in batches:
         yield case, NN_GRU, BOTH
     for case in batches[:3]:
         yield case, "onnxruntime", FORWARD
     yield Case("call", batch=1, steps=1), NN_GRU, BOTH
     yield replace(main, group="training step"), NN_GRU, ("training",)
-    for case in sweep(main, hidden=(64, 256), steps=(240,)):
+    yield main, GEMM, BOTH
+    for case in batches[:3]:
+        yield replace(case, group="busy core"), NN_GRU, BOTH
+    for case in sweep(main, hidden=(32, 64, 256, 512), steps=(15, 240)):
         yield case, NN_GRU, BOTH
 
 
@@ -65,11 +70,23 @@ def run(
         while waiting and now() < end:
             case, rival, modes, count = waiting.pop(0)
             torch.set_num_threads(count)
-            record.rows += machine.measure(case, backend, torch.device("cpu"), row_s, rival=rival, modes=modes)
+            with keep_a_core_busy() if case.group == "busy core" else nullcontext():
+                record.rows += machine.measure(case, backend, torch.device("cpu"), row_s, rival=rival, modes=modes)
             record.seconds, record.complete = round(now() - start, 1), not waiting
             record.write(folder)
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def keep_a_core_busy() -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a process that does nothing but compute beside the block."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _case_of(row: Row) -> Case:

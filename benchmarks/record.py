@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 2
-GROUPS = ("layer", "call", "training step")
-"""Two layers of BiGRU; many calls of almost no arithmetic; a step of the forecaster's training."""
+GROUPS = ("layer", "call", "training step", "busy core")
+"""Two layers of BiGRU; many calls of almost no arithmetic; a step of the forecaster's training; two layers beside a
+process that keeps one core busy."""
 MODES = ("forward", "training")
 """Forward without gradients; forward and backward (of a training step, its optimizer too)."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "default")
@@ -28,6 +29,8 @@ CLOCKS = {"wall": "wall time", "gpu": "GPU time", "graph": "graph replay"}
 STATUSES = ("measured", "failed", "refused", "late")
 """Failed: a wrong result or a crash. Refused: the candidate does not take the case. Late: there was no time for it."""
 NN_GRU = "nn.GRU"
+GEMM = "torch.mm"
+"""As many multiplications in one product of matrices: no rival, but the machine's own rate."""
 
 
 class RecordError(ValueError):
@@ -43,7 +46,7 @@ class Row:
     candidate: str
     """BiGRU's backend, by the name that `BiGRU(backend=...)` takes."""
     rival: str
-    """"nn.GRU", "onnxruntime", ..."""
+    """"nn.GRU", "onnxruntime", ..., or "torch.mm", the machine's own rate."""
     batch: int
     steps: int
     hidden: int

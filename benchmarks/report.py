@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import plots
-from benchmarks.record import CLOCKS, NN_GRU, Record, RecordError, Row, read_records
+from benchmarks.record import CLOCKS, GEMM, NN_GRU, Record, RecordError, Row, read_records
 from bigru.files import write_atomically
 from bigru.report import figures
 from bigru.report.markdown import blocks, code, plain, table
@@ -117,7 +117,7 @@ def _machine(machine: str, records: Sequence[Record], folder: str, drawn: set[Pa
     others = [row for row in measured if row not in main]
     if others:
         parts += ["### Every other case", _rows(others)]
-    if losses := [row for row in measured if row.ratio < LOSS]:
+    if losses := [row for row in measured if row.ratio < LOSS and row.rival != GEMM]:
         parts += ["### Where the rival is faster", _losses(losses, len(measured))]
     if (path := picture(machine, "over-time")) in drawn:
         parts += ["### Over time", f"![Times of the main workload by date]({path.as_posix()})", _over_time(records)]

@@ -15,7 +15,7 @@ import torch
 from support import TOLERANCE, error
 from torch import Tensor, nn
 
-from benchmarks.record import NN_GRU
+from benchmarks.record import GEMM, NN_GRU
 from benchmarks.timing import Work
 from bigru import BiGRU
 
@@ -71,7 +71,7 @@ class Candidate:
 
     Args:
         name: a backend of BiGRU (never "auto": the one that it takes), "nn.GRU", "onnxruntime" (forward on a CPU),
-            "torch.compile" or "flashrnn".
+            "torch.compile", "flashrnn" or "torch.mm".
         works: what is timed, by mode.
         outcome: outputs and every gradient, by name.
     """
@@ -113,6 +113,8 @@ def make(name: str, case: Case, device: torch.device, *, defect: bool = False) -
         return _make_training_step(name, case, device)
     if name == "onnxruntime":
         return _make_onnx(case)
+    if name == GEMM:
+        return _make_product(case)
     return _make_layer(name, case, device, defect)
 
 
@@ -204,6 +206,15 @@ def _make_onnx(case: Case) -> Candidate:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     x = _normal((case.batch, case.steps, case.input), torch.device("cpu"), torch.float32).numpy()
     return Candidate("onnxruntime", {"forward": lambda: session.run(None, {"input": x})}, lambda dtype: {})
+
+
+def _make_product(case: Case) -> Candidate:
+    """Returns one product with a matrix of 1024 x 1024 that multiplies as often as the layers; three for training."""
+    widths = case.input + case.hidden + (case.layers - 1) * 3 * case.hidden
+    rows = max(1, round(case.batch * case.steps * 6 * case.hidden * widths / 1024**2))
+    a, b = torch.randn(rows, 1024), torch.randn(1024, 1024)
+    training = torch.randn(3 * rows, 1024)
+    return Candidate(GEMM, {"forward": lambda: a @ b, "training": lambda: training @ b}, lambda dtype: {})
 
 
 def _make_gru(name: str, case: Case, device: torch.device) -> nn.Module:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cpu, gpu, machine, workloads
 from benchmarks.gpu import SMOKE, Plan, Run
 from benchmarks.pool import JobFailed, JobLate, Worker
-from benchmarks.record import NN_GRU, Check, Record, Row, read_record
+from benchmarks.record import GEMM, NN_GRU, Check, Record, Row, read_record
 from benchmarks.timing import compare, interleaved
 from benchmarks.workloads import MAIN, Case
 
@@ -349,3 +350,19 @@ def test_onnxruntime_is_a_rival_of_the_forward_pass():
     pytest.importorskip("onnxruntime")
     (row,) = machine.measure(TINY, "torch", torch.device("cpu"), 0.0, rival="onnxruntime", modes=("forward",))
     assert (row.status, row.rival) == ("measured", "onnxruntime")
+
+
+def test_the_machine_s_own_rate_is_of_as_many_products():
+    case, device = replace(TINY, batch=64, steps=60, hidden=64), torch.device("cpu")
+    counts = []
+    for name in ("reference", GEMM):
+        with FlopCounterMode(display=False) as counter:
+            workloads.make(name, case, device).works["forward"]()
+        counts.append(counter.get_total_flops())
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+
+
+def test_a_core_is_kept_busy_no_longer_than_the_block():
+    with cpu.keep_a_core_busy() as process:
+        assert process.poll() is None
+    assert process.returncode is not None
