@@ -77,6 +77,16 @@ def describe(device: torch.device) -> Device:
     return Device("cuda", (properties.major, properties.minor), limit, properties.multi_processor_count)
 
 
+def autocasts(device: str) -> bool:
+    """Returns whether autocast is on for a type of device; there is none for "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def dtype_of_call(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Returns the dtype that an input is computed in: autocast's where it is on, which leaves doubles alone."""
+    return torch.get_autocast_dtype(device) if dtype != torch.float64 and autocasts(device) else dtype
+
+
 def gpu_refusal(call: Call, interpreted: bool | None = None) -> str | None:
     """Returns the reason why no GPU kernel serves a call's device or dtype, or None.
 

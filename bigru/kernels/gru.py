@@ -14,9 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bigru.kernels.autocast import autocasts, dtype_of_call
 from bigru.kernels.compiling import constant, not_compiled
-from bigru.kernels.config import Call, describe
+from bigru.kernels.config import Call, autocasts, describe, dtype_of_call
 from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.reference import gru_recurrence, layer_operands
@@ -271,7 +270,7 @@ class BiGRU(nn.RNNBase):
 
     def _checked_state(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], batch: int | Tensor) -> Tensor:
         """`hx`, or zeros, once it, the input and the weights as computed with are seen to go together."""
-        wanted, autocast = weights[0].dtype, autocasts(x.device.type)
+        wanted, device, autocast = weights[0].dtype, weights[0].device, autocasts(x.device.type)
         if autocast and not x.dtype.is_floating_point:
             raise RuntimeError(f"input: expected a floating dtype under autocast, got {x.dtype}")
         if x.dtype != wanted and not autocast:
@@ -282,10 +281,8 @@ class BiGRU(nn.RNNBase):
         if not autocast and any(weight.dtype != wanted for weight in weights):
             dtypes = {name: weight.dtype for name, weight in zip(self._flat_weights_names, weights, strict=True)}
             raise RuntimeError(f"weights: expected all of {wanted}, got {dtypes}")
-        if x.device != weights[0].device:
-            raise RuntimeError(
-                f"input: expected a tensor on {weights[0].device} like the weights, got one on {x.device}"
-            )
+        if x.device != device:
+            raise RuntimeError(f"input: expected a tensor on {device} like the weights, got one on {x.device}")
         if x.shape[-1] != self.input_size:
             raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {x.shape[-1]}")
         shape: tuple[Any, ...] = (2 * self.num_layers, batch, self.hidden_size)

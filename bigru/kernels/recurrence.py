@@ -5,6 +5,7 @@ mode a layer calls `run_forward` and `run_backward` directly; the operators are 
 and for whatever else records operators.
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -12,11 +13,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from bigru.kernels import registry
 from bigru.kernels.config import Call, describe
 from bigru.kernels.decompositions import onnx_recurrence
-from bigru.kernels.flops import register_flop_formulas
 from bigru.kernels.kernel import Backward, Forward
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
 from bigru.kernels.varlen import Varlen
@@ -291,3 +292,35 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
 
 
 gru_backward.register_autograd(_no_second_derivative)
+
+
+def register_flop_formulas() -> None:
+    """Registers the operators with torch.utils.flop_counter if that is imported: it imports triton.
+
+    A counter copies the table when it is made, and may have been made before this: those in use get them too.
+    """
+    flop_counter = sys.modules.get("torch.utils.flop_counter")
+    if flop_counter is None:
+        return
+    for operator, formula in (
+        (torch.ops.bigru.gru_forward, _forward_flops),
+        (torch.ops.bigru.gru_backward, _backward_flops),
+    ):
+        if operator not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operator)(formula)
+        for mode in _get_current_dispatch_mode_stack():
+            table = getattr(getattr(mode, "counter", None), "flop_registry", None)
+            if table is not None:
+                table.setdefault(operator, flop_counter.flop_registry[operator])
+
+
+def _forward_flops(gi: Sequence[int], w_hh: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the products with W_hh (3H, H), each a multiplication and an addition; those of the inputs are ATen's."""
+    steps, batch, directions, gates = gi
+    return 2 * steps * batch * directions * gates * w_hh[-1]
+
+
+def _backward_flops(dy: Any, dh_n: Any, y: Sequence[int], *_: Any, **__: Any) -> int:
+    """As many, with W_hh's transpose; the products for the weights' gradients are ATen's."""
+    steps, batch, directions, hidden = y
+    return 2 * steps * batch * directions * 3 * hidden * hidden

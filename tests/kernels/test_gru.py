@@ -10,8 +10,7 @@ from torch import nn
 
 from bigru import BiGRU
 from bigru.kernels import registry
-from bigru.kernels.autocast import dtype_of_call
-from bigru.kernels.config import Call, describe
+from bigru.kernels.config import Call, describe, dtype_of_call
 
 # cuDNN says so, of nn.GRU as of us, where parameters were copied or replaced and not laid out anew.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
