@@ -42,29 +42,19 @@ def hand_strokes(axes) -> list[np.ndarray]:
     return [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 1]
 
 
-def test_pictures_of_a_report(make_run: MakeRun) -> None:
+def test_pictures_of_a_report_and_the_same_bytes_again(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
-    text = write_report(run).read_text()
-    for name, tallest in (("learning_curves", 950), ("forecasts", 1600), ("horizon", 700), ("joints", 800)):
-        picture = f"plots/{run.name}_bigru_{name}.png"
+    document = write_report(run)
+    text, tallest = document.read_text(), {"forecasts": 1600, "horizon": 700, "joints": 800, "learning_curves": 950}
+    pictures = [f"plots/{run.name}_bigru_{name}.png" for name in tallest]
+    for picture, most in zip(pictures, tallest.values(), strict=True):
         assert f"]({picture})" in text
         width, height = png_size((run.parent / picture).read_bytes())
         assert width == round(figures.WIDTH_IN * figures.DPI)
-        assert 400 < height < tallest
-
-
-def test_reporting_again_changes_no_byte(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run()
-    document = write_report(run)
+        assert 400 < height < most
     # The lock apart, which starts with a dot.
     files = sorted(path for path in run.parent.rglob("[!.]*") if path.is_file() and run not in path.parents)
-    assert files == [
-        *(
-            run.parent / "plots" / f"{run.name}_bigru_{name}.png"
-            for name in ("forecasts", "horizon", "joints", "learning_curves")
-        ),
-        document,
-    ]
+    assert files == [*(run.parent / picture for picture in pictures), document]
     first = [path.read_bytes() for path in files]
     # However the folder is spelt, and wherever the command runs.
     monkeypatch.chdir(run)
@@ -269,47 +259,40 @@ def test_windows_say_which_they_are(make_run: MakeRun) -> None:
     assert ["fps (assumed)" in figures.row_title(assumed, row) for row in range(3)] == [True, False, False]
 
 
-def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun) -> None:
+def few_frames(make_run: MakeRun, **changes: np.ndarray) -> Samples:
+    """One window of three frames observed and three to come."""
     whole = read_run(make_run()).samples
-    for fps, expected in ((23.0, 6), (59.0, 2)):
-        parts = {
-            name: getattr(whole, name)[:1, :3]
-            for name in ("observed", "predicted", "target", "observed_present", "target_present")
-        }
-        samples = Samples(
-            **parts, fps=np.array([fps]), error_px=np.array([9.0]), stem=np.array(["x" * 90]), label=np.array(["best"])
-        )
-        with Image.open(io.BytesIO(gif(samples, 0, dpi=30))) as picture:
-            assert picture.n_frames == expected
-            assert picture.info["loop"] == 0
-            durations = []
-            for frame in range(picture.n_frames):
-                picture.seek(frame)
-                durations.append(picture.info["duration"])
-            # In real time, but for the centiseconds of a GIF; the last one is held half a second longer.
-            assert durations[0] == pytest.approx(1000 / fps * (6 / expected), abs=10)
-            assert 500 < durations[-1] < 700
+    names = ("observed", "predicted", "target", "observed_present", "target_present")
+    about = {"fps": [23.0], "error_px": [9.0], "stem": ["x" * 90], "label": ["best"]}
+    parts = {name: getattr(whole, name)[:1, :3] for name in names}
+    return Samples(**parts | {name: np.array(value) for name, value in about.items()} | changes)
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(23.0, 6), (59.0, 2)])
+def test_a_gif_shows_every_frame_or_every_third(make_run: MakeRun, fps: float, expected: int) -> None:
+    with Image.open(io.BytesIO(gif(few_frames(make_run, fps=np.array([fps])), 0, dpi=30))) as picture:
+        assert picture.n_frames == expected
+        assert picture.info["loop"] == 0
+        durations = []
+        for frame in range(picture.n_frames):
+            picture.seek(frame)
+            durations.append(picture.info["duration"])
+        # In real time, but for the centiseconds of a GIF; the last one is held half a second longer.
+        assert durations[0] == pytest.approx(1000 / fps * (6 / expected), abs=10)
+        assert 500 < durations[-1] < 700
 
 
 @pytest.mark.parametrize("seen", [(True, False), (False, True), (False, False)])
 def test_a_gif_of_a_window_with_a_hand_missing(make_run: MakeRun, seen: tuple[bool, bool]) -> None:
-    whole = read_run(make_run()).samples
     present = np.tile(seen, (1, 3, 1))
-    samples = Samples(
-        **{name: getattr(whole, name)[:1, :3] for name in ("observed", "predicted", "target")},
-        observed_present=present,
-        target_present=present,
-        fps=np.array([23.0]),
-        error_px=np.array([9.0]),
-        stem=np.array(["x"]),
-        label=np.array([""]),
-    )
+    # At 59 frames per second every third is drawn.
+    samples = few_frames(make_run, observed_present=present, target_present=present, fps=np.array([59.0]))
     with Image.open(io.BytesIO(gif(samples, 0, dpi=30))) as picture:
         assert picture.format == "GIF"
     poses, _ = animation._moment(samples, 0, -3)
     assert {hand for _, hand in poses} == {hand for hand in (0, 1) if seen[hand]}
     for (name, hand), drawn in poses.items():
-        wrist = whole.observed[0, 0].reshape(2, 21, 2)[hand, 0]
+        wrist = samples.observed[0, 0].reshape(2, 21, 2)[hand, 0]
         assert name == "observed"
         np.testing.assert_allclose(drawn[0], wrist * [864, 486])
 

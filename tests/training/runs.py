@@ -5,6 +5,7 @@ import itertools
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,6 +13,7 @@ from bigru import train as command
 from bigru.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from bigru.data.index import Skipped
 from bigru.data.windows import Dataset, Windows
+from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
 from bigru.training import run
 from bigru.training.run import Parts
@@ -84,6 +86,18 @@ def killed(*_):
     raise KeyboardInterrupt
 
 
+def stop_in(epoch, batch=3):
+    """Returns a loss that ends training at a batch of an epoch, as a kill would."""
+    return at_step((epoch - 1) * 5 + batch, killed)
+
+
+def killed_run(config, **parts):
+    """Trains until a part raises KeyboardInterrupt; returns the run's folder."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, **parts)
+    return only_run(config)
+
+
 def make_up(root):
     """Settings of a run of six epochs over five batches of four."""
     return TrainConfig(
@@ -94,8 +108,8 @@ def make_up(root):
     )
 
 
-def only_run(config, *others):
-    (folder,) = (folder for folder in config.run.out.iterdir() if folder not in others)
+def only_run(config):
+    (folder,) = config.run.out.iterdir()
     return folder
 
 
@@ -119,3 +133,29 @@ def timeless(folder):
 def same_weights(one, other):
     one, other = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_same(one, other):
+    """Asserts that two runs have the same figures and weights, to the bit."""
+    assert timeless(one) == timeless(other)
+    assert same_weights(one, other)
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def checkpoint_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def network_of(folder):
+    """The network with the best weights of a run."""
+    model = HandForecaster(hidden_size=8)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model.eval()
+
+
+def contents(folder):
+    """What the files of a folder hold, but for the lock."""
+    return {file: file.read_bytes() for file in folder.iterdir() if file.name != "run.lock"}

@@ -21,6 +21,7 @@ from bigru.training.run import Parts
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes")
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_path_that_is_not_utf8(tmp_path, capsys):
     prepare_console()
     root, out = (tmp_path / os.fsdecode(name) for name in (b"d\xe4ta|1", b"r\xfcns\n*"))

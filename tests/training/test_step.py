@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from training.runs import (
     PARTS,
+    assert_same,
     at_step,
     change,
+    checkpoint_of,
     dataset,
     killed,
+    killed_run,
     main,
-    make_up,
-    only_run,
     resume,
     rows,
-    same_weights,
     timeless,
     train,
 )
@@ -36,11 +36,6 @@ from bigru.training.step import (
     set_rate,
 )
 from bigru.training.trainer import Trainer
-
-
-@pytest.fixture
-def config(tmp_path):
-    return make_up(tmp_path)
 
 
 def make_step(amp="none", dropout=0.0, **options):
@@ -136,21 +131,18 @@ def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config):
 
     config = change(change(config, "run", amp="fp16"), "optim", epochs=1)
     folder = train(config, trainer=Overscaled)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved = checkpoint_of(folder)
     assert saved["scaler"]["scale"] < 2.0**40
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_a_mixed_run_goes_on_to_the_bit(config, amp):
+def test_a_mixed_run_goes_on_to_the_bit(config, amp, tmp_path):
     config = change(config, "run", amp=amp)
-    whole = train(config)
+    whole = train(change(config, "run", out=tmp_path / "whole"))
     assert rows(whole)[-1]["tr_loss"] < 0.9 * rows(whole)[0]["tr_loss"]
-    with pytest.raises(KeyboardInterrupt):
-        train(config, loss=at_step(8, killed))
-    folder = only_run(config, whole)
-    assert timeless(resume(folder)) == timeless(whole)
-    assert same_weights(folder, whole)
+    folder = killed_run(config, loss=at_step(8, killed))
+    assert_same(resume(folder), whole)
     assert f"fp32, {amp} autocast" in (folder / "train.log").read_text()
 
 
@@ -185,7 +177,7 @@ def test_a_capture_leaves_no_trace(begun):
             assert torch.equal(step.optimizer.state[one][name], tensor), name
 
 
-def test_a_graphed_run_is_the_eager_one(config):
+def test_a_graphed_run_is_the_eager_one(config, whole):
     """The loop around a captured step, with a capture that a CPU can do."""
 
     class Graphed(Trainer):
@@ -195,10 +187,7 @@ def test_a_graphed_run_is_the_eager_one(config):
             super().__init__(*arguments)
             self.graph = True
 
-    whole = train(config)
-    folder = train(config, trainer=Graphed)
-    assert timeless(folder) == timeless(whole)
-    assert same_weights(folder, whole)
+    assert_same(train(config, trainer=Graphed), whole)
 
 
 def test_a_graph_needs_a_gpu(config, capsys):

@@ -2,15 +2,11 @@
 
 import errno
 import fcntl
-import json
 import math
 import os
-import pty
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,16 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training.runs import (
+    assert_same,
     at_step,
     change,
+    checkpoint_of,
+    contents,
     dataset,
     main,
-    make_up,
     only_run,
     options,
     resume,
     rows,
-    same_weights,
+    summary_of,
     timeless,
     train,
 )
@@ -44,19 +42,6 @@ from bigru.training.trainer import DivergedError, Trainer
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 
 
-@pytest.fixture(autouse=True)
-def heeded_hang_up():
-    """Heeds SIGHUP in these tests, in processes that they start too: under nohup it is ignored, as a run respects."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.fixture
-def config(tmp_path):
-    return make_up(tmp_path)
-
-
 def send(*numbers):
     """Returns what sends this process these signals."""
     return lambda: [os.kill(os.getpid(), number) for number in numbers]
@@ -64,10 +49,13 @@ def send(*numbers):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """As in a terminal: where the tests run in the background of a script, SIGINT is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """As in a terminal, in processes too: in the background of a script SIGINT is ignored, and SIGHUP under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -80,42 +68,38 @@ def signals():
     ],
     ids=["mid-epoch", "last batch", "first batch", "very last batch"],
 )
-def test_a_signal_ends_the_run_after_its_step(config, capsys, number, code, stop, epoch, batch):
-    # Dropout is on, so that the random state counts too.
-    whole = train(change(config, "optim", epochs=6))
-    capsys.readouterr()
+def test_a_signal_ends_the_run_after_its_step(config, whole, capsys, number, code, stop, epoch, batch):
     arguments = [*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"]
     assert main(arguments, loss=at_step(stop, send(number))) == code
-    folder = only_run(config, whole)
+    folder = only_run(config)
     error = capsys.readouterr().err
     assert f"{number.name}: stopped after batch {batch} of 5 of epoch {epoch + 1}" in error
     assert f"go on with: python -m bigru.train --resume {folder}\n" in error
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]
+    saved = checkpoint_of(folder)["progress"]
     assert (saved["epoch"], saved["step"]) == (epoch, batch)
     assert len(rows(folder)) == epoch
     assert not (folder / "summary.json").exists()
     torch.rand(17)
     assert main(["--resume", str(folder)]) == 0
     assert f"going on after batch {batch} of epoch {epoch + 1}" in capsys.readouterr().err
-    assert timeless(folder) == timeless(whole)
-    assert same_weights(folder, whole)
+    # Dropout is on, so that the random state counts too.
+    assert_same(folder, whole)
     assert rows(folder)[epoch]["train_s"] > 0
     # Whoever called may be interrupted as before.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_between_two_epochs(config):
+def test_a_signal_between_two_epochs(config, whole):
     class Signalled(Trainer):
         def validate(self):
             if self.progress.epoch == 0:
                 send(signal.SIGTERM)()
             return super().validate()
 
-    whole = train(config)
     with pytest.raises(Interrupted) as stop:
         train(config, trainer=Signalled)
     assert stop.value.signal == signal.SIGTERM
-    folder = only_run(config, whole)
+    folder = only_run(config)
     assert len(rows(folder)) == 1
     assert timeless(resume(folder)) == timeless(whole)
 
@@ -133,40 +117,7 @@ def test_a_second_signal_does_not_wait(config):
     with pytest.raises(Interrupted):
         train(config, loss=at_step(8, send(signal.SIGINT, signal.SIGINT)))
     # The last whole checkpoint is that of epoch 1.
-    assert torch.load(only_run(config) / "checkpoint.pt", weights_only=True)["progress"]["step"] == 0
-
-
-@pytest.mark.slow
-def test_a_terminal_that_is_gone_does_not_cost_the_epoch(config, tmp_path):
-    """SIGHUP comes when every write to the terminal already fails, the progress bar's among them."""
-    program = "import sys; from training.test_stops import hang_up; sys.exit(hang_up(*sys.argv[1:]))"
-    terminal, own_end = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path), str(terminal)],
-        stdin=own_end,
-        stdout=own_end,
-        stderr=own_end,
-        pass_fds=[terminal],
-        env=environment,
-    )
-    os.close(own_end)
-    os.close(terminal)
-    assert process.wait(timeout=60) == 129
-    saved = torch.load(only_run(config) / "checkpoint.pt", weights_only=True)["progress"]
-    assert (saved["epoch"], saved["step"]) == (1, 3)
-
-
-def hang_up(root, terminal):
-    """Trains on a terminal that is closed in the eighth step."""
-    config = make_up(Path(root))
-
-    def close():
-        os.close(int(terminal))
-        send(signal.SIGHUP)()
-
-    arguments = [*options(config), "--epochs", "6"]
-    return main(arguments, loss=at_step(8, close))
+    assert checkpoint_of(only_run(config))["progress"]["step"] == 0
 
 
 def test_an_ignored_signal_stays_ignored_and_threads_need_none():
@@ -191,105 +142,9 @@ def test_an_ignored_signal_stays_ignored_and_threads_need_none():
     assert not errors
 
 
-KILLER = """
-import io, os, random, signal, sys, time
-from pathlib import Path
-# Once, and not in every child.
-import bigru.training.sweep
-from bigru import train
-
-root, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-OPTIONS = ["--data-root", str(root), "--observed", "4", "--predicted", "4", "--hidden-size", "4", "--stride", "20",
-           "--batch-size", "32", "--epochs", "8", "--lr", "1e-2", "--warmup-epochs", "2", "--device", "cpu"]
-
-
-def start(arguments, last=0, name=""):
-    # Kills itself as it empties or renames a file of that name for the so many'th time, if that is given.
-    child = os.fork()
-    if child == 0:
-        calls = [0]
-
-        def count(file):
-            calls[0] += name in str(file)
-            if calls[0] == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def emptied(file, mode="r", *arguments, **options):
-            opened = open(file, mode, *arguments, **options)
-            if "w" in mode:
-                count(file)
-            return opened
-
-        renamed = os.replace
-        os.replace = lambda old, new: (count(new), renamed(old, new))
-        io.open = emptied
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os._exit(train.main(arguments))
-    return child
-
-
-def run(arguments):
-    assert os.waitstatus_to_exitcode(os.waitpid(start(arguments), 0)[1]) == 0, arguments
-
-
-begun = time.perf_counter()
-run([*OPTIONS, "--out", str(out / "whole")])
-whole_s = time.perf_counter() - begun
-moments, kills, number = random.Random(seed), 0, 0
-while kills < 20:
-    number += 1
-    folder = out / f"killed{number}"
-    while True:
-        # Only a run that has written its settings is one.
-        runs = [path for path in folder.glob("2*") if (path / "config.json").is_file()]
-        arguments = ["--resume", str(runs[0])] if runs else [*OPTIONS, "--out", str(folder)]
-        # Half of them anywhere, half of them in the middle of a file.
-        in_file = moments.random() < 0.5
-        name, most = moments.choice([("checkpoint.pt", 5), ("", 25)])
-        last = moments.randint(1, most)
-        child = start(arguments, last, name) if kills < 20 and in_file else start(arguments)
-        if kills < 20 and not in_file:
-            time.sleep(moments.uniform(0, whole_s))
-            os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, code
-        kills += 1
-print(number, kills)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments(tmp_path):
-    write_synthetic(tmp_path / "clips", 24, 1)
-    result = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path / "clips"), str(tmp_path), "7"],
-        text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    number, kills = result.stdout.split()
-    assert kills == "20"
-    (whole,) = (path.parent for path in (tmp_path / "whole").glob("*/summary.json"))
-    for index in range(1, int(number) + 1):
-        out = tmp_path / f"killed{index}"
-        (folder,) = (path.parent for path in out.glob("*/summary.json"))
-        assert timeless(folder) == timeless(whole)
-        assert len(rows(folder)) == 8
-        assert same_weights(folder, whole)
-        document = (out / "results_bigru.md").read_text()
-        assert len(re.findall(rf"<!-- run {folder.name} -->", document)) == 1
-        for link in re.findall(r"\]\(([^)]+\.png)\)", document):
-            assert (out / link).read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("name", ["checkpoint.pt", "weights.safetensors", "metrics.jsonl", "train.log", "samples.npz"])
-def test_a_full_disk(config, monkeypatch, capsys, name):
+def test_a_full_disk(config, whole, monkeypatch, capsys, name):
     """The disk is full from epoch 3 on, as the file of that name is written."""
-    whole = train(config)
     real_open, full = open, [False]
 
     class Full:
@@ -320,19 +175,17 @@ def test_a_full_disk(config, monkeypatch, capsys, name):
     monkeypatch.setattr("io.open", opened)
     monkeypatch.setattr("builtins.open", opened)
     loss = at_step(11 if name != "samples.npz" else 30, lambda: full.__setitem__(0, True))
-    capsys.readouterr()
     assert main([*options(config), "--epochs", "6", "--lr", "1e-2", "--warmup-epochs", "2"], loss=loss) == 2
-    folder = only_run(config, whole)
+    folder = only_run(config)
     error = capsys.readouterr().err
     assert f"go on with: python -m bigru.train --resume {folder}\n" in error
     assert re.search(rf"bigru\.train: \[Errno 28\] No space left on device: '{folder / name}'", error)
     assert "Traceback" not in error
-    kept = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["epoch"]
+    kept = checkpoint_of(folder)["progress"]["epoch"]
     assert kept == {"checkpoint.pt": 2, "samples.npz": 6}.get(name, 3)
     assert not list(folder.glob(".*.partial"))
     full[0] = False
-    assert timeless(resume(folder)) == timeless(whole)
-    assert same_weights(folder, whole)
+    assert_same(resume(folder), whole)
 
 
 def test_a_folder_that_cannot_be_written(config, monkeypatch, capsys, tmp_path):
@@ -347,14 +200,14 @@ def test_a_folder_that_cannot_be_written(config, monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
-def stopped(config, capsys):
+def interrupted(config, capsys):
     """The folder of a run that was interrupted in its first epoch."""
     assert main(options(config), loss=at_step(3, send(signal.SIGINT))) == 130
     capsys.readouterr()
     return only_run(config)
 
 
-def test_a_run_in_a_folder_that_became_read_only(stopped, monkeypatch, capsys):
+def test_a_run_in_a_folder_that_became_read_only(interrupted, monkeypatch, capsys):
     real = Path.open
 
     def read_only(self, mode="r", *arguments, **others):
@@ -362,22 +215,22 @@ def test_a_run_in_a_folder_that_became_read_only(stopped, monkeypatch, capsys):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
         return real(self, mode, *arguments, **others)
 
-    before = {file: file.read_bytes() for file in stopped.iterdir()}
+    before = contents(interrupted)
     monkeypatch.setattr(Path, "open", read_only)
-    assert main(["--resume", str(stopped)]) == 2
-    assert f"Read-only file system: '{stopped / 'run.lock'}'" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in stopped.iterdir()} == before
+    assert main(["--resume", str(interrupted)]) == 2
+    assert f"Read-only file system: '{interrupted / 'run.lock'}'" in capsys.readouterr().err
+    assert contents(interrupted) == before
 
 
-def test_a_folder_in_use_by_another_run(stopped, capsys):
-    before = {file: file.read_bytes() for file in stopped.iterdir()}
+def test_a_folder_in_use_by_another_run(interrupted, capsys):
+    before = contents(interrupted)
     # A lock of another open file keeps this process out as another process would.
-    with (stopped / "run.lock").open("a") as lock:
+    with (interrupted / "run.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(["--resume", str(stopped)]) == 2
-    assert f"{stopped} is in use by another run, process {os.getpid()};" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in stopped.iterdir()} == before
-    assert main(["--resume", str(stopped)]) == 0
+        assert main(["--resume", str(interrupted)]) == 2
+    assert f"{interrupted} is in use by another run, process {os.getpid()};" in capsys.readouterr().err
+    assert contents(interrupted) == before
+    assert main(["--resume", str(interrupted)]) == 0
 
 
 def test_a_running_run_holds_its_folder(config):
@@ -428,7 +281,7 @@ def test_the_batch_of_a_loss_that_is_no_number_is_kept(config, capsys, value, st
     assert batch["stem"].tolist() == [f"clip-{number // 3}" for number in batch["window"]]
     assert all(tensor.isfinite().all() for tensor in load_file(folder / "weights.safetensors").values())
     # What a signal leaves is no checkpoint of broken weights.
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved = checkpoint_of(folder)
     assert saved["progress"]["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
@@ -461,17 +314,15 @@ def test_fp16_gradients_that_are_never_numbers_stop_the_run(config):
         train(config, trainer=with_infinite_gradients())
 
 
-def test_a_run_stopped_in_an_epoch_of_other_batches(stopped, capsys):
-    settings = json.loads((stopped / "config.json").read_text())
-    settings["optim"]["batch_size"] = 5
-    (stopped / "config.json").write_text(json.dumps(settings))
-    assert main(["--resume", str(stopped)]) == 2
-    assert (
-        "stands in the middle of an epoch of 5 batches of 4; by its settings it has 4 of 5" in capsys.readouterr().err
-    )
-    settings["optim"]["batch_size"] = 4
-    (stopped / "config.json").write_text(json.dumps(settings))
-    assert main(["--resume", str(stopped)]) == 0
+def test_a_run_stopped_in_an_epoch_of_other_batches(interrupted, capsys):
+    settings = interrupted / "config.json"
+    before = settings.read_text()
+    settings.write_text(before.replace('"batch_size": 4', '"batch_size": 5'))
+    assert main(["--resume", str(interrupted)]) == 2
+    said = "stands in the middle of an epoch of 5 batches of 4; by its settings it has 4 of 5"
+    assert said in capsys.readouterr().err
+    settings.write_text(before)
+    assert main(["--resume", str(interrupted)]) == 0
 
 
 def test_clips_that_vanish_while_training(config, tmp_path):
@@ -482,5 +333,4 @@ def test_clips_that_vanish_while_training(config, tmp_path):
     folder = train(config, load=load_dataset, loss=at_step(2, lambda: shutil.rmtree(root)))
     assert not root.exists()
     assert timeless(folder) == timeless(whole)
-    test, other = (json.loads((run / "summary.json").read_text())["test"] for run in (folder, whole))
-    assert test == other
+    assert summary_of(folder)["test"] == summary_of(whole)["test"]

@@ -1,12 +1,10 @@
 """TensorBoard's files: what a run writes into them, that it changes nothing else, and what is said without it."""
 
 import builtins
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from training.runs import change, main, make_up, only_run, options, resume, rows, same_weights, timeless, train
+from training.runs import assert_same, change, killed_run, main, make_up, options, resume, rows, train
 
 from bigru.config import ConfigError
 from bigru.training import tensorboard as board
@@ -32,8 +30,7 @@ def test_a_watched_run_is_the_same_to_the_bit_and_shows_all(config):
     plain = train(config)
     watched = train(change(config, "run", tensorboard=True))
     assert not (plain / "tensorboard").exists()
-    assert timeless(watched) == timeless(plain)
-    assert same_weights(watched, plain)
+    assert_same(watched, plain)
     found, history = events(watched), rows(watched)
     assert sorted(found.Tags()["scalars"]) == sorted(board.CURVES.values())
     for column, curve in board.CURVES.items():
@@ -58,9 +55,7 @@ def test_a_resumed_run_goes_on_on_the_board(config):
                 raise KeyboardInterrupt
             super().save(folder)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(config, trainer=Killed)
-    folder = only_run(config)
+    folder = killed_run(config, trainer=Killed)
     # Asked for only now, it shows what comes.
     resume(folder, {"tensorboard": True})
     assert [scalar.step for scalar in events(folder).Scalars("mpjpe/validation")] == [2, 3]
@@ -80,11 +75,6 @@ def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
     assert main([*options(config), "--tensorboard"]) == 2
     assert "tensorboard: expected the package tensorboard, which is not installed" in capsys.readouterr().err
     assert not config.run.out.exists()
-
-
-def test_it_is_not_imported_before_it_is_asked_for():
-    look = "import sys, bigru.training.tensorboard; sys.exit('tensorboard' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", look]).returncode == 0
 
 
 def test_pictures_are_light_and_of_the_figures_size():

@@ -1,0 +1,21 @@
+"""Settings of a run, and runs that several tests only read or go on with."""
+
+import pytest
+from training.runs import killed_run, make_up, stop_in, train
+
+
+@pytest.fixture
+def config(tmp_path):
+    return make_up(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing stopped, to be read only."""
+    return train(make_up(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.fixture
+def stopped(config):
+    """A run of six epochs that was killed in its third."""
+    return killed_run(config, loss=stop_in(3))
