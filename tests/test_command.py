@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from bigru import __main__
 from bigru.command import COMMANDS, FORECASTER, CommandError, ending, prepare_console, training_line
 
 WITHOUT = """
@@ -21,14 +22,27 @@ print([name for name in ("triton", "onnx", "torch._dynamo", "torch._inductor") i
 bigru.HandForecaster(hidden_size=4)
 from bigru.command import COMMANDS, run
 print([run(name, []) for name in COMMANDS])
+# Nor, from here on, is triton.
+sys.modules["triton"] = None
+x = torch.randn(2, 2, 3)
+print(bigru.BiGRU(3, 4)(x)[0].shape, torch.compile(bigru.BiGRU(3, 4), backend="eager")(x)[0].shape)
+print("bigru.kernels.cell" in sys.modules)
+try:
+    bigru.BiGRU(3, 4, backend="triton")(x)
+except RuntimeError as error:
+    print(str(error).partition(": ")[2])
 """
 
 
-def test_the_layer_needs_no_extra_and_commands_name_theirs():
+@pytest.mark.slow
+def test_the_layer_needs_neither_extra_nor_triton_and_commands_name_theirs():
     result = subprocess.run([sys.executable, "-c", WITHOUT, *FORECASTER], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     # What takes long to import is not needed either: torch alone takes longer.
-    assert result.stdout.splitlines() == ["[]", "[2, 2, 2, 2, 2]"]
+    first, codes, shapes, imported, refusal = result.stdout.splitlines()
+    assert (first, codes, imported) == ("[]", "[2, 2, 2, 2, 2]", "False")
+    assert shapes == "torch.Size([2, 2, 8]) torch.Size([2, 2, 8])"
+    assert refusal.startswith("triton is not installed")
     assert result.stderr.splitlines() == [
         f"bigru.{name} needs the extra forecaster, pip install 'bigru[forecaster]': no {', '.join(FORECASTER)} here"
         for name in COMMANDS
@@ -53,10 +67,12 @@ def test_no_help_waits_for_torch():
     assert result.stdout.splitlines()[-1] == "False"
 
 
-def test_the_commands_are_listed():
-    result = subprocess.run([sys.executable, "-m", "bigru"], capture_output=True, text=True)
-    assert result.returncode == 0
-    assert all(f"python -m bigru.{name} " in result.stdout for name in COMMANDS)
+@pytest.mark.parametrize(("argv", "code"), [([], 0), (["--help"], 0), (["fly"], 2)])
+def test_the_commands_are_listed(monkeypatch, capsys, argv, code):
+    monkeypatch.setattr(sys, "argv", ["bigru", *argv])
+    assert __main__.main() == code
+    listed = capsys.readouterr().out
+    assert all(f"python -m bigru.{name} " in listed for name in COMMANDS)
 
 
 class Left(KeyboardInterrupt):

@@ -1,8 +1,6 @@
 """The registry: which kernel serves what, with which parameters, and which of them "auto" takes."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,25 +209,3 @@ class TestProven:
         assert not entry.covers(replace(call, hidden=65))
         assert not entry.covers(replace(call, dtype=torch.float16))
         assert not entry.covers(replace(call, device=A100))
-
-
-def test_without_triton():
-    """In a process of its own, where triton cannot be imported."""
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch
-import bigru
-x = torch.randn(2, 2, 3)
-assert bigru.BiGRU(3, 4)(x)[0].shape == (2, 2, 8)
-assert torch.compile(bigru.BiGRU(3, 4), backend="eager")(x)[0].shape == (2, 2, 8)
-assert "bigru.kernels.cell" not in sys.modules
-try:
-    bigru.BiGRU(3, 4, backend="triton")(x)
-except RuntimeError as error:
-    assert "'triton' cannot serve this call: triton is not installed" in str(error), error
-else:
-    raise AssertionError
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
