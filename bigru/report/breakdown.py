@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bigru.report.markdown import blocks, plain, table
-from bigru.report.record import NETWORK, RunRecord, Series
+from bigru.report.record import NETWORK, RunRecord
 
 COMPARED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -18,8 +18,7 @@ def horizon(record: RunRecord, picture: str) -> str:
     predicted = record.config["data"]["predicted"]
     frames = sorted({max(1, math.ceil(share * predicted)) for share in COMPARED_SHARES})
     rows = [
-        [plain(name), *(f"{series.joint_error_px[frame - 1]:,.1f}" for frame in frames)]
-        for name, series in record.horizon.items()
+        [plain(name), *(f"{errors[frame - 1]:,.1f}" for frame in frames)] for name, errors in record.horizon.items()
     ]
     reach = ", ".join(f"{predicted / fps:.2f} s ahead at {fps:g} fps" for fps, _ in record.by_frame_rate)
     return blocks(
@@ -30,14 +29,14 @@ def horizon(record: RunRecord, picture: str) -> str:
     )
 
 
-def unbeaten(horizon: Mapping[str, Series]) -> str:
+def unbeaten(horizon: Mapping[str, np.ndarray]) -> str:
     """Returns sentences that name the frames in which a baseline is at least as good; empty if there are none."""
-    ours = np.array(horizon[NETWORK].joint_error_px)
+    ours = horizon[NETWORK]
     sentences = []
-    for name, series in horizon.items():
-        frames = np.flatnonzero(ours >= np.array(series.joint_error_px)) + 1
+    for name, errors in horizon.items():
+        frames = np.flatnonzero(ours >= errors) + 1
         if name != NETWORK and frames.size:
-            first = beaten_from(ours, np.array(series.joint_error_px))
+            first = beaten_from(ours, errors)
             after = f" and is beaten from frame {first} on" if first else ""
             sentences.append(f'"{plain(name)}" is at least as good as {NETWORK} at {_ranges(frames.tolist())}{after}.')
     return " ".join(sentences)

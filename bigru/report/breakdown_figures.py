@@ -38,7 +38,7 @@ def horizon(record: RunRecord) -> Figure:
     looks = {NETWORK: (VERMILION, "solid")} | {
         name: BASELINE_LOOKS[min(i, len(BASELINE_LOOKS) - 1)] for i, name in enumerate(baselines)
     }
-    lines = {name: np.array(series.joint_error_px) for name, series in record.horizon.items()}
+    lines = record.horizon
     for name, values in lines.items():
         color, style = looks[name]
         # One frame is no line.
@@ -90,8 +90,8 @@ def name_line_ends(axes: Axes, lines: dict[str, np.ndarray], colors: dict[str, s
 def joints(record: RunRecord) -> Figure:
     """Draws the mean error in pixels of each joint, as its colour and a number, on a left and a right hand."""
     figure = Figure(figsize=(WIDTH_IN, 3.6), dpi=DPI)
-    assert record.by_joint is not None
-    errors = np.array(record.by_joint.joint_error_px)
+    errors = record.by_joint
+    assert errors is not None
     finite = errors[np.isfinite(errors)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     norm = Normalize(low, high if high > low else low + 1)

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from bigru.files import printable
 from bigru.report.comparison import differing_settings, inputs, names, same_test_windows
 from bigru.report.figures import DPI, INK, WIDTH_IN, lone_points, scale_values, styled
-from bigru.report.record import NETWORK, RunRecord, Series
+from bigru.report.record import NETWORK, RunRecord
 
 # Okabe and Ito's palette without its yellow, which is lost on white; then the same colours, broken.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -33,10 +33,8 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     looks: list[dict[str, Any]] = [{"color": color, "linestyle": style} for style in STYLES for color in COLORS]
     order = np.argsort([record.test.joint_error_px for record in records], kind="stable")[:MOST]
     drawn = [records[i] for i in sorted(order)]
-    series: dict[str, Series] = (
-        next((record.horizon for record in drawn if record.horizon), {}) if same_test_windows(records) else {}
-    )
-    baselines = {name: errors for name, errors in series.items() if name != NETWORK}
+    recorded = [record.horizon for record in drawn if record.horizon and same_test_windows(records)]
+    baselines = {name: errors for horizon in recorded[:1] for name, errors in horizon.items() if name != NETWORK}
     below = 0.45 + LEGEND_ROW_IN * (len(drawn) + len(baselines))
     total = 2.45 + below
     figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI)
@@ -45,13 +43,13 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     for name, settings, record, look in zip(names(drawn), differing_settings(drawn), drawn, looks, strict=False):
         _draw(epochs, record.metrics["epoch"], record.metrics["va_joint_error_px"], **look)
         if record.horizon:
-            values = record.horizon[NETWORK].joint_error_px
+            values = record.horizon[NETWORK]
             _draw(frames, range(1, len(values) + 1), values, **look)
         words = f"{name}   {inputs(record)}   {settings.strip('` ')}"
         handles.append(Line2D([], [], linewidth=1.5, label=_shortened(words), **look))
     for (name, errors), style in zip(baselines.items(), ((0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 3))), strict=False):
         look = {"color": INK, "linestyle": style}
-        _draw(frames, range(1, len(errors.joint_error_px) + 1), errors.joint_error_px, **look)
+        _draw(frames, range(1, len(errors) + 1), errors, **look)
         handles.append(Line2D([], [], linewidth=1.5, label=name, **look))
     for axes, x, title in ((epochs, "epoch", "validation"), (frames, "future frame", "test")):
         axes.set_title(title, loc="left")
@@ -70,7 +68,7 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, x: Sequence[float], values: Sequence[float], **look: Any) -> None:
+def _draw(axes: Axes, x: Sequence[float], values: Sequence[float] | np.ndarray, **look: Any) -> None:
     axes.plot(x, values, linewidth=1.5, marker="o", markersize=3, markevery=lone_points(list(values)), **look)
 
 

@@ -95,14 +95,6 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Series:
-    """Per-joint errors of each future frame, or of each joint; NaN where nothing was scored."""
-
-    joint_error: tuple[float, ...]
-    joint_error_px: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Samples:
     """A few test windows to draw; coordinates are x, y pairs of 21 left joints, then 21 right ones, centred."""
 
@@ -144,10 +136,10 @@ class RunRecord:
     """Frame rates that are assumed for some windows, and for how many of them."""
     by_subtask: tuple[tuple[str, Scores], ...]
     """Empty where the run did not record it, as are the next two."""
-    horizon: dict[str, Series]
-    """The errors at each future frame: of `NETWORK`, and of the baselines by name."""
-    by_joint: Series | None
-    """The errors of the 21 left joints, then the 21 right ones."""
+    horizon: dict[str, np.ndarray]
+    """Per-joint errors in pixels at each future frame, (T,): of `NETWORK`, and of the baselines by name."""
+    by_joint: np.ndarray | None
+    """(42,) errors in pixels of the 21 left joints, then the 21 right ones; NaN for one that was never there."""
     modalities: dict[str, bool]
     source: str
     split: str
@@ -277,14 +269,11 @@ def _scores(values: Mapping[str, Any]) -> Scores:
     )
 
 
-def _series(values: Mapping[str, Any], length: int) -> Series:
-    columns = []
-    for name in ("joint_error", "joint_error_px"):
-        listed = values[name]
-        if len(listed) != length:
-            raise ValueError(f"{name} should hold {length} numbers, got {len(listed)}")
-        columns.append(tuple(_number({name: value}, name) for value in listed))
-    return Series(*columns)
+def _errors_px(values: Mapping[str, Any], length: int) -> np.ndarray:
+    listed = values["joint_error_px"]
+    if len(listed) != length:
+        raise ValueError(f"joint_error_px should hold {length} numbers, got {len(listed)}")
+    return np.array([_number({"joint_error_px": value}, "joint_error_px") for value in listed])
 
 
 def _from_summary(
@@ -305,7 +294,9 @@ def _from_summary(
     if not all(fps > 0 for fps, _ in rates):
         raise ValueError("by_frame_rate: fps should be more than 0")
     data, broken_down = summary["data"], version > 1
-    horizon = {name: _series(values, predicted) for name, values in summary["horizon"].items()} if broken_down else {}
+    horizon = {}
+    if broken_down:
+        horizon = {name: _errors_px(values, predicted) for name, values in summary["horizon"].items()}
     if horizon and NETWORK not in horizon:
         raise ValueError(f"horizon: {NETWORK} is missing")
     return RunRecord(
@@ -332,7 +323,7 @@ def _from_summary(
         ),
         by_subtask=tuple((str(row["subtask"]), _scores(row)) for row in summary["by_subtask"]) if broken_down else (),
         horizon=horizon,
-        by_joint=_series(summary["by_joint"], JOINTS) if broken_down else None,
+        by_joint=_errors_px(summary["by_joint"], JOINTS) if broken_down else None,
         modalities={name: bool(summary["modalities"][name]) for name in MODALITIES},
         source=str(data["source"]),
         split=str(data["split"]),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from bigru.arguments import command_line
@@ -30,7 +31,7 @@ from bigru.model.metrics import (
     window_error_px,
 )
 from bigru.report.breakdown import unbeaten
-from bigru.report.record import METRICS, NETWORK, Series
+from bigru.report.record import METRICS, NETWORK
 from bigru.training.example_windows import write_example_windows
 from bigru.training.run_dir import SUMMARY, start_of
 from bigru.training.trainer import Trainer
@@ -107,7 +108,7 @@ def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
     summary = read_summary(folder)
     log.info("%s", score_table({NETWORK: summary["test"], **summary["baselines"]}))
     # NaN where nothing was scored.
-    horizon = {name: Series(*map(tuple, series.values())) for name, series in summary.get("horizon", {}).items()}
+    horizon = {name: np.array(errors["joint_error_px"]) for name, errors in summary.get("horizon", {}).items()}
     if horizon and (sentences := unbeaten(horizon)):
         log.info("%s", sentences)
     log.info("%s", printable(document))

@@ -13,7 +13,7 @@ import pytest
 
 from bigru.report import comparison, comparison_figures, document, figures
 from bigru.report.compare import main
-from bigru.report.record import NETWORK, RunRecord, Series, read_run
+from bigru.report.record import NETWORK, RunRecord, read_run
 
 MakeRun = Callable[..., Path]
 
@@ -136,8 +136,8 @@ def test_the_picture_draws_every_run_and_the_baselines(runs: list[Path]) -> None
     for line, record in zip(epochs.lines, pair, strict=True):
         np.testing.assert_array_equal(line.get_ydata(), record.metrics["va_joint_error_px"])
     expected = [*(record.horizon[NETWORK] for record in pair), *list(pair[0].horizon.values())[1:]]
-    for line, series in zip(frames.lines, expected, strict=True):
-        np.testing.assert_array_equal(line.get_ydata(), series.joint_error_px)
+    for line, errors in zip(frames.lines, expected, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), errors)
     assert [text.get_text().split("   ") for text in figure.legends[0].get_texts()] == [
         ["20261123_224500", "hands", "hidden_size=128"],
         ["20261124_101112", "hands + gaze", "hidden_size=64"],
@@ -161,7 +161,7 @@ def test_runs_that_recorded_no_horizon(runs: list[Path]) -> None:
     old = [replace(record, horizon={}) for record in records(runs)]
     figure = comparison_figures.comparison(old)
     assert [text.get_text() for text in figure.axes[1].texts] == ["not recorded by these runs"]
-    mixed = comparison_figures.comparison([old[0], replace(old[1], horizon={NETWORK: Series((1.0,), (7.0,))})])
+    mixed = comparison_figures.comparison([old[0], replace(old[1], horizon={NETWORK: np.array([7.0])})])
     assert len(mixed.axes[1].lines) == 1
     figures.png(mixed)
 

@@ -532,13 +532,13 @@ def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None
     [
         pytest.param({"format": 3}, r"summary\.json: format 3 is not known; .* reads 1 and 2", id="format"),
         pytest.param({"by_joint": {"joint_error": [1.0] * 42}}, r"joint_error_px is missing", id="by joint"),
-        pytest.param({"by_joint": {"joint_error": [1.0]}}, r"joint_error should hold 42 numbers, got 1", id="joints"),
+        pytest.param({"by_joint": {"joint_error_px": [1.0]}}, r"_px should hold 42 numbers, got 1", id="joints"),
         pytest.param(
-            {"horizon": {"x": {"joint_error": ["2"] * 60}}}, r"joint_error should be a number, got '2'", id="horizon"
+            {"horizon": {"x": {"joint_error_px": ["2"] * 60}}},
+            r"joint_error_px should be a number, got '2'",
+            id="horizon",
         ),
-        pytest.param(
-            {"horizon": {"x": {"joint_error": [1.0] * 60, "joint_error_px": [1.0] * 60}}}, "this network", id="own"
-        ),
+        pytest.param({"horizon": {"x": {"joint_error_px": [1.0] * 60}}}, "this network", id="own"),
         pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
         pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
         pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: ade is missing", id="score missing"),

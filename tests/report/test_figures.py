@@ -17,7 +17,7 @@ from PIL import Image
 
 from bigru.report import animation, breakdown_figures, figures, write_report
 from bigru.report.animation import gif
-from bigru.report.record import Samples, Series, read_run
+from bigru.report.record import Samples, read_run
 
 MakeRun = Callable[..., Path]
 
@@ -200,8 +200,8 @@ def test_horizon_draws_each_forecaster(make_run: MakeRun) -> None:
     *lines, beaten = axes.lines
     # As the document says: 0.05 + 0.05 x = 0.01 + 0.2 x in frame 16.
     assert (beaten.get_xdata()[0], axes.get_title(loc="left")) == (17, '"repeat last frame" is beaten from frame 17 on')
-    for line, series in zip(lines, record.horizon.values(), strict=True):
-        np.testing.assert_array_equal(line.get_ydata(), series.joint_error_px)
+    for line, errors in zip(lines, record.horizon.values(), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), errors)
         np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 61))
     # The last values, lowest first.
     names = [text.get_text() for text in axes.texts]
@@ -212,7 +212,7 @@ def test_horizon_draws_each_forecaster(make_run: MakeRun) -> None:
 
 def test_names_at_the_lines_ends_do_not_overlap(make_run: MakeRun) -> None:
     record = read_run(make_run())
-    level = Series((0.1,) * 60, (70.0,) * 60)
+    level = np.full(60, 70.0)
     (axes,) = breakdown_figures.horizon(replace(record, horizon=dict.fromkeys(record.horizon, level))).axes
     heights = sorted(text.get_position()[1] for text in axes.texts)
     assert len(heights) == 3
@@ -222,10 +222,9 @@ def test_names_at_the_lines_ends_do_not_overlap(make_run: MakeRun) -> None:
 @pytest.mark.parametrize("value", [math.nan, 0.0])
 def test_breakdown_of_nothing(make_run: MakeRun, value: float) -> None:
     record = read_run(make_run(config={"data": {"observed": 1, "predicted": 1}}))
-    alone = {name: Series((value,), (value,)) for name in record.horizon}
+    alone = {name: np.array([value]) for name in record.horizon}
     png_size(figures.png(breakdown_figures.horizon(replace(record, horizon=alone))))
-    nothing = Series((value,) * 42, (value,) * 42)
-    figure = breakdown_figures.joints(replace(record, by_joint=nothing))
+    figure = breakdown_figures.joints(replace(record, by_joint=np.full(42, value)))
     png_size(figures.png(figure))
     assert ("never seen" in figure.axes[0].get_title()) == math.isnan(value)
 
@@ -233,7 +232,7 @@ def test_breakdown_of_nothing(make_run: MakeRun, value: float) -> None:
 def test_joints_are_drawn_on_their_own_hand(make_run: MakeRun) -> None:
     record = read_run(make_run())
     left, right, _ = breakdown_figures.joints(record).axes
-    errors = np.array(record.by_joint.joint_error_px)
+    errors = record.by_joint
     for axes, own, name in ((left, errors[:21], "left"), (right, errors[21:], "right")):
         assert axes.get_title() == f"{name} hand, mean {own.mean():.0f} px"
         assert [text.get_text() for text in axes.texts[:21]] == [f"{error:.0f}" for error in own]
