@@ -39,6 +39,17 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"out: expected a folder that can be written, got {printable(nearest)}")
 
 
+def latest_run(path: Path) -> Path:
+    """Returns the last run in the folder around, or in `runs`, for a path `latest` that is not there; else the path."""
+    if path.name != "latest" or path.exists():
+        return path
+    around = RunConfig().out if path == Path("latest") else path.parent
+    runs = sorted(found.parent for found in around.glob("*/config.json"))
+    if not runs:
+        raise ConfigError(f"latest: {printable(around)} holds no run")
+    return runs[-1]
+
+
 def expand_home(settings: Any) -> None:
     """Replaces a leading ~ in every path of a frozen dataclass, from the command line or a file, by the home folder."""
     for item in fields(settings):

@@ -79,7 +79,8 @@ class HandForecaster(nn.Module):
         """Reads a trained network, its sizes from the weights' shapes, and puts it into evaluation mode.
 
         Args:
-            path: a run's folder, a .safetensors, or a published .pt or .pth, which is read with weights_only=True.
+            path: a run's folder (`runs/latest`: the last one), a .safetensors, or a published .pt or .pth, which is
+                read with weights_only=True.
             device: where it is to compute.
             options: `backend` and `precision`, as above.
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bigru.command import CommandError
+from bigru.config import latest_run
 from bigru.files import printable, user_path, write_atomically
 from bigru.layout import MODALITY_SIZES, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
@@ -41,8 +42,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Returns the file of weights that a path names: itself, or that in a run's folder."""
-    path = user_path(path)
+    """Returns the file of weights that a path names: itself, or that in a run's folder, or in `latest`'s."""
+    path = latest_run(user_path(path))
     return path / WEIGHTS if path.is_dir() else path
 
 

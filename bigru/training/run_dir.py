@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bigru.config import OWNER, ConfigError, RunConfig, TrainConfig, from_mapping
+from bigru.config import OWNER, ConfigError, TrainConfig, from_mapping, latest_run
 from bigru.data.windows import SPLITS, Dataset
 from bigru.files import ESCAPE, as_json, named, printable, shell_line, write_json, write_lines
 from bigru.model.weights import WEIGHTS
@@ -67,12 +67,7 @@ def find(folder: Path) -> Path:
     Raises:
         ConfigError: it holds no run.
     """
-    if folder.name == "latest" and not folder.exists():
-        around = RunConfig().out if folder == Path("latest") else folder.parent
-        runs = sorted(path.parent for path in around.glob("*/config.json"))
-        if not runs:
-            raise ConfigError(f"resume: {printable(around)} holds no run")
-        folder = runs[-1]
+    folder = latest_run(folder)
     if not folder.name or folder.name == ".." or folder.is_symlink():
         folder = folder.resolve()
     if not (folder / "config.json").is_file():

@@ -110,7 +110,7 @@ def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
     # NaN where nothing was scored.
     horizon = {name: np.array(errors["joint_error_px"]) for name, errors in summary.get("horizon", {}).items()}
     if horizon and (sentences := unbeaten(horizon)):
-        log.info("%s", sentences)
+        log.info("%s", sentences.replace(". ", ".\n"))
     log.info("%s", printable(document))
 
 
