@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bigru import BiGRU
+from bigru.kernels.cpu import KERNEL
 
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 
@@ -136,6 +137,13 @@ def test_torch(configuration):
 @given(configurations(WIDE, 5))
 def test_reference(configuration):
     check(configuration, "reference", "cpu")
+
+
+@pytest.mark.skipif(KERNEL.instructions == "none", reason="the C extension is not built")
+@settings(REPEATABLE, max_examples=60)
+@given(configurations(WIDE, 12))
+def test_cpu(configuration):
+    check(configuration, "cpu", "cpu")
 
 
 # The interpreter is too slow to look for a smaller failure.
