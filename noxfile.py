@@ -68,13 +68,14 @@ def lint(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Tests the kernels on the oldest supported triton (a GPU machine's) and compiles them there for sm_90.
 
-    Without the slow tests, which `tests` runs on the newest triton. All three architectures take ten minutes more:
+    Without the slow tests, which `tests` runs on the newest triton, and without the C extension. All three architectures take ten minutes more:
     `.nox/kernels/bin/python -m bigru.kernels.resources`.
     """
     session.install("-c", CONSTRAINTS, "-e", ".[test]")
     # Its interpreter needs numpy below 2.4.
     session.install("triton==3.6.0", "numpy<2.4")
-    session.run("python", "-m", "pytest", "tests/kernels", "-m", "not slow", *session.posargs, env=ONE_THREAD)
+    hidden, plugin = ONE_THREAD | {"PYTHONPATH": "tests"}, ("-p", "without_extension")
+    session.run("python", "-m", "pytest", *plugin, "tests/kernels", "-m", "not slow", *session.posargs, env=hidden)
     session.run("python", "-m", "bigru.kernels.resources", "--arch", "sm_90", env={"TRITON_INTERPRET": "0"})
 
 
