@@ -68,8 +68,8 @@ def lint(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Tests the kernels on the oldest supported triton (a GPU machine's) and compiles them there for sm_90.
 
-    Without the slow tests, which `tests` runs on the newest triton, and without the C extension. All three architectures take ten minutes more:
-    `.nox/kernels/bin/python -m bigru.kernels.resources`.
+    Without the slow tests, which `tests` runs on the newest triton, and without the C extension. All three
+    architectures take ten minutes more: `.nox/kernels/bin/python -m bigru.kernels.resources`.
     """
     session.install("-c", CONSTRAINTS, "-e", ".[test]")
     # Its interpreter needs numpy below 2.4.
