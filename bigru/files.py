@@ -74,9 +74,9 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode(errors=ESCAPE))
 
 
-def write_json(path: Path, value: Any, indent: int = 2) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically; NaN and infinities become null."""
-    write_lines(path, [json.dumps(without_nan(value), indent=indent, allow_nan=False)])
+    write_lines(path, [json.dumps(without_nan(value), indent=2, allow_nan=False)])
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:

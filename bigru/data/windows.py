@@ -114,13 +114,12 @@ class Windows:
             fps=self.fps[indices],
         )
 
-    def batches(self, batch_size: int, order: Tensor | None = None, drop_last: bool = False) -> Iterator[Batch]:
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """Yields the windows in batches.
 
         Args:
             batch_size: B, windows per batch.
             order: (N,) int64, the order of the windows, or a choice of them; default: as stored.
-            drop_last: leave out a last batch of fewer than `batch_size` windows, unless it is the only one.
 
         Raises:
             ValueError: `batch_size` is below 1.
@@ -129,9 +128,7 @@ class Windows:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         order = torch.arange(len(self)) if order is None else order
         # One transfer for the whole pass instead of one per batch.
-        for number, indices in enumerate(order.to(self.starts.device).split(batch_size)):
-            if drop_last and number > 0 and len(indices) < batch_size:
-                return
+        for indices in order.to(self.starts.device).split(batch_size):
             if len(indices):
                 yield self.batch(indices)
 

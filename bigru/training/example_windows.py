@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from bigru.data.windows import Windows
 from bigru.files import write_npz
 from bigru.layout import JOINTS, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
+from bigru.report.record import Samples
 
 SAMPLES = {"best": 0.0, "median": 0.5, "95th percentile": 0.95, "worst": 1.0}
 """Test windows to draw: what they are called, and the share of windows with less error."""
@@ -21,14 +24,14 @@ def write_example_windows(path: Path, model: HandForecaster, windows: Windows, e
     # Windows in which no joint was present sort last, and are no sample of anything.
     order = error_px.argsort()[: max(1, int(error_px.isfinite().sum()))]
     chosen = order[[round(share * (len(order) - 1)) for share in SAMPLES.values()]]
-    tensors = example_arrays(model, windows, chosen, error_px[chosen])
-    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    write_npz(path, arrays | {"stem": example_stems(windows, chosen), "label": list(SAMPLES)})
+    write_npz(path, vars(example_windows(model, windows, chosen, error_px[chosen], list(SAMPLES))))
 
 
 @torch.inference_mode()
-def example_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, error_px: Tensor) -> dict[str, Tensor]:
-    """Returns the arrays of `bigru.report.record.Samples` for the windows numbered `chosen`, (S,)."""
+def example_windows(
+    model: HandForecaster, windows: Windows, chosen: Tensor, error_px: Tensor, labels: Sequence[str]
+) -> Samples:
+    """Returns the windows numbered `chosen`, (S,), with forecasts, and with errors and labels of as many."""
     was_training = model.training
     batch = windows.batch(chosen)
     # Not only for the picture's sake: dropout would draw random numbers that training is to draw.
@@ -36,19 +39,16 @@ def example_arrays(model: HandForecaster, windows: Windows, chosen: Tensor, erro
     model.train(was_training)
     chosen = chosen.to(windows.starts.device)
     observed = windows.starts[chosen][:, None] + torch.arange(batch.x.shape[1], device=windows.starts.device)
-    return {
-        "observed": batch.x[..., :POSE_SIZE],
-        "predicted": predicted,
-        "target": batch.target,
-        "observed_present": windows.present[observed],
+    return Samples(
+        observed=batch.x[..., :POSE_SIZE].cpu().numpy(),
+        predicted=predicted.cpu().numpy(),
+        target=batch.target.cpu().numpy(),
+        observed_present=windows.present[observed].cpu().numpy(),
         # A hand is present or missing whole: its wrist stands for it.
-        "target_present": batch.present[..., [0, JOINTS // 2]],
-        "fps": batch.fps,
-        "fps_assumed": windows.fps_is_assumed[chosen],
-        "error_px": error_px,
-    }
-
-
-def example_stems(windows: Windows, chosen: Tensor) -> list[str]:
-    """Returns the names of the clips that windows are from."""
-    return [windows.stems[clip] for clip in windows.clip[chosen.to(windows.clip.device)].tolist()]
+        target_present=batch.present[..., [0, JOINTS // 2]].cpu().numpy(),
+        fps=batch.fps.cpu().numpy(),
+        error_px=error_px.cpu().numpy(),
+        stem=np.array([windows.stems[clip] for clip in windows.clip[chosen].tolist()]),
+        label=np.array(labels),
+        fps_assumed=windows.fps_is_assumed[chosen].cpu().numpy(),
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from bigru.config import ConfigError
@@ -15,12 +14,8 @@ from bigru.files import printable
 from bigru.model.metrics import evaluate, window_error_px
 from bigru.report import figures
 from bigru.report.record import Samples, read_samples
-from bigru.training.example_windows import example_arrays, example_stems
+from bigru.training.example_windows import example_windows
 from bigru.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    # matplotlib is imported by bigru.report first, which sees to MPLBACKEND.
-    from matplotlib.figure import Figure
 
 # Curve in TensorBoard, by the column of metrics.jsonl.
 CURVES = {
@@ -38,65 +33,37 @@ CURVES = {
 }
 
 
-class Board:
-    """Writes a run's curves and pictures where TensorBoard finds them.
-
-    Args:
-        folder: for the files, made if need be; epochs after `epoch` that are in them already are no longer shown.
-        epoch: epochs done so far.
-
-    Raises:
-        ConfigError: the package tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, epoch: int) -> None:
-        require(folder)
-        # Imported here: it takes a second, and is an extra.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
-
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """Shows an epoch: its row of metrics.jsonl."""
-        for column, curve in CURVES.items():
-            self.writer.add_scalar(curve, row[column], row["epoch"])
-        self.writer.flush()
-
-    def picture(self, name: str, figure: Figure, epoch: int) -> None:
-        """Shows a picture, as of an epoch."""
-        self.writer.add_image(name, figures.pixels(figure), epoch, dataformats="HWC")
-        self.writer.flush()
-
-
 @contextmanager
 def watched(folder: Path, trainer: Trainer) -> Iterator[None]:
-    """Shows in TensorBoard what happens in the block.
+    """Shows in TensorBoard what happens in the block, in a folder of its own in that of the run.
 
     That is each epoch's figures, three validation windows with every gain, and after the block the test windows that
-    samples.npz holds.
+    samples.npz holds. Epochs that are there from before, beyond those done, are no longer shown.
     """
+    # Imported here: it takes a second, and is an extra.
+    from torch.utils.tensorboard import SummaryWriter
+
     config, windows = trainer.config, trainer.val
-    board, centre = Board(folder / "tensorboard", trainer.progress.epoch), config.data.centre
     chosen = torch.linspace(0, len(windows) - 1, min(3, len(windows))).long()
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.progress.epoch + 1)
+
+    def draw(name: str, samples: Samples, epoch: int) -> None:
+        picture = figures.pixels(figures.forecasts(samples, config.data.centre))
+        writer.add_image(name, picture, epoch, dataformats="HWC")
 
     def watch(row: dict[str, Any], best: bool) -> None:
-        board.epoch(row)
+        for column, curve in CURVES.items():
+            writer.add_scalar(curve, row[column], row["epoch"])
         if best:
             rows = evaluate(trainer.model, windows.batches(len(chosen), chosen), config.data.mask_missing)
-            arrays = example_arrays(trainer.model, windows, chosen, window_error_px(rows))
-            stems = example_stems(windows, chosen)
-            samples = Samples(
-                **{name: tensor.cpu().numpy() for name, tensor in arrays.items()},
-                stem=np.array(stems),
-                label=np.full(len(stems), ""),
-            )
-            board.picture("forecasts/validation", figures.forecasts(samples, centre), row["epoch"])
+            samples = example_windows(trainer.model, windows, chosen, window_error_px(rows), [""] * len(chosen))
+            draw("forecasts/validation", samples, row["epoch"])
+        writer.flush()
 
     trainer.watch = watch
-    with closing(board.writer):
+    with closing(writer):
         yield
-        samples = read_samples(folder / "samples.npz")
-        board.picture("forecasts/test", figures.forecasts(samples, centre), trainer.progress.epoch)
+        draw("forecasts/test", read_samples(folder / "samples.npz"), trainer.progress.epoch)
 
 
 def require(out: Path) -> None:
