@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigru.files import write_atomically
-from bigru.kernels.decompositions import gates_zrh
+from bigru.kernels.decompositions import onnx_weights
 from bigru.kernels.gru import BiGRU
 from bigru.model.forecaster import Encoder, HandForecaster
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 17, 8
 """The first operator set with LayerNormalization, and the file format of its release."""
-SIDES = ("ih", "hh")
-"""Of the input and of the state: weight_ih, weight_hh."""
 
 
 def export_onnx(model: BiGRU | HandForecaster, path: str | Path, *, state: bool = False) -> None:
@@ -242,7 +240,7 @@ class _Graph:
 
     def gru(self, gru: BiGRU, x: str, hx: str) -> tuple[str, str]:
         """Adds all layers of a GRU and returns y and h_n; no `hx` means zeros."""
-        hidden, layers = gru.hidden_size, gru.num_layers
+        hidden, layers, weights = gru.hidden_size, gru.num_layers, gru._weights()
         states = [hx] * layers
         if hx and layers > 1:
             states = self.node("Split", [hx, torch.full((layers,), 2, device="cpu")], layers, axis=0)
@@ -250,15 +248,10 @@ class _Graph:
             (x,) = self.node("Transpose", [x], perm=[1, 0, 2])
         last: list[str | Tensor] = []
         for layer, h0 in enumerate(states):
-            names = [f"l{layer}", f"l{layer}_reverse"]
-            w, r = (torch.stack([gates_zrh(getattr(gru, f"weight_{side}_{n}")) for n in names]) for side in SIDES)
-            bias: str | Tensor = ""
-            if gru.bias:
-                of_both = [[gates_zrh(getattr(gru, f"bias_{side}_{n}")) for side in SIDES] for n in names]
-                bias = torch.stack([torch.cat(pair) for pair in of_both])
+            w, r, bias = onnx_weights(weights[layer * len(weights) // layers : (layer + 1) * len(weights) // layers])
             options: dict[str, Any] = {"direction": "bidirectional", "hidden_size": hidden, "linear_before_reset": 1}
             # The fifth input would be the sequences' lengths.
-            y, h_n = self.node("GRU", [x, w, r, bias, "", h0], 2, **options)
+            y, h_n = self.node("GRU", [x, w, r, "" if bias is None else bias, "", h0], 2, **options)
             last.append(h_n)
             # (T, 2, B, H) to (T, B, 2H); a 0 keeps the size there.
             (y,) = self.node("Transpose", [y], perm=[0, 2, 1, 3])

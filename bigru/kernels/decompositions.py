@@ -77,9 +77,8 @@ def onnx_gru_layer(
     Returns:
         y (T, B, 2H), zero past each sequence's end, and h_n (2, B, H).
     """
-    half, hidden = len(weights) // 2, h0.shape[2]
-    w, r, *biases = (torch.stack([gates_zrh(weights[d + k]) for d in (0, half)]) for k in range(half))
-    bias = torch.cat(biases, 1) if biases else None
+    hidden = h0.shape[2]
+    w, r, bias = onnx_weights(weights)
     y, h_n = torch.onnx.ops.symbolic_multi_out(
         "GRU",
         [x, w, r, bias, None if lengths is None else lengths.to(torch.int32), h0],
@@ -119,6 +118,16 @@ def onnx_recurrence(
         ys.append(y)
         states.append(h_n)
     return torch.cat(ys, 1).transpose(1, 2), torch.cat(states), gi.new_empty(0)
+
+
+def onnx_weights(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns a layer's weights as ONNX's GRU takes them: w (2, 3H, I), r (2, 3H, H) and, with biases, (2, 6H).
+
+    Gates are in the order z, r, h; `weights` are as for `onnx_gru_layer`.
+    """
+    half = len(weights) // 2
+    w, r, *biases = (torch.stack([gates_zrh(weights[d + k]) for d in (0, half)]) for k in range(half))
+    return w, r, torch.cat(biases, 1) if biases else None
 
 
 def gates_zrh(weight: Tensor) -> Tensor:
