@@ -141,9 +141,7 @@ class Survey:
 def survey(config: DataConfig, *, progress: bool | None = None) -> Survey:
     """Reads every clip of a dataset as training with these settings would, and its gaze too.
 
-    Args:
-        config: `data_root` must be set; `strict` and the cache play no part.
-        progress: show a progress bar; None: only on a terminal.
+    `strict` and the cache play no part. `progress` shows a bar; None: only on a terminal.
 
     Raises:
         ValueError: `data_root` is None.
@@ -191,11 +189,7 @@ def _read_with_gaze(path: Path, config: DataConfig) -> tuple[Clip, list[str]]:
 def describe(path: Path, observed: int, stride: int, nan_missing: bool = False) -> tuple[str, Clip | None]:
     """Returns what one clip holds, in words, and its hands, None where those cannot be used.
 
-    Args:
-        path: the clip.
-        observed: frames observed per window, and as many predicted.
-        stride: frames between the starts of two windows.
-        nan_missing: take NaN for missing.
+    `observed`, as many predicted, `stride` and `nan_missing` are as in `DataConfig`.
 
     Raises:
         ConfigError: `observed` or `stride` is below 1.

@@ -42,10 +42,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Args:
         run: the folder of a finished run, `<out>/<stamp>`.
-        out: folder for the document and its `plots`; default: the parent of `run`.
-
-    Returns:
-        The path of the document.
+        out: folder for the document, whose path is returned, and its `plots`; default: the parent of `run`.
 
     Raises:
         RunError: the folder is not a finished run.

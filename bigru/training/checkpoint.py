@@ -75,11 +75,8 @@ class Progress:
 def save_checkpoint(path: Path, step: TrainStep, progress: Progress, random_states: Sequence[Tensor] = ()) -> None:
     """Writes all state of a run, atomically, from which `load_checkpoint` goes on to the bit.
 
-    Args:
-        path: of the file.
-        step: its model, optimiser and loss scaler are saved.
-        progress: how far the run has come.
-        random_states: of every process of the run, by its number; default: of this one alone.
+    That is `step`'s model, optimiser and loss scaler, the progress, and the random states of the run's processes, by
+    their numbers; default: of this one alone.
     """
     content = {
         "format": FORMAT,
@@ -97,10 +94,8 @@ def save_checkpoint(path: Path, step: TrainStep, progress: Progress, random_stat
 def load_checkpoint(path: Path, step: TrainStep, rank: int = 0) -> Progress:
     """Restores model, optimiser, loss scaler and random state from a checkpoint, and returns the progress it holds.
 
-    Args:
-        path: of the file.
-        step: what is restored; on another kind of device than it was saved on, if need be.
-        rank: this process's number; one that was not there when the file was written keeps its random state.
+    The step may be on another kind of device than it was saved on. A process whose number, `rank`, was not there then
+    keeps its random state.
 
     Raises:
         CheckpointError: for a file that is no checkpoint of this network, or holds more than data.

@@ -45,9 +45,7 @@ class Team:
     def device(self, name: str, gpus: int | None = None) -> str:
         """Returns the name of this process's device: `auto` and `cuda` mean a GPU of its own.
 
-        Args:
-            name: as given on the command line.
-            gpus: how many this machine has; default: as PyTorch finds.
+        `name` is as given on the command line, `gpus` how many this machine has; default: as PyTorch finds.
 
         Raises:
             ConfigError: a numbered GPU for several processes, or fewer GPUs than processes on this machine.

@@ -212,10 +212,7 @@ def build_model(config: TrainConfig, device: torch.device, dataset: Dataset) -> 
 def load_state(trainer: Trainer, folder: Path | None, finished: bool = False) -> None:
     """Restores the run's checkpoint if there is one; else loads the weights that the settings name, if any.
 
-    Args:
-        trainer: what is restored.
-        folder: of the run; None: a new one.
-        finished: the run has finished and is to go on.
+    The folder is None for a new run; one that has `finished` is to go on.
     """
     if folder is not None:
         run_dir.check_data(folder, trainer.dataset)

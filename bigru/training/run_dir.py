@@ -58,11 +58,9 @@ def write_data(folder: Path, dataset: Dataset) -> None:
 
 
 def find(folder: Path) -> Path:
-    """Returns the folder of a run that goes on, by its own name.
+    """Returns the folder of a run that goes on, by its own name; `folder`, as typed, may be a link to it.
 
-    Args:
-        folder: as typed: of the run, or a link to it. `latest`, where nothing has that name, is the last run in the
-            folder around, or in `runs`.
+    `latest`, where nothing has that name, is the last run in the folder around, or in `runs`.
 
     Raises:
         ConfigError: it holds no run.
@@ -146,13 +144,7 @@ def check_resumable(folder: Path) -> None:
 
 
 def check_progress(folder: Path, progress: Progress, epochs: int) -> None:
-    """Raises ConfigError where going on from a checkpoint would lose epochs that were finished after it.
-
-    Args:
-        folder: of the run.
-        progress: as the checkpoint holds it.
-        epochs: that the run is to have.
-    """
+    """Raises ConfigError where going on from a checkpoint's progress would lose epochs that were finished after it."""
     # An older version wrote the row first, so that a kill left one more.
     if (rows := count_epochs(folder)) > progress.epoch + 1:
         raise ConfigError(

@@ -22,12 +22,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, *, capturable: bool = False) -> torch.optim.AdamW:
     """Returns AdamW over a network's parameters, fused on a GPU.
 
-    Args:
-        model: on its device.
-        lr: learning rate until `set_rate` gives another.
-        weight_decay: decoupled weight decay.
-        capturable: keep counters and learning rate on the GPU, so that a CUDA graph can hold the step; on a CPU, where
-            nothing is captured, without effect.
+    `capturable` keeps counters and learning rate on the GPU, so that a CUDA graph can hold the step; on a CPU, where
+    nothing is captured, it has no effect.
     """
     device = next(model.parameters()).device
     gpu = device.type == "cuda"

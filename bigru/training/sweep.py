@@ -43,11 +43,8 @@ def sweep_modalities(
 
     A run that diverges, or whose data lack what it needs, does not keep the others from being trained.
 
-    Args:
-        config: what the runs have in common; the folder of the runs is made in its `run.out`.
-        train: begins a run and returns its folder, as `bigru.training.run.train`.
-        resume: goes on with a run or reports a finished one, as `bigru.training.run.resume`.
-        digest: returns the digest of the data that settings name, as `bigru.training.run.read_data_digest`.
+    The folder of the runs is made in `config.run.out`. `train`, `resume` and `digest` do what `train`, `resume` and
+    `read_data_digest` of `bigru.training.run` do.
 
     Raises:
         ConfigError: settings that only one of the runs could have.
@@ -93,10 +90,8 @@ def sweep_modalities(
 def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str]) -> Path | None:
     """Returns the run of these settings and data in a folder: a finished one, else the last begun; None for none.
 
-    Args:
-        out: the folder of runs.
-        wanted: the settings. Where the data lie does not count, if the run recorded what they hold.
-        digest: returns the digest of the data that settings name; asked only if a run has these settings.
+    Where the data lie does not count, if the run recorded what they hold, of which `digest`, asked only if a run has
+    these settings, tells the digest.
     """
     alike = []
     for path in sorted(out.glob("*/config.json")):
