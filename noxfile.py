@@ -1,12 +1,13 @@
 """Sessions of the project: `python -m nox -s NAME`; without -s, what CI does.
 
-All sessions but `kernels` and `tests_lowest` share one environment, .nox/shared, with the versions pinned in
-constraints.txt.
+All sessions but `tests_lowest` share one environment, .nox/shared, with the versions pinned in constraints.txt;
+`kernels` sees it from one of its own, .nox/kernels, that has an older triton and numpy.
 """
 
 import hashlib
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,35 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 IN_TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 
 
-def run(session: nox.Session, module: str, *arguments: str, **options: Any) -> None:
-    """Runs `python -m MODULE` in the shared environment, which is made, or renewed where its requirements changed."""
-    folder = ROOT / ".nox" / "shared"
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in INSTALLED_FROM)).hexdigest()
-    stamp = folder / "requirements.sha256"
+def prepare(session: nox.Session, name: str, *packages: str, below: str | None = None) -> str:
+    """Returns the Python of the environment .nox/NAME, which is made, or renewed where its requirements changed.
+
+    With `below`, what is installed in that environment is seen in this one too, unless this one has its own.
+    """
+    folder = ROOT / ".nox" / name
+    python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+    content = b"".join((ROOT / file).read_bytes() for file in INSTALLED_FROM)
+    digest, stamp = hashlib.sha256(content).hexdigest(), folder / "requirements.sha256"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != digest:
-        pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
         session.run_install(sys.executable, "-m", "venv", str(folder), external=True)
-        session.run_install(*pip, "-c", CONSTRAINTS, "-e", *EVERYTHING, external=True)
+        if below is not None:
+            path = Path(site_packages(folder), f"{below}.pth")
+            path.write_text(f"import site; site.addsitedir({site_packages(folder.with_name(below))!r})\n", "utf-8")
+        # What is imported gets compiled then; all of it takes half a minute.
+        pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
+        session.run_install(*pip, *packages, external=True)
         stamp.write_text(digest, encoding="utf-8")
-    session.run(str(python), "-m", module, *arguments, external=True, **options)
+    return python
+
+
+def site_packages(folder: Path) -> str:
+    return sysconfig.get_path("purelib", "venv", {"base": str(folder)})
+
+
+def run(session: nox.Session, module: str, *arguments: str, **options: Any) -> None:
+    """Runs `python -m MODULE` in the shared environment."""
+    python = prepare(session, "shared", "-c", CONSTRAINTS, "-e", *EVERYTHING)
+    session.run(python, "-m", module, *arguments, external=True, **options)
 
 
 @nox.session(venv_backend="none")
@@ -64,19 +82,20 @@ def lint(session: nox.Session) -> None:
     run(session, "mypy")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def kernels(session: nox.Session) -> None:
     """Tests the kernels on the oldest supported triton (a GPU machine's) and compiles them there for sm_90.
 
     Without the slow tests, which `tests` runs on the newest triton, and without the C extension. All three
     architectures take ten minutes more: `.nox/kernels/bin/python -m bigru.kernels.resources`.
     """
-    session.install("-c", CONSTRAINTS, "-e", ".[test]")
+    prepare(session, "shared", "-c", CONSTRAINTS, "-e", *EVERYTHING)
     # Its interpreter needs numpy below 2.4.
-    session.install("triton==3.6.0", "numpy<2.4")
-    hidden, plugin = ONE_THREAD | {"PYTHONPATH": "tests"}, ("-p", "without_extension")
-    session.run("python", "-m", "pytest", *plugin, "tests/kernels", "-m", "not slow", *session.posargs, env=hidden)
-    session.run("python", "-m", "bigru.kernels.resources", "--arch", "sm_90", env={"TRITON_INTERPRET": "0"})
+    python = prepare(session, "kernels", "triton==3.6.0", "numpy<2.4", below="shared")
+    tests = ("-m", "pytest", "-p", "without_extension", "tests/kernels", "-m", "not slow", *session.posargs)
+    session.run(python, *tests, env=ONE_THREAD | {"PYTHONPATH": "tests"}, external=True)
+    measured = ("-m", "bigru.kernels.resources", "--arch", "sm_90")
+    session.run(python, *measured, env={"TRITON_INTERPRET": "0"}, external=True)
 
 
 @nox.session(venv_backend="none")
