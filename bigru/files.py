@@ -13,9 +13,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has none.
+    fcntl = None  # type: ignore[assignment]
 
 ESCAPE = "bigru.printable"
 """Error handler of every encoder: a byte of a path that is no UTF-8 becomes \\xe4, and nothing fails."""
@@ -61,6 +67,24 @@ def remove_partials(folder: Path, name: str = "*", age_s: float = 0.0) -> None:
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime >= age_s:
                 partial.unlink()
+
+
+def lock(file: IO[Any], wait: bool) -> bool:
+    """Locks an open file until it is closed or its process ends; returns False where that cannot be done.
+
+    Some network file systems have no locks, and Windows has others, for which nothing is done.
+
+    Raises:
+        BlockingIOError: another process has it, and `wait` is False.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -6,22 +6,15 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
-from bigru.files import printable, shell_line, write_atomically
+from bigru.files import lock, printable, shell_line, write_atomically
 from bigru.report import breakdown, breakdown_figures, comparison, comparison_figures, figures
 from bigru.report.markdown import blocks, code, listed, plain, table
 from bigru.report.record import METRICS, NETWORK, PUBLISHED, PUBLISHED_COLUMNS, RunRecord, Scores, cells, read_run
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has none.
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("bigru.report")
 
@@ -57,7 +50,10 @@ def write_files(record: RunRecord, out: Path | None = None) -> list[Path]:
     # Drawn before the lock is taken: it takes a second, in which another run may report.
     pictures = _draw(record)
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(document):
+    # A file of its own, as the document is replaced; it stays, since another process may wait with it open. A document
+    # written without the lock is better than none.
+    with document.with_name(f".{document.name}.lock").open("a") as locked:
+        lock(locked, wait=True)
         records, left_out = comparison.runs_in(record.folder.parent)
         for other in records:
             # Their own reports drew them, unless this is another folder.
@@ -98,21 +94,6 @@ def _keep_old(document: Path, records: Sequence[RunRecord]) -> None:
         document.replace(kept)
         why = f"holds runs that are no longer there ({len(gone)})" if gone else "was not written by bigru.report"
         log.warning("%s %s: it is now %s", printable(document), why, printable(kept))
-
-
-@contextmanager
-def _one_at_a_time(document: Path) -> Iterator[None]:
-    """Keeps other reports off a document for as long as the block runs, where the system has such locks."""
-    if fcntl is None:
-        yield
-        return
-    # A file of its own, as the document is replaced; it stays, since another process may wait with it open.
-    with document.with_name(f".{document.name}.lock").open("a") as lock:
-        # Some network file systems have no locks: a document written without one is better than none.
-        with suppress(OSError):
-            # Given back when the file is closed, or its process ends.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def text(records: Sequence[RunRecord], left_out: Mapping[str, str], out: Path) -> str:

@@ -17,15 +17,9 @@ from typing import Any
 
 from bigru.config import OWNER, ConfigError, TrainConfig, from_mapping, latest_run
 from bigru.data.windows import SPLITS, Dataset
-from bigru.files import ESCAPE, as_json, named, printable, shell_line, write_json, write_lines
+from bigru.files import ESCAPE, as_json, lock, named, printable, shell_line, write_json, write_lines
 from bigru.model.weights import WEIGHTS
 from bigru.training.checkpoint import Progress
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has none.
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("bigru.train")
 
@@ -191,22 +185,20 @@ def run_lock(folder: Path) -> Iterator[None]:
         ConfigError: another process has the folder.
         OSError: the folder cannot be written.
     """
-    with (folder / "run.lock").open("a+", encoding="utf-8") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                raise ConfigError(
-                    f"{printable(folder)} is in use by another run, process {lock.read().strip() or 'unknown'}; "
-                    "wait for it, or stop it first"
-                ) from error
-            except OSError:
-                # Some network file systems have no locks: a run without one is better than none.
+    with (folder / "run.lock").open("a+", encoding="utf-8") as file:
+        try:
+            if not lock(file, wait=False):
+                # A run without a lock is better than none.
                 log.warning("%s cannot be locked here; do not start a second run in it", printable(folder))
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"{printable(folder)} is in use by another run, process {file.read().strip() or 'unknown'}; "
+                "wait for it, or stop it first"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield
 
 

@@ -35,7 +35,6 @@ from bigru.config import ConfigError
 from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import load_dataset
 from bigru.model.metrics import masked_mse
-from bigru.training import run_dir
 from bigru.training.signals import Interrupted, StopRequest, on_signals
 from bigru.training.trainer import DivergedError, Trainer
 
@@ -249,7 +248,7 @@ def test_a_file_system_without_locks(config, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run_dir.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     assert main(options(config)) == 0
     assert "cannot be locked here" in capsys.readouterr().err
 
