@@ -127,10 +127,11 @@ INLINE void store_some(real *p, vector v, int n) {
   else for (int i = 0; i < n; i++) p[i] = v[i];
 }
 
-// x where it lies between two bounds, else the bound; NaN stays NaN.
+// x where it lies between two bounds, else the bound; NaN stays NaN. Each loop, if not unrolled, is one instruction.
 INLINE vector clamp(vector x, real low, real high) {
-  bits below = (bits)(x < low), above = (bits)(x > high);
-  return (vector)(((bits)x & ~(below | above)) | ((bits)splat(low) & below) | ((bits)splat(high) & above));
+  _Pragma("GCC unroll 1") for (int i = 0; i < VW; i++) x[i] = low > x[i] ? low : x[i];
+  _Pragma("GCC unroll 1") for (int i = 0; i < VW; i++) x[i] = high < x[i] ? high : x[i];
+  return x;
 }
 
 // 2^x as s * (1 + p), s a power of two, or infinity from x = HIGHEST on; p accurate however small x is.
@@ -333,14 +334,22 @@ struct step {
 static void finish_step(void *context, intptr_t u0, int S, intptr_t row, int R, const vector *sums) {
   const struct step *c = context;
   intptr_t H = c->H;
+  vector r_z[MAX_VECTORS], *of = r_z;
+  const vector *sum = sums;
+  // r and z of the whole tile first: the processor looks far enough ahead to compute several of them at once, but not
+  // several states from their sums on.
   for (intptr_t b = row; b < row + R; b++)
-    for (intptr_t u = u0; u < u0 + S; u++, sums += 3) {
+    for (intptr_t u = u0; u < u0 + S; u++, sum += 3, of += 2) {
+      const real *gi = c->gi + (b * c->units + u) * 3 * VW;
+      of[0] = sigmoid(sum[0] + load(gi)), of[1] = sigmoid(sum[1] + load(gi + VW));
+    }
+  of = r_z;
+  for (intptr_t b = row; b < row + R; b++)
+    for (intptr_t u = u0; u < u0 + S; u++, sums += 3, of += 2) {
       intptr_t j = u * VW;
       int n = units_at(H, u);
-      const real *gi = c->gi + (b * c->units + u) * 3 * VW;
-      vector h = load_some(c->h[b] + j, n);
-      vector r = sigmoid(sums[0] + load(gi)), z = sigmoid(sums[1] + load(gi + VW));
-      vector q = sums[2] + load(c->b_hn + j), new = hyperbolic(load(gi + 2 * VW) + r * q);
+      vector r = of[0], z = of[1], h = load_some(c->h[b] + j, n), q = sums[2] + load(c->b_hn + j);
+      vector new = hyperbolic(load(c->gi + ((b * c->units + u) * 3 + 2) * VW) + r * q);
       store_some(c->y + b * 2 * H + j, new + z * (h - new), n);
       if (c->gates) {
         real *gates = c->gates + b * 8 * H + j;
