@@ -34,17 +34,15 @@ def load_model(
     where = pick_device(device)
     weights = weights_file(weights)
     settings = weights.with_name("config.json")
-    if settings.is_file():
-        config = _read_settings(settings)
-    else:
-        config = DataConfig()
+    model = HandForecaster.load(weights, device=str(where), backend=backend)
+    config = _read_settings(settings) if settings.is_file() else DataConfig()
+    if not settings.is_file():
         print(
             "bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
             "on its own wrists, each clip at its own rate",
             file=sys.stderr,
         )
     length = config.observed if observed is None else observed
-    model = HandForecaster.load(weights, device=str(where), backend=backend)
     fed = modalities_of(model.encoder.core.input_size)
     assert fed is not None
     config = dataclasses.replace(
