@@ -9,38 +9,19 @@ from torch import nn
 from bigru import BiGRU
 
 SIZES = {"input_size": 2, "hidden_size": 3, "num_layers": 2}
-BAD_CONSTRUCTIONS = [
-    {"input_size": 0},
-    {"input_size": -1},
-    {"input_size": 2.0},
-    {"input_size": "2"},
-    {"input_size": None},
-    {"hidden_size": 0},
-    {"hidden_size": -1},
-    {"hidden_size": 3.0},
-    {"hidden_size": "3"},
-    {"num_layers": 0},
-    {"num_layers": -1},
-    {"num_layers": 2.0},
-    {"num_layers": "2"},
-    {"num_layers": None},
-    {"bias": 1},
-    {"bias": None},
-    {"batch_first": 0},
-    {"batch_first": None},
-    {"dropout": -0.1},
-    {"dropout": 1.5},
-    {"dropout": True},
-    {"dropout": float("nan")},
-    {"dropout": "much"},
-    {"dropout": None},
-    {"proj_size": 0},
-    {"proj_size": 1},
-    {"proj_size": -1},
-    {"dtype": torch.int32},
-    {"device": "nowhere"},
-    {"nonsense": 1},
-]
+BAD_VALUES = {
+    "input_size": [0, -1, 2.0, "2", None],
+    "hidden_size": [0, -1, 3.0, "3"],
+    "num_layers": [0, -1, 2.0, "2", None],
+    "bias": [1, None],
+    "batch_first": [0, None],
+    "dropout": [-0.1, 1.5, True, float("nan"), "much", None],
+    "proj_size": [0, 1, -1],
+    "dtype": [torch.int32],
+    "device": ["nowhere"],
+    "nonsense": [1],
+}
+BAD_CONSTRUCTIONS = [{name: bad} for name, values in BAD_VALUES.items() for bad in values]
 
 
 @pytest.mark.parametrize("bad", BAD_CONSTRUCTIONS, ids=str)

@@ -10,45 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-CONFIG: dict[str, dict[str, Any]] = {
-    "data": {
-        "data_root": None,
-        "index": None,
-        "observed": 60,
-        "predicted": 60,
-        "stride": 15,
-        "split": "participant",
-        "gaze": False,
-        "objects": False,
-        "surrogate": False,
-        "mask_missing": True,
-        "strict": False,
-    },
-    "model": {"hidden_size": 128, "num_layers": 2, "dropout": 0.2},
-    "optim": {
-        "batch_size": 64,
-        "epochs": 120,
-        "lr": 1e-3,
-        "weight_decay": 1e-5,
-        "grad_clip": 1.0,
-        "warmup_epochs": 5,
-        "min_lr": 1e-5,
-        "patience": 20,
-        "min_delta": 0.001,
-    },
-    "run": {"out": "runs", "seed": 42, "device": "auto", "backend": "auto", "precision": "fp32"},
-}
+from bigru.config import TrainConfig
+
+CONFIG: dict[str, dict[str, Any]] = TrainConfig().as_dict()
 
 
 def scores(mpjpe: float, ade: float, fde: float, joint_error: float, windows: int = 123) -> dict[str, float]:
-    return {
-        "mpjpe": mpjpe,
-        "ade": ade,
-        "fde": fde,
-        "joint_error": joint_error,
-        "joint_error_px": joint_error * 700,
-        "windows": windows,
-    }
+    named = {"mpjpe": mpjpe, "ade": ade, "fde": fde, "joint_error": joint_error}
+    return named | {"joint_error_px": joint_error * 700, "windows": windows}
 
 
 def series(joint_error: list[float]) -> dict[str, list[float]]:

@@ -1,0 +1,122 @@
+"""A run folder's files against everything that can break in them, and what the command says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigru.report import RunError, write_report
+from bigru.report.__main__ import main
+from bigru.report.record import read_run
+
+PLOTS = ("learning_curves", "forecasts", "horizon", "joints")
+MakeRun = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("line", "broken", "message"),
+    [
+        pytest.param(3, '{"epoch": 3, "tr_m', r"metrics\.jsonl:3: not valid JSON", id="torn in the middle"),
+        pytest.param(6, '{"epoch": 6, "tr_m', r"metrics\.jsonl:6: not valid JSON", id="broken but ended"),
+        pytest.param(3, "[3]", r"metrics\.jsonl:3: expected a JSON object", id="no object"),
+        pytest.param(3, '{"epoch": 3}', r"metrics\.jsonl:3: tr_mpjpe is missing", id="missing metric"),
+        pytest.param(3, '{"epoch": 3, "tr_mpjpe": "1"}', r":3: tr_mpjpe should be a number, got '1'", id="string"),
+        pytest.param(3, '{"epoch": 2}', r"metrics\.jsonl:3: expected epoch 3, got epoch 2", id="epoch twice"),
+        pytest.param(3, "", r"metrics\.jsonl:3: not valid JSON", id="blank"),
+    ],
+)
+def test_broken_metrics_are_named_with_their_line(make_run: MakeRun, line: int, broken: str, message: str) -> None:
+    run = make_run(epochs=6)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[line - 1] = broken
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=message):
+        read_run(run)
+
+
+def test_run_without_an_epoch(make_run: MakeRun) -> None:
+    with pytest.raises(RunError, match="no complete epoch"):
+        read_run(make_run(metrics=[]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"format": 3}, r"summary\.json: format 3 is not known; .* reads 1 and 2", id="format"),
+        pytest.param({"by_joint": {"joint_error": [1.0] * 42}}, r"joint_error_px is missing", id="by joint"),
+        pytest.param({"by_joint": {"joint_error_px": [1.0]}}, r"_px should hold 42 numbers, got 1", id="joints"),
+        pytest.param(
+            {"horizon": {"x": {"joint_error_px": ["2"] * 60}}},
+            r"joint_error_px should be a number, got '2'",
+            id="horizon",
+        ),
+        pytest.param({"horizon": {"x": {"joint_error_px": [1.0] * 60}}}, "this network", id="own"),
+        pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
+        pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
+        pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: ade is missing", id="score missing"),
+        pytest.param({"by_frame_rate": [{"fps": 0}]}, r"summary\.json: mpjpe is missing", id="frame rate"),
+        pytest.param({"modules": ["a"]}, r"summary\.json: ", id="modules"),
+        pytest.param({"environment": None}, r"summary\.json: ", id="no object"),
+    ],
+)
+def test_broken_summary_is_named(make_run: MakeRun, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        read_run(make_run(epochs=6, summary=changes))
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        pytest.param({"target": np.zeros((1, 59, 84), np.float32)}, r"target should be \(1, 60, 84\)", id="shape"),
+        pytest.param({"target_present": np.zeros((1, 60, 2))}, "target_present should be .* of kind b", id="kind"),
+        pytest.param({"observed": np.zeros((0, 60, 84), np.float32)}, "observed should be", id="none"),
+        pytest.param({"fps": np.zeros(1)}, "fps should be more than 0", id="fps"),
+        pytest.param({"stem": np.array([None])}, "Object arrays cannot be loaded", id="pickled"),
+    ],
+)
+def test_broken_samples_are_named(make_run: MakeRun, samples: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(RunError, match=rf"samples\.npz: {message}"):
+        read_run(make_run(samples=samples, windows=1))
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "samples.npz"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"[]", b'{"data": 1}', b"\xff\xfe", b"[" * 9999])
+def test_any_file_of_other_content_is_named(make_run: MakeRun, name: str, content: bytes) -> None:
+    run = make_run()
+    (run / name).write_bytes(content)
+    with pytest.raises(RunError, match=rf"{re.escape(name)}\b"):
+        read_run(run)
+
+
+def test_command_prints_the_paths(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    assert main([str(run)]) == 0
+    pictures = [str(run.parent / "plots" / f"{run.name}_bigru_{name}.png") for name in PLOTS]
+    assert capsys.readouterr().out.splitlines() == [str(run.parent / "results_bigru.md"), *pictures]
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "config.json", "metrics.jsonl", None])
+def test_command_refuses_in_one_line(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], missing: str | None
+) -> None:
+    run = make_run()
+    if missing:
+        (run / missing).unlink()
+    assert main([str(run if missing else run / "nowhere")]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("bigru.report: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["summary.json", "samples.npz"])
+def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None:
+    run = make_run()
+    (run / name).unlink()
+    with pytest.raises(RunError, match=rf"no {name}: .*python -m bigru\.train --resume {re.escape(str(run))}"):
+        write_report(run)
+    assert not (run.parent / "results_bigru.md").exists()
