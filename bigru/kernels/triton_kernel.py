@@ -52,6 +52,13 @@ from bigru.kernels.varlen import steps_and_table
 
 
 @triton.jit
+def _tile(UNITS: tl.constexpr, N: tl.constexpr):
+    """Returns a program's first batch row and its direction; hidden units as rows and as columns, and batch rows."""
+    units = tl.arange(0, UNITS)
+    return tl.program_id(0) * N, tl.program_id(1), units[:, None], units[None, :], tl.arange(0, N)[None, :]
+
+
+@triton.jit
 def _load_gates_weights(w, mask, H: tl.constexpr, SPLIT: tl.constexpr):
     w_r = _load_weights(w, mask, SPLIT)
     w_z = _load_weights(w + H * H, mask, SPLIT)
@@ -64,11 +71,7 @@ def gru_forward_kernel(
     N: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):  # fmt: skip
-    b0 = tl.program_id(0) * N
-    d = tl.program_id(1)
-    j = tl.arange(0, HP)[:, None]
-    k = tl.arange(0, HP)[None, :]
-    b = tl.arange(0, N)[None, :]
+    b0, d, j, k, b = _tile(HP, N)
     mask = (j < H) & (b0 + b < B)
     w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + j * H + k, (j < H) & (k < H), H, SPLIT)
     b_hn = tl.zeros([HP, 1], tl.float32)
@@ -138,11 +141,7 @@ def gru_backward_kernel(
     dy_ptr, dh_n_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dgi_ptr, dq_ptr, dh0_ptr, varlen_ptr, h_prev_ptr, T, B,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b0 = tl.program_id(0) * N
-    d = tl.program_id(1)
-    i = tl.arange(0, HP)[:, None]
-    k = tl.arange(0, HP)[None, :]
-    b = tl.arange(0, N)[None, :]
+    b0, d, i, k, b = _tile(HP, N)
     mask = (i < H) & (b0 + b < B)
     # Transposed: element (i, k) of the operand is w_hh[gate, k, i].
     w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + k * H + i, (i < H) & (k < H), H, SPLIT)
@@ -213,11 +212,7 @@ def gru_forward_streamed_kernel(
     BH: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):  # fmt: skip
-    b0 = tl.program_id(0) * N
-    d = tl.program_id(1)
-    rows = tl.arange(0, BH)[:, None]
-    columns = tl.arange(0, BH)[None, :]
-    b = tl.arange(0, N)[None, :]
+    b0, d, rows, columns, b = _tile(BH, N)
     mask_b = b0 + b < B
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     state_ptr += (d.to(tl.int64) * B + b0) * H
@@ -266,11 +261,7 @@ def gru_backward_streamed_kernel(
     dy_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dh_ptr, dgi_ptr, dq_ptr, varlen_ptr, h_prev_ptr, T, B, hidden,
     H: tl.constexpr, BH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b0 = tl.program_id(0) * N
-    d = tl.program_id(1)
-    rows = tl.arange(0, BH)[:, None]
-    columns = tl.arange(0, BH)[None, :]
-    b = tl.arange(0, N)[None, :]
+    b0, d, rows, columns, b = _tile(BH, N)
     mask_b = b0 + b < B
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     dh_ptr += (d.to(tl.int64) * B + b0) * H + b * H
