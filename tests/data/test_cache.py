@@ -24,6 +24,7 @@ from bigru.data.windows import load_dataset
 
 SPLITS = ("train", "val", "test")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs limits and fork")
+ALL = {"gaze": True, "objects": True, "surrogate": True}
 STEMS = [stem_of(1), stem_of(2), stem_of(49), stem_of(60)]
 
 
@@ -65,13 +66,7 @@ def unreadable(*paths):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"gaze": True, "objects": True, "surrogate": True},
-        {"centre": "last"},
-        {"resample": 100.0},
-        {"split": "time", "observed": 3, "predicted": 3},
-    ],
+    [{}, ALL, {"centre": "last"}, {"resample": 100.0}, {"split": "time", "observed": 3, "predicted": 3}],
     ids=str,
 )
 def test_second_run_maps_what_the_first_one_read(root, changes):
@@ -127,32 +122,20 @@ def test_other_settings_have_a_file_of_their_own(root, changes):
     assert_same(load_dataset(other), load_dataset(dataclasses.replace(other, no_cache=True)))
 
 
-def rewrite(root):
-    write_clip(root / "BHO" / f"{STEMS[0]}.h5", clip_arrays(9, seed=77))
+def clip_of(root, number):
+    return root / "BHO" / f"{STEMS[number]}.h5"
 
 
-def lengthen(root):
-    write_clip(root / "BHO" / f"{STEMS[1]}.h5", clip_arrays(8))
+CHANGES = {
+    "rewrite": lambda root: write_clip(clip_of(root, 0), clip_arrays(9, seed=77)),
+    "lengthen": lambda root: write_clip(clip_of(root, 1), clip_arrays(8)),
+    "touch": lambda root: os.utime(clip_of(root, 3), ns=(0, 1)),
+    "move": lambda root: clip_of(root, 0).rename(root / f"{STEMS[0]}.h5"),
+    "reorder": lambda root: write_index(root, [STEMS[3], *STEMS[:3], stem_of(3)]),
+}
 
 
-def touch(root):
-    os.utime(root / "BHO" / f"{STEMS[3]}.h5", ns=(0, 1))
-
-
-def move(root):
-    (root / "BHO" / f"{STEMS[0]}.h5").rename(root / f"{STEMS[0]}.h5")
-
-
-def remove(root):
-    (root / "BHO" / f"{STEMS[0]}.h5").unlink()
-    write_clip(root / "BHO" / f"{stem_of(3)}.h5", clip_arrays(9))
-
-
-def reorder(root):
-    write_index(root, [STEMS[3], *STEMS[:3], stem_of(3)])
-
-
-@pytest.mark.parametrize("change", [rewrite, lengthen, touch, move, reorder], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_stale_file_is_made_again(root, change):
     load_dataset(config_for(root))
     change(root)
@@ -165,7 +148,8 @@ def test_stale_file_is_made_again(root, change):
 def test_clip_that_vanished_or_appeared_is_noticed(root):
     write_index(root, [*STEMS, stem_of(3)])
     assert load_dataset(config_for(root)).clips["train"] == 1
-    remove(root)
+    clip_of(root, 0).unlink()
+    write_clip(root / "BHO" / f"{stem_of(3)}.h5", clip_arrays(9))
     again = load_dataset(config_for(root))
     assert again.train.stems == (stem_of(3),)
     assert again.skip_counts() == {"missing": 1, "short": 1}
@@ -175,7 +159,7 @@ def test_clip_that_could_not_be_read_is_tried_again(root):
     """A disk that fails once leaves neither another size nor another time."""
     write_index(root, [*STEMS, stem_of(3)])
     write_clip(root / f"{stem_of(3)}.h5", clip_arrays(8))
-    with unreadable(root / "BHO" / f"{STEMS[0]}.h5"):
+    with unreadable(clip_of(root, 0)):
         assert load_dataset(config_for(root)).skip_counts() == {"unreadable": 1, "short": 1}
         assert "mapped" in load_dataset(config_for(root)).cache
     again = load_dataset(config_for(root))

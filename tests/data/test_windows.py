@@ -1,7 +1,6 @@
 """Windows: features, centring, masks, counts, splits, batches, and what happens to clips that cannot be used."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -11,21 +10,12 @@ from data.dataset import CONFIG, clip_arrays, config_for, stem_of, write_dataset
 from bigru.config import DataConfig
 from bigru.data.clips import Clip
 from bigru.data.frames import frame_features, split_frames, window_count
-from bigru.data.hdf5 import ClipError
 from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import write_clip, write_index
-from bigru.data.windows import NoWindowsError, load_dataset
+from bigru.data.windows import load_dataset
 from bigru.model.metrics import repeat_last_frame, score, summarise
 
 ALL = {"gaze": True, "objects": True, "surrogate": True}
-
-
-@pytest.fixture
-def three_clips(tmp_path):
-    """One clip in each split, of 8, 11 and 20 frames: 1, 2 and 5 windows."""
-    clips = {stem_of(p): clip_arrays(frames, seed=p) for p, frames in ((48, 8), (49, 11), (60, 20))}
-    write_dataset(tmp_path, clips)
-    return tmp_path, clips
 
 
 def expected_hands(arrays):
@@ -58,14 +48,6 @@ def test_feature_order_and_centring():
     right = np.stack([np.arange(21) + 50, 2 * np.arange(21) + 50], axis=1) / 0.5
     expected = [left.ravel(), right.ravel(), [1, 2], np.arange(120) + 10_000, np.arange(8) + 20_000]
     np.testing.assert_array_equal(features, np.tile(np.concatenate(expected), (frames, 1)))
-
-
-def test_only_the_modalities_that_are_on_are_features():
-    arrays = clip_arrays(2)
-    hands = np.stack([arrays["left_landmarks"], arrays["right_landmarks"]], axis=1)
-    features = frame_features(Clip(23.0, hands, None, None, arrays["surrogate_hands"], np.arange(2) / 23))
-    assert features.shape == (2, 92)
-    np.testing.assert_array_equal(features[:, 84:], arrays["surrogate_hands"].reshape(2, 8))
 
 
 @pytest.mark.parametrize("modalities", [{}, {"gaze": True}, {"objects": True}, {"surrogate": True}, ALL], ids=str)
@@ -194,121 +176,6 @@ def test_time_split_sizes(frames, held):
         assert parts == {"train": (0, middle), "val": (middle, middle + held), "test": (middle + held, frames)}
 
 
-def broken_dataset(root):
-    """Three good clips and one of each kind of bad one; return the reason expected for each stem."""
-    nan = clip_arrays(8)
-    nan["left_landmarks"][0] = np.nan
-    bare = clip_arrays(8)
-    del bare["norm_gaze"]
-    pixels = clip_arrays(8)
-    pixels["right_landmarks"][..., :2] *= 972
-    bad = {
-        "missing": None,
-        "short": clip_arrays(7),
-        "wrong shape": clip_arrays(8) | {"left_landmarks": np.zeros((8, 20, 3), np.float32)},
-        "missing dataset": bare,
-        "non-finite": nan,
-        "frame counts differ": clip_arrays(8) | {"right_landmarks": np.zeros((9, 21, 3), np.float32)},
-        "out of range": pixels,
-        "wrong dtype": clip_arrays(8) | {"left_landmarks": np.ones((8, 21, 3), np.int32)},
-        "bad timestamps": clip_arrays(8) | {"timestamps": 1000 * np.arange(8) / 23},
-        "unreadable": clip_arrays(8),
-    }
-    stems = {reason: stem_of(2, number) for number, reason in enumerate(bad)}
-    good = {stem_of(p): clip_arrays(8) for p in (1, 49, 60)}
-    write_dataset(root, {stems[reason]: arrays for reason, arrays in bad.items()} | good)
-    path = root / "BHO" / f"{stems['unreadable']}.h5"
-    path.write_bytes(path.read_bytes()[:-500])
-    return stems
-
-
-def test_unusable_clips_are_counted_and_listed(tmp_path):
-    stems = broken_dataset(tmp_path)
-    dataset = load_dataset(config_for(tmp_path, gaze=True))
-    assert {skip.reason: skip.stem for skip in dataset.skipped} == stems
-    assert dataset.skip_counts() == dict.fromkeys(stems, 1)
-    assert dataset.clips == {"train": 1, "val": 1, "test": 1}
-    assert dataset.listed == len(stems) + 3
-    text = dataset.describe()
-    for reason, stem in stems.items():
-        assert f"{reason}: 1\n    {stem}: " in text
-    assert f"skipped {len(stems)}:" in text
-
-
-@pytest.mark.parametrize(
-    "reason", ["missing", "short", "non-finite", "out of range", "wrong dtype", "bad timestamps", "unreadable"]
-)
-def test_strict_stops_at_the_first_unusable_clip(tmp_path, reason):
-    stems = broken_dataset(tmp_path)
-    write_index(tmp_path, [stem_of(1), stems[reason], stems["wrong shape"], stem_of(49), stem_of(60)])
-    with pytest.raises(ClipError, match=stems[reason]) as caught:
-        load_dataset(config_for(tmp_path, gaze=True, strict=True))
-    assert caught.value.reason == reason
-
-
-def test_strict_refuses_an_index_that_repeats_itself(three_clips):
-    root, clips = three_clips
-    write_index(root, [*clips, stem_of(48)])
-    assert load_dataset(config_for(root)).skip_counts() == {"duplicate": 1}
-    with pytest.raises(ClipError, match="line 5 repeats line 2"):
-        load_dataset(config_for(root, strict=True))
-
-
-def test_strict_reads_a_sound_dataset(three_clips):
-    dataset = load_dataset(config_for(three_clips[0], strict=True))
-    assert [len(windows) for windows in (dataset.train, dataset.val, dataset.test)] == [1, 2, 5]
-    assert dataset.skipped == ()
-    assert "skipped" not in dataset.describe()
-
-
-def test_description_stays_short_with_thousands_of_missing_clips(tmp_path):
-    write_dataset(tmp_path, {stem_of(p): clip_arrays(8) for p in (1, 49, 60)})
-    present = [stem_of(p) for p in (1, 49, 60)]
-    write_index(tmp_path, present + [stem_of(3, number) for number in range(3000)])
-    dataset = load_dataset(config_for(tmp_path, no_cache=True))
-    assert dataset.skip_counts() == {"missing": 3000}
-    lines = dataset.describe().splitlines()
-    assert len(lines) == 11
-    assert "  missing: 3,000" in lines
-    assert "    and 2,998 more" in lines
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs names that are no text")
-def test_folder_whose_name_is_no_utf_8(tmp_path):
-    root = tmp_path / os.fsdecode(b"d\xe4ta")
-    write_dataset(root, {stem_of(p): clip_arrays(8, seed=p) for p in (1, 49, 60)})
-    for _ in ("read", "mapped"):
-        assert load_dataset(config_for(root)).describe().encode().count(b"d\\xe4ta") == 3
-    with pytest.raises(NoWindowsError) as caught:
-        load_dataset(config_for(root, observed=5, predicted=5))
-    assert b"d\\xe4ta" in str(caught.value).encode()
-
-
-def test_no_windows_error_tells_where_and_why(tmp_path):
-    write_dataset(tmp_path, {stem_of(1): clip_arrays(8), stem_of(49): clip_arrays(7), stem_of(60): None})
-    with pytest.raises(NoWindowsError) as caught:
-        load_dataset(config_for(tmp_path))
-    text = str(caught.value)
-    assert text.startswith("no window of 4 + 4 frames in val, test (split by participant: train 1-48, val 49-59")
-    assert f"3 clips listed in {tmp_path / 'subtasks_byTask_time.csv'}, read from {tmp_path}" in text
-    assert f"{stem_of(49)}: 7 frames, 8 needed" in text
-    assert f"{stem_of(60)}: no .h5 file in" in text
-    assert text.endswith("hint: --split time cuts every clip into train, val and test")
-
-
-def test_no_windows_at_all_gives_no_hint_that_cannot_help(tmp_path):
-    write_dataset(tmp_path, {stem_of(1): clip_arrays(7)})
-    with pytest.raises(NoWindowsError, match="in train, val, test") as caught:
-        load_dataset(config_for(tmp_path))
-    assert "hint" not in str(caught.value)
-
-
-def test_time_split_without_a_long_clip_says_how_long_it_would_have_to_be(tmp_path):
-    write_dataset(tmp_path, {stem_of(1): clip_arrays(23)})
-    with pytest.raises(NoWindowsError, match="a clip of 24 frames or more"):
-        load_dataset(config_for(tmp_path, split="time"))
-
-
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -357,10 +224,6 @@ def test_batches_in_a_given_order_or_of_a_choice(three_clips):
     batches = list(test.batches(2, order))
     assert torch.equal(torch.cat([batch.x for batch in batches]), test.batch(order).x)
     assert list(test.batches(2, order[:0])) == []
-
-
-def test_batch_size_below_one(three_clips):
-    test = load_dataset(config_for(three_clips[0])).test
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         next(test.batches(0))
 
