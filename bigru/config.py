@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import os
@@ -309,6 +310,15 @@ def from_mapping(mapping: Mapping[str, Any], source: str) -> TrainConfig:
         return TrainConfig(**{section: SECTIONS[section](**values) for section, values in settings.items()})
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def read_settings(path: Path) -> TrainConfig:
+    """Reads the config.json of a run; raises ConfigError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{printable(path)} is not JSON: {error}") from error
+    return from_mapping(content, printable(path))
 
 
 def _leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

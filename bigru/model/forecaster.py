@@ -12,11 +12,6 @@ from bigru.kernels.backends import Backend
 from bigru.kernels.gru import BiGRU
 from bigru.layout import POSE_SIZE
 
-PUBLISHED_SIZES = (84, 128, 2)
-"""Input size, hidden size and layers of the published network."""
-PUBLISHED_PARAMETERS = 482_900
-"""Parameters of the published state dict."""
-
 
 class Encoder(nn.Module):
     """Holds the GRU under the published name, `encoder.core`."""
@@ -70,9 +65,6 @@ class HandForecaster(nn.Module):
         )
         self.residual: Tensor | None
         self.register_buffer("residual", torch.ones(()) if residual else None)
-        # Published weights load only into this very network.
-        if (input_size, hidden_size, num_layers) == PUBLISHED_SIZES:
-            assert sum(parameter.numel() for parameter in self.parameters()) == PUBLISHED_PARAMETERS
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", **options: Any) -> HandForecaster:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from bigru.config import ConfigError, DataConfig, from_mapping
+from bigru.config import ConfigError, DataConfig, read_settings
 from bigru.environment import pick_device
 from bigru.model.forecaster import HandForecaster
 from bigru.model.weights import modalities_of, weights_file
@@ -35,7 +34,7 @@ def load_model(
     weights = weights_file(weights)
     settings = weights.with_name("config.json")
     model = HandForecaster.load(weights, device=str(where), backend=backend)
-    config = _read_settings(settings) if settings.is_file() else DataConfig()
+    config = read_settings(settings).data if settings.is_file() else DataConfig()
     if not settings.is_file():
         print(
             "bigru.predict: no config.json beside the weights: the clips are read as published, each frame centred "
@@ -53,13 +52,3 @@ def load_model(
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"backend: {backend} cannot run the network on {where}: {error}") from error
     return model, config
-
-
-def _read_settings(path: Path) -> DataConfig:
-    """The data settings of the run whose config.json lies beside the weights."""
-    try:
-        return from_mapping(json.loads(path.read_text(encoding="utf-8")), str(path)).data
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bigru.config import OWNER, ConfigError, TrainConfig, from_mapping, latest_run
+from bigru.config import OWNER, ConfigError, TrainConfig, latest_run, read_settings
 from bigru.data.windows import SPLITS, Dataset
 from bigru.files import ESCAPE, as_json, lock, named, printable, shell_line, write_json, write_lines
 from bigru.model.weights import WEIGHTS
@@ -73,15 +73,10 @@ def read_config(folder: Path) -> TrainConfig:
     Raises:
         ConfigError: they are damaged, or the folder's name is no start.
     """
-    path = folder / "config.json"
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY).is_file():
         # Asked now, not after the last epoch.
         start_of(folder)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"resume: {printable(path)} is not JSON: {error}") from error
-    config = from_mapping(content, printable(path))
+    config = read_settings(folder / "config.json")
     return replace(config, run=replace(config.run, out=folder.parent))
 
 
