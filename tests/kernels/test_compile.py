@@ -52,12 +52,10 @@ def aten(gru):
 
 
 # Most of the time is inductor's own, and it sees one operator whatever the backend: on a CPU one goes through it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gru", "compiler"),
-    [
-        ("triton", COMPILER if torch.cuda.is_available() else "aot_eager"),
-        pytest.param("torch", COMPILER, marks=pytest.mark.slow),
-    ],
+    [("triton", COMPILER if torch.cuda.is_available() else "aot_eager"), ("torch", COMPILER)],
     indirect=["gru"],
 )
 def test_one_graph_serves_every_batch_and_length(gru, compiler, kernel_device):

@@ -150,6 +150,5 @@ def test_cpu(configuration):
 @pytest.mark.slow
 @settings(REPEATABLE, max_examples=12, phases=[Phase.explicit, Phase.generate])
 @given(configurations([torch.float32, torch.bfloat16], 3))
-def test_triton(kernel_device, configuration):
-    pytest.importorskip("triton")
-    check(configuration, "triton", kernel_device)
+def test_triton(triton_device, configuration):
+    check(configuration, "triton", triton_device)

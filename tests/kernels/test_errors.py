@@ -104,11 +104,8 @@ BAD_CALLS = {  # input, hx, what ours says
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize(("x", "hx", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
 def test_bad_call_raises_what_nn_gru_raises(x, hx, message, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
     with pytest.raises((ValueError, RuntimeError, AttributeError)) as theirs:
         nn.GRU(3, 4, bidirectional=True)(x, hx)
     with pytest.raises(theirs.type, match=message) as ours:
@@ -118,11 +115,8 @@ def test_bad_call_raises_what_nn_gru_raises(x, hx, message, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_autocast_takes_floating_numbers_alone(backend, dtype):
     # Unembedded tokens would train; of complex numbers the imaginary part would go.
-    if backend == "triton":
-        pytest.importorskip("triton")
     theirs, ours = nn.GRU(3, 4, bidirectional=True), BiGRU(3, 4, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
         for bad in ((X.to(dtype),), (X, H0.to(dtype)), (packed(X.to(dtype)),), (packed(X), H0.to(dtype))):

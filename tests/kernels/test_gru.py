@@ -23,13 +23,6 @@ SIZES = {  # T, B, I, H, layers, bias
 }
 
 
-@pytest.fixture(params=["torch", "reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 def pair(*args, backend="auto", precision="fp32", dtype=torch.float32, device="cpu", **options):
     """BiGRU of `dtype`, and nn.GRU in fp64 with the same weights."""
     gru = BiGRU(*args, backend=backend, precision=precision, device=device, dtype=dtype, **options)
@@ -71,18 +64,16 @@ def test_matches_nn_gru(size, backend, kernel_device):
 
 
 @pytest.mark.parametrize(("dtype", "precision"), TOLERANCE, ids=lambda value: str(value).removeprefix("torch."))
-def test_precisions_of_the_fused_kernel(dtype, precision, kernel_device):
-    pytest.importorskip("triton")
+def test_precisions_of_the_fused_kernel(dtype, precision, triton_device):
     torch.manual_seed(1)
-    gru, theirs = pair(6, 20, 2, backend="triton", precision=precision, dtype=dtype, device=kernel_device)
+    gru, theirs = pair(6, 20, 2, backend="triton", precision=precision, dtype=dtype, device=triton_device)
     x, hx = torch.randn(4, 3, 6).to(dtype), torch.randn(4, 3, 20).to(dtype)
     check(gru, theirs, x, hx, TOLERANCE[dtype, precision])
 
 
-def test_a_large_initial_state_may_be_forgotten(kernel_device):
+def test_a_large_initial_state_may_be_forgotten(triton_device):
     # The products' scale is that of the initial state, also once the state is small again.
-    pytest.importorskip("triton")
-    gru, theirs = pair(3, 8, backend="triton", device=kernel_device)
+    gru, theirs = pair(3, 8, backend="triton", device=triton_device)
     with torch.no_grad():
         for module in (gru, theirs):
             for weight in (module.weight_hh_l0, module.weight_hh_l0_reverse):
@@ -90,20 +81,19 @@ def test_a_large_initial_state_may_be_forgotten(kernel_device):
                 weight[8:16, 0] = -0.2  # z = 0 where unit 0 is large
         x, hx = torch.randn(9, 1, 3), torch.zeros(2, 1, 8)
         hx[:, 0, 0] = 1e5
-        actual, expected = gru(x.to(kernel_device), hx.to(kernel_device)), theirs(x.double(), hx.double())
+        actual, expected = gru(x.to(triton_device), hx.to(triton_device)), theirs(x.double(), hx.double())
     assert expected[1].abs().max() < 1
     assert all(error(ours, wanted) < 1e-5 for ours, wanted in zip(actual, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_an_infinite_weight_makes_its_direction_nan(kernel_device):
-    pytest.importorskip("triton")
-    gru, theirs = pair(3, 4, backend="triton", device=kernel_device)
+def test_an_infinite_weight_makes_its_direction_nan(triton_device):
+    gru, theirs = pair(3, 4, backend="triton", device=triton_device)
     x, hx = torch.rand(2, 1, 3), torch.rand(2, 1, 4)
     with torch.no_grad():
         for module in (gru, theirs):
             module.weight_hh_l0[0, 1] = float("inf")
-        y, expected = gru(x.to(kernel_device), hx.to(kernel_device))[0].cpu(), theirs(x.double(), hx.double())[0]
+        y, expected = gru(x.to(triton_device), hx.to(triton_device))[0].cpu(), theirs(x.double(), hx.double())[0]
     assert expected.isfinite().all()
     assert y[..., :4].isnan().all()
     assert error(y[..., 4:], expected[..., 4:]) < 1e-5
@@ -197,11 +187,10 @@ class TestBackends:
         )
         assert gru.double().resolve_backend(torch.randn(2, 2, 3, device="cuda").double()) == "torch"
 
-    def test_refusals_name_the_reason(self, kernel_device):
-        pytest.importorskip("triton")
-        gru = BiGRU(3, 4, backend="triton", dtype=torch.float64, device=kernel_device)
+    def test_refusals_name_the_reason(self, triton_device):
+        gru = BiGRU(3, 4, backend="triton", dtype=torch.float64, device=triton_device)
         with pytest.raises(RuntimeError, match=r"'triton' cannot serve this call.*float64"):
-            gru(torch.randn(2, 2, 3, dtype=torch.float64, device=kernel_device))
+            gru(torch.randn(2, 2, 3, dtype=torch.float64, device=triton_device))
 
     @pytest.mark.parametrize("backend", ["resident", "cooperative"])
     def test_kernels_without_an_interpreter_are_refused_on_a_cpu(self, backend):
@@ -236,10 +225,8 @@ class TestAutocast:
             (torch.bfloat16, torch.float32),
         ],
     )
-    @pytest.mark.parametrize("backend", ["triton", "reference"])
+    @pytest.mark.parametrize("backend", ["triton", "reference"], indirect=True)
     def test_takes_its_dtype_and_returns_gradients_in_each_ones_own(self, backend, x_dtype, hx_dtype, kernel_device):
-        if backend == "triton":
-            pytest.importorskip("triton")
         torch.manual_seed(0)
         gru = BiGRU(3, 4, 2, backend=backend, device=kernel_device)
         x = torch.randn(3, 2, 3, device=kernel_device).to(x_dtype).requires_grad_()
@@ -270,21 +257,17 @@ class TestAutocast:
 class TestFusedLayer:
     """One autograd node in eager mode, operators under a compiler: the same numbers."""
 
-    @pytest.fixture(autouse=True)
-    def with_triton(self):
-        pytest.importorskip("triton")
-
     @pytest.mark.parametrize(
         ("asked", "bias"),
         [("all", True), ("all", False), ("input", True), ("state", False), ("weights", False), ("one bias", True)],
     )
-    def test_eager_and_spelled_out_agree(self, bias, asked, kernel_device):
+    def test_eager_and_spelled_out_agree(self, bias, asked, triton_device):
         results = []
         for mode in (nullcontext(), Recorder()):
             torch.manual_seed(0)
-            gru = BiGRU(3, 4, 2, bias, backend="triton", batch_first=True, device=kernel_device)
-            x = torch.randn(2, 3, 3).to(kernel_device)
-            hx = torch.randn(4, 2, 4).to(kernel_device)
+            gru = BiGRU(3, 4, 2, bias, backend="triton", batch_first=True, device=triton_device)
+            x = torch.randn(2, 3, 3).to(triton_device)
+            hx = torch.randn(4, 2, 4).to(triton_device)
             leaves = {"input": x, "state": hx} | dict(gru.named_parameters())
             for name, leaf in leaves.items():
                 wanted = {
@@ -301,13 +284,13 @@ class TestFusedLayer:
             assert (ours is None) == (theirs is None)
             assert ours is None or error(ours, theirs) < 1e-6
 
-    def test_keeps_nothing_where_no_gradient_is_wanted(self, kernel_device):
-        gru = BiGRU(3, 4, backend="triton", device=kernel_device)
+    def test_keeps_nothing_where_no_gradient_is_wanted(self, triton_device):
+        gru = BiGRU(3, 4, backend="triton", device=triton_device)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             with torch.no_grad():
-                gru(torch.randn(2, 2, 3, device=kernel_device))
-            gru.requires_grad_(False)(torch.randn(2, 2, 3, device=kernel_device))
+                gru(torch.randn(2, 2, 3, device=triton_device))
+            gru.requires_grad_(False)(torch.randn(2, 2, 3, device=triton_device))
             assert kept == []
-            gru.requires_grad_(True)(torch.randn(2, 2, 3, device=kernel_device))
+            gru.requires_grad_(True)(torch.randn(2, 2, 3, device=triton_device))
         assert len(kept) == 6  # gates, y with h0, x, h0, w_ih, w_hh

@@ -119,17 +119,14 @@ def test_right_where_nothing_is_fused(name, backend):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_refused_by_the_fused_kernels(name, kernel_device):
-    pytest.importorskip("triton")
-    gru, x = make("triton", kernel_device, torch.float32)
+def test_refused_by_the_fused_kernels(name, triton_device):
+    gru, x = make("triton", triton_device, torch.float32)
     with pytest.raises(RuntimeError, match=r'fused kernels.*backend="reference"'):
         TRANSFORMS[name](gru, x)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"], indirect=True)
 def test_packed_sequences(backend, kernel_device):
-    if backend == "triton":
-        pytest.importorskip("triton")
     gru, x = make(backend, *((kernel_device, torch.float32) if backend == "triton" else ()))
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, [1, 3], enforce_sorted=False)
     ones = torch.ones_like(packed.data)
@@ -145,22 +142,20 @@ def test_packed_sequences(backend, kernel_device):
     assert error(derivative, expected) < 1e-12
 
 
-def test_a_tangent_elsewhere_does_not_matter(kernel_device):
-    pytest.importorskip("triton")
-    gru, x = make("triton", kernel_device, torch.float32)
+def test_a_tangent_elsewhere_does_not_matter(triton_device):
+    gru, x = make("triton", triton_device, torch.float32)
     with forward_ad.dual_level(), torch.no_grad():
         forward_ad.make_dual(torch.zeros(1), torch.ones(1))
         assert gru(x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["jvp", "func.grad", "vmap"])
-def test_compiled_together_with_the_transform(name, kernel_device):
+def test_compiled_together_with_the_transform(name, triton_device):
     gru, x = make("auto")
     torch._dynamo.reset()
     compiled = torch.compile(lambda a: TRANSFORMS[name](gru, a), backend="eager", fullgraph=True)
     assert error(compiled(x), TRANSFORMS[name](gru, x)) < 1e-12
-    pytest.importorskip("triton")
-    gru, x = make("triton", kernel_device, torch.float32)
+    gru, x = make("triton", triton_device, torch.float32)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match='backend="reference"'):
         torch.compile(lambda a: TRANSFORMS[name](gru, a), backend="eager", fullgraph=True)(x)
@@ -168,9 +163,8 @@ def test_compiled_together_with_the_transform(name, kernel_device):
 
 # torch 2.11 looks into what it was told is constant, and warns of a cache there.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_compiled_then_in_forward_mode(kernel_device):
-    pytest.importorskip("triton")
-    gru, x = make("triton", kernel_device, torch.float32)
+def test_compiled_then_in_forward_mode(triton_device):
+    gru, x = make("triton", triton_device, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(gru, backend="aot_eager")
     with torch.no_grad():

@@ -28,13 +28,6 @@ SMALL, STREAMED = 5, 129
 """Hidden sizes whose W_hh is held on chip, and read in blocks."""
 
 
-@pytest.fixture(params=["torch", "reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 def ragged(lengths, features=3, hidden=SMALL, layers=1, seed=0):
     """A sequence for each length, hx, and upstream gradients of each sequence's y and of h_n."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,18 +83,16 @@ def test_each_sequence_as_if_alone(lengths, backend, kernel_device):
 
 # The second block has one step less: its state ends in the right buffer only if it starts in the other one.
 @pytest.mark.parametrize("lengths", [[3, 1, 2], [1, *[2] * 16]], ids=["one block", "two blocks"])
-def test_weights_read_in_blocks(lengths, kernel_device):
-    pytest.importorskip("triton")
+def test_weights_read_in_blocks(lengths, triton_device):
     torch.manual_seed(1)
-    gru = BiGRU(2, STREAMED, bias=len(lengths) > 3, backend="triton", device=kernel_device)
+    gru = BiGRU(2, STREAMED, bias=len(lengths) > 3, backend="triton", device=triton_device)
     check(gru, ragged(lengths, 2, STREAMED), 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), TOLERANCE, ids=lambda value: str(value).removeprefix("torch."))
-def test_precisions_of_the_fused_kernel(dtype, precision, kernel_device):
-    pytest.importorskip("triton")
+def test_precisions_of_the_fused_kernel(dtype, precision, triton_device):
     torch.manual_seed(1)
-    gru = BiGRU(3, 20, backend="triton", precision=precision, dtype=dtype, device=kernel_device)
+    gru = BiGRU(3, 20, backend="triton", precision=precision, dtype=dtype, device=triton_device)
     sequences, hx, dy, dh_n = ragged([2, 4, 1], hidden=20)
     sequences, dy = ([x.to(dtype).float() for x in xs] for xs in (sequences, dy))
     check(gru, (sequences, hx.to(dtype).float(), dy, dh_n.to(dtype).float()), TOLERANCE[dtype, precision])
@@ -131,9 +122,8 @@ def test_keeps_the_order_and_the_class_of_the_input(backend, kernel_device):
     assert torch.equal(h_n[1, 0], unpack_sequence(y)[0][0, SMALL:])
 
 
-def test_bit_identical_from_run_to_run(kernel_device):
-    pytest.importorskip("triton")
-    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+def test_bit_identical_from_run_to_run(triton_device):
+    gru = BiGRU(3, SMALL, backend="triton", device=triton_device)
     inputs = ragged([1, 3, 2])
     first, second = together(gru, *inputs), together(gru, *inputs)
     for name, value in first.items():
@@ -141,9 +131,8 @@ def test_bit_identical_from_run_to_run(kernel_device):
 
 
 @pytest.mark.parametrize("hidden", [SMALL, STREAMED])
-def test_nan_stays_in_its_sequence(hidden, kernel_device):
-    pytest.importorskip("triton")
-    gru = BiGRU(3, hidden, backend="triton", device=kernel_device)
+def test_nan_stays_in_its_sequence(hidden, triton_device):
+    gru = BiGRU(3, hidden, backend="triton", device=triton_device)
     sequences, *rest = ragged([2, 1, 2], hidden=hidden)
     clean = together(gru, sequences, *rest)
     sequences[2] = torch.full_like(sequences[2], float("nan"))
@@ -171,10 +160,8 @@ def test_dropout_between_layers_only_in_training(backend, kernel_device):
     assert not torch.equal(dropped, gru.eval()(x)[0].data)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
 def test_autocast(backend, kernel_device):
-    if backend == "triton":
-        pytest.importorskip("triton")
     gru = BiGRU(3, SMALL, 2, backend=backend, device=kernel_device)
     x = pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (3, 1)])
     with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
@@ -185,10 +172,9 @@ def test_autocast(backend, kernel_device):
     assert all(p.grad.dtype == torch.float32 for p in gru.parameters())
 
 
-def test_checkpointed(kernel_device):
-    pytest.importorskip("triton")
-    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
-    x = pack_sequence([torch.randn(n, 3, device=kernel_device) for n in (3, 1)])
+def test_checkpointed(triton_device):
+    gru = BiGRU(3, SMALL, backend="triton", device=triton_device)
+    x = pack_sequence([torch.randn(n, 3, device=triton_device) for n in (3, 1)])
 
     def gradients(call):
         gru.zero_grad()
@@ -205,12 +191,11 @@ def test_checkpointed(kernel_device):
 
 
 @pytest.mark.parametrize("sequences", [True, False], ids=["PackedSequence", "lengths"])
-def test_compiled_with_a_graph_break(sequences, kernel_device):
-    pytest.importorskip("triton")
+def test_compiled_with_a_graph_break(sequences, triton_device):
     torch._dynamo.reset()
-    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
+    gru = BiGRU(3, SMALL, backend="triton", device=triton_device)
     compiled = torch.compile(gru, backend="eager")
-    x = torch.randn(3, 2, 3, device=kernel_device)
+    x = torch.randn(3, 2, 3, device=triton_device)
     for lengths in ([3, 1], [2, 3]):
         if sequences:
             packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
@@ -342,11 +327,10 @@ def test_table_of_the_kernels(lengths):
     assert steps.data[table[len(lengths) :], 0].tolist() == list(range(falling[0]))
 
 
-def test_default_device_is_not_taken(kernel_device):
+def test_default_device_is_not_taken(triton_device):
     """What the host computes stays on the host, as in nn.GRU."""
-    pytest.importorskip("triton")
-    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
-    x = torch.randn(5, 2, 3, device=kernel_device)
+    gru = BiGRU(3, SMALL, backend="triton", device=triton_device)
+    x = torch.randn(5, 2, 3, device=triton_device)
     packed = pack_padded_sequence(x, [5, 3])
     wanted = gru(packed)[1], gru(x, lengths=[5, 3])[1]
     with torch.device("meta"):
@@ -355,10 +339,9 @@ def test_default_device_is_not_taken(kernel_device):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
-def test_tracing_is_refused(kernel_device):
-    pytest.importorskip("triton")
-    gru = BiGRU(3, SMALL, backend="triton", device=kernel_device)
-    packed = pack_padded_sequence(torch.randn(5, 2, 3, device=kernel_device), [5, 3])
+def test_tracing_is_refused(triton_device):
+    gru = BiGRU(3, SMALL, backend="triton", device=triton_device)
+    packed = pack_padded_sequence(torch.randn(5, 2, 3, device=triton_device), [5, 3])
     with pytest.raises(RuntimeError, match="a PackedSequence cannot be traced"):
         torch.jit.trace(lambda data: gru(packed._replace(data=data))[1], packed.data)
     with pytest.raises(RuntimeError, match="trying to get value out of a tracing tensor"):
