@@ -101,8 +101,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand_home(self)
-        for name in ("observed", "predicted", "stride"):
-            _at_least(1, **{name: getattr(self, name)})
+        _at_least(1, self, "observed", "predicted", "stride")
         if self.observed != self.predicted:
             raise ConfigError(
                 f"predicted: expected {self.observed} as in observed (output frame t is read off encoder "
@@ -141,7 +140,7 @@ class ModelConfig:
     """Predict the displacement from the last observed frame, not the hands themselves as published."""
 
     def __post_init__(self) -> None:
-        _at_least(1, hidden_size=self.hidden_size, num_layers=self.num_layers)
+        _at_least(1, self, "hidden_size", "num_layers")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
 
@@ -170,14 +169,8 @@ class OptimConfig:
     """Smallest gain in validation MPJPE that counts."""
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size, epochs=self.epochs, patience=self.patience)
-        _at_least(
-            0,
-            weight_decay=self.weight_decay,
-            warmup_epochs=self.warmup_epochs,
-            min_lr=self.min_lr,
-            min_delta=self.min_delta,
-        )
+        _at_least(1, self, "batch_size", "epochs", "patience")
+        _at_least(0, self, "weight_decay", "warmup_epochs", "min_lr", "min_delta")
         for name in ("lr", "grad_clip"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -218,7 +211,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed: expected 0 to 2147483647, got {self.seed}")
         if self.threads is not None:
-            _at_least(1, threads=self.threads)
+            _at_least(1, self, "threads")
         if self.graph and self.amp == "fp16":
             raise ConfigError("graph: expected amp none or bf16 with it, got fp16")
 
@@ -392,8 +385,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
-def _at_least(least: int, **values: float) -> None:
-    for name, value in values.items():
+def _at_least(least: int, settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
         # Written so that NaN fails too.
         if not (value >= least and math.isfinite(value)):
             raise ConfigError(f"{name}: expected at least {least}, got {value}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,12 +172,5 @@ class ForecastStream:
         for name, values in arrays.items():
             if not np.isfinite(values).all():
                 raise ValueError(f"{name}: expected finite numbers (a missing hand is all zeros), got {values}")
-        frame = {name: values[None] for name, values in arrays.items()}
-        return Clip(
-            fps=1.0,
-            hands=frame["hands"],
-            gaze=frame.get("gaze"),
-            objects=frame.get("objects"),
-            surrogate=frame.get("surrogate"),
-            seconds=np.zeros(1),
-        )
+        frame: dict[str, Any] = {name: arrays[name][None] if name in arrays else None for name in ("hands", *others)}
+        return Clip(fps=1.0, seconds=np.zeros(1), **frame)

@@ -12,11 +12,9 @@ import numpy as np
 
 from bigru.config import DataConfig
 from bigru.data.hdf5 import (
-    GAZE_DATASET,
     HAND_DATASETS,
     MAX_FRAMES,
-    OBJECT_DATASET,
-    SURROGATE_DATASET,
+    MODALITIES,
     ClipError,
     checked_dataset,
     h5py_errors,
@@ -119,8 +117,7 @@ def open_clip(path: Path) -> Iterator[h5py.File]:
 
 def read_open_clip(file: h5py.File, config: DataConfig, needed: int, fps: float | None = None) -> Clip:
     """Reads a clip as `read_clip` does, from a file that `open_clip` opened."""
-    names = [*HAND_DATASETS]
-    names += [GAZE_DATASET] * config.gaze + [OBJECT_DATASET] * config.objects + [SURROGATE_DATASET] * config.surrogate
+    names = [*HAND_DATASETS, *(dataset for name, dataset in MODALITIES.items() if getattr(config, name))]
     require_datasets(file, names)
     datasets = {name: checked_dataset(file, name) for name in names}
     lengths = {name: dataset.shape[0] for name, dataset in datasets.items()}
@@ -138,15 +135,9 @@ def read_open_clip(file: h5py.File, config: DataConfig, needed: int, fps: float 
         if length > MAX_FRAMES:
             raise ClipError("too long", f"its timestamps span {length:,} frames at {config.resample:g} per second")
     values = {name: read_values(dataset, config.nan_missing) for name, dataset in datasets.items()}
-    clip = Clip(
-        fps=fps,
-        hands=np.stack([values[name] for name in HAND_DATASETS], axis=1),
-        gaze=values.get(GAZE_DATASET),
-        objects=values.get(OBJECT_DATASET),
-        surrogate=values.get(SURROGATE_DATASET),
-        seconds=seconds,
-        assumed=assumed,
-    )
+    hands = np.stack([values[name] for name in HAND_DATASETS], axis=1)
+    others = {name: values.get(dataset) for name, dataset in MODALITIES.items()}
+    clip = Clip(fps=fps, hands=hands, seconds=seconds, assumed=assumed, **others)
     return clip if config.resample is None else resampled(clip, config.resample)
 
 

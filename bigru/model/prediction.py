@@ -250,15 +250,10 @@ def write_stream(model: HandForecaster, config: DataConfig, clip: Path, out: Pat
     median, slow = 1e3 * np.percentile(latency_s, (50, 99))
     path = out / f"{clip.stem}.stream.npz"
     out.mkdir(parents=True, exist_ok=True)
-    write_npz(
-        path,
-        {
-            "predicted": np.stack([forecast.positions for forecast in forecasts]),
-            "frame": [forecast.frame for forecast in forecasts],
-            "latency_s": latency_s,
-            "origin": ORIGINS[config.centre],
-        },
-    )
+    predicted = np.stack([forecast.positions for forecast in forecasts])
+    frames = [forecast.frame for forecast in forecasts]
+    arrays = {"predicted": predicted, "frame": frames, "latency_s": latency_s, "origin": ORIGINS[config.centre]}
+    write_npz(path, arrays)
     return (
         f"{printable(clip.stem)}: {len(forecasts)} forecasts of {config.predicted} frames on {where}, "
         f"latency median {median:.2f} ms, 99th percentile {slow:.2f} ms\n  {printable(path)}"

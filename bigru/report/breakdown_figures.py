@@ -75,15 +75,8 @@ def name_line_ends(axes: Axes, lines: dict[str, np.ndarray], colors: dict[str, s
     for upper, lower in pairwise(reversed(order)):
         places[lower] = min(places[lower], places[upper] - NAME_HEIGHT)
     for name in order:
-        axes.text(
-            1.015,
-            places[name],
-            f"{name}  {last[name]:.0f}",
-            transform=axes.transAxes,
-            va="center",
-            fontsize=8,
-            color=colors[name],
-        )
+        said = f"{name}  {last[name]:.0f}"
+        axes.text(1.015, places[name], said, transform=axes.transAxes, va="center", fontsize=8, color=colors[name])
 
 
 @styled

@@ -87,15 +87,8 @@ def _draw_snapshot(axes: Axes, joints_px: np.ndarray, limits: tuple[float, float
     """Draws both hands, (2, 21, 2) in pixels, NaN where not seen."""
     for hand, (name, colour) in enumerate(HANDS):
         if np.isnan(joints_px[hand]).any():
-            axes.text(
-                0.03 if hand == 0 else 0.97,
-                0.03,
-                f"{name} missing",
-                transform=axes.transAxes,
-                ha=name,
-                fontsize=6.5,
-                color=FAINT,
-            )
+            x = 0.03 if hand == 0 else 0.97
+            axes.text(x, 0.03, f"{name} missing", transform=axes.transAxes, ha=name, fontsize=6.5, color=FAINT)
             continue
         axes.plot(*stroke(joints_px[hand]).T, color=colour, linewidth=0.9, solid_joinstyle="round")
     x0, x1, top, bottom = limits

@@ -130,16 +130,8 @@ def _draw_curves(axes: Axes, record: RunRecord, names: Sequence[str]) -> str:
         axes.plot(epochs, values, color=color, linewidth=1.3, marker="o", markersize=4, markevery=lone_points(values))
     axes.axvline(record.best_epoch, color=INK, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1)
     # Above the frame, where no curve runs.
-    axes.text(
-        record.best_epoch,
-        1.015,
-        f"{record.best_epoch}",
-        transform=axes.get_xaxis_transform(),
-        ha="center",
-        va="bottom",
-        fontsize=7,
-        color=INK,
-    )
+    best, above = record.best_epoch, axes.get_xaxis_transform()
+    axes.text(best, 1.015, f"{best}", transform=above, ha="center", va="bottom", fontsize=7, color=INK)
     margin = max(0.5, 0.02 * len(epochs))
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
