@@ -198,12 +198,9 @@ def describe(path: Path, observed: int, stride: int, nan_missing: bool = False) 
     config = DataConfig(observed=observed, predicted=observed, stride=stride, nan_missing=nan_missing)
     with open_clip(path) as file:
         names = dataset_names(file)
-        table = tabulate(
-            [_dataset_row(file, name, nan_missing) for name in names[:MOST_LISTED]],
-            ["dataset", "shape", "type", "missing"],
-            colalign=["left", "left", "left", "right"],
-            disable_numparse=True,
-        )
+        rows = [_dataset_row(file, name, nan_missing) for name in names[:MOST_LISTED]]
+        heads, align = ["dataset", "shape", "type", "missing"], ["left", "left", "left", "right"]
+        table = tabulate(rows, heads, colalign=align, disable_numparse=True)
         more = [f"and {len(names) - MOST_LISTED:,} more"] * (len(names) > MOST_LISTED)
         options = {dataset: f" (for --{name})" for name, dataset in MODALITIES.items()}
         lacks = [name + options.get(name, "") for name in (*FRAME_SHAPES, "timestamps") if name not in names]

@@ -204,12 +204,8 @@ def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
         if stored > chunk_bytes + chunk_bytes // 100 + 1024 or any(np.greater_equal(place, dataset.shape)):
             raise ClipError("unreadable", f"{name} has a chunk of {stored:,} bytes at {place}")
         skipped, packed = dataset.id.read_direct_chunk(place)
-        content = _unpack(
-            packed,
-            [code for bit, code in enumerate(filters) if not skipped >> bit & 1],
-            chunk_bytes,
-            dataset.dtype.itemsize,
-        )
+        used = [code for bit, code in enumerate(filters) if not skipped >> bit & 1]
+        content = _unpack(packed, used, chunk_bytes, dataset.dtype.itemsize)
         if len(content) != chunk_bytes:
             raise ClipError("unreadable", f"{name} has a chunk of {len(content):,} bytes, expected {chunk_bytes:,}")
         part = values[tuple(slice(start, start + size) for start, size in zip(place, dataset.chunks, strict=True))]

@@ -107,12 +107,8 @@ class Windows:
             # Both are copies of their own, made by the indices.
             x[..., :POSE_SIZE] -= shift
             target -= shift
-        return Batch(
-            x=x,
-            target=target,
-            present=self.present[future].repeat_interleave(JOINTS_PER_HAND, dim=-1),
-            fps=self.fps[indices],
-        )
+        present = self.present[future].repeat_interleave(JOINTS_PER_HAND, dim=-1)
+        return Batch(x, target, present, self.fps[indices])
 
     def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """Yields the windows in batches.

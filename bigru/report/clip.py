@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,14 +60,9 @@ def draw_clip(
     figure.text(0.085, 0.985, clip_name(name, 78), fontsize=8, fontweight="bold", va="top")
     caption = f"{len(seconds):,} frames at {rate or f'{fps:g} per second'}; px of the 1728 x 972 image, y pointing down"
     figure.text(0.085, 0.945, caption, fontsize=7.5, color=INK, va="top")
-    figure.legend(
-        handles=[Line2D([], [], color=colour, label=f"{hand} hand") for hand, colour in HANDS],
-        ncols=2,
-        loc="upper right",
-        bbox_to_anchor=(0.99, 0.965),
-        borderaxespad=0,
-        fontsize=7.5,
-    )
+    handles = [Line2D([], [], color=colour, label=f"{hand} hand") for hand, colour in HANDS]
+    corner: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (0.99, 0.965), "borderaxespad": 0}
+    figure.legend(handles=handles, ncols=2, fontsize=7.5, **corner)
     return figure
 
 

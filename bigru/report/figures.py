@@ -203,13 +203,8 @@ def forecasts(samples: Samples, centre: str = "frame") -> Figure:
         top -= height + below
     figure.text(0.5, 0.03 / total, axes_text(centre), ha="center", va="bottom", fontsize=7.5, color=INK)
     known = bool(np.isfinite(samples.target).any())
-    figure.legend(
-        handles=legend(known),
-        loc="upper left",
-        bbox_to_anchor=((left - 0.08) / WIDTH_IN, 1.0),
-        ncols=5,
-        borderaxespad=0.2,
-    )
+    corner = ((left - 0.08) / WIDTH_IN, 1.0)
+    figure.legend(handles=legend(known), loc="upper left", bbox_to_anchor=corner, ncols=5, borderaxespad=0.2)
     return figure
 
 

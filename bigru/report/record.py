@@ -290,7 +290,8 @@ def _from_summary(
     best, epochs = _count(summary, "best_epoch"), len(metrics["epoch"])
     if not 1 <= best <= epochs:
         raise ValueError(f"best_epoch is {best}, but metrics.jsonl holds epochs 1 to {epochs}")
-    rates = tuple((_number(entry, "fps"), _scores(entry)) for entry in summary["by_frame_rate"])
+    by_rate = summary["by_frame_rate"]
+    rates = tuple((_number(entry, "fps"), _scores(entry)) for entry in by_rate)
     if not all(fps > 0 for fps, _ in rates):
         raise ValueError("by_frame_rate: fps should be more than 0")
     data, broken_down = summary["data"], version > 1
@@ -315,12 +316,7 @@ def _from_summary(
         test=_scores(summary["test"]),
         baselines={name: _scores(scores) for name, scores in summary["baselines"].items()},
         by_frame_rate=rates,
-        # Runs of earlier versions do not say.
-        assumed_rates=tuple(
-            (_number(entry, "fps"), _count(entry, "assumed"))
-            for entry in summary["by_frame_rate"]
-            if entry.get("assumed")
-        ),
+        assumed_rates=tuple((_number(e, "fps"), _count(e, "assumed")) for e in by_rate if e.get("assumed")),
         by_subtask=tuple((str(row["subtask"]), _scores(row)) for row in summary["by_subtask"]) if broken_down else (),
         horizon=horizon,
         by_joint=_errors_px(summary["by_joint"], JOINTS) if broken_down else None,

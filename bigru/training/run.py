@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,15 +193,8 @@ def read_data_digest(config: TrainConfig, parts: Parts) -> str:
 def build_model(config: TrainConfig, device: torch.device, dataset: Dataset) -> tuple[HandForecaster, str]:
     """Returns the network on the device, and the name of the backend that its GRU takes for a batch."""
     try:
-        model = HandForecaster(
-            config.data.input_size,
-            config.model.hidden_size,
-            config.model.num_layers,
-            config.model.dropout,
-            residual=config.model.residual,
-            backend=config.run.backend,
-            precision=config.run.precision,
-        )
+        run, sizes = config.run, asdict(config.model)
+        model = HandForecaster(config.data.input_size, **sizes, backend=run.backend, precision=run.precision)
         model.to(device)
         sample = next(iter(dataset.train.batches(config.optim.batch_size))).x
         return model, model.encoder.core.resolve_backend(sample)
@@ -260,13 +253,9 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
         with log_to(run_dir.RunLog(folder / "train.log")):
             log.info("run %s%s", printable(folder), describe_progress(trainer))
             log.info("%s", dataset.describe())
-            log.info(
-                "%s, backend %s, %s; %s parameters",
-                device_name(trainer.step.device),
-                backend,
-                describe_training(config, trainer.team.size),
-                f"{count_parameters(trainer.model):,}",
-            )
+            how = f"backend {backend}, {describe_training(config, trainer.team.size)}"
+            size = f"{count_parameters(trainer.model):,} parameters"
+            log.info("%s, %s; %s", device_name(trainer.step.device), how, size)
             log.info("below: train/val, train in passing with dropout on and weights moving; px: joint error of val")
             with tensorboard.watched(folder, trainer) if config.run.tensorboard else nullcontext():
                 trainer.fit(folder)

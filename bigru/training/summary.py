@@ -19,6 +19,7 @@ from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
 from bigru.environment import describe_environment
 from bigru.files import printable, write_json
+from bigru.layout import MODALITY_SIZES
 from bigru.model.metrics import (
     BASELINES,
     by_frame_rate,
@@ -70,12 +71,7 @@ def finish(folder: Path, trainer: Trainer, backend: str) -> None:
         "by_subtask": by_subtask(rows, windows.subtask, SUBTASKS),
         "horizon": {name: mean_errors(sums.sum(1)) for name, sums in joints.items()},
         "by_joint": mean_errors(joints[NETWORK].sum(0)),
-        "modalities": {
-            "hands": True,
-            "gaze": config.data.gaze,
-            "objects": config.data.objects,
-            "surrogate": config.data.surrogate,
-        },
+        "modalities": {"hands": True, **{name: getattr(config.data, name) for name in MODALITY_SIZES}},
         "data": {
             "source": describe_source(config),
             "split": config.data.split,

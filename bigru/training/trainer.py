@@ -180,14 +180,8 @@ class Trainer:
         for name in ("mpjpe", "ade", "fde", "loss", "joint_error"):
             row |= {f"tr_{name}": getattr(tr, name), f"va_{name}": getattr(va, name)}
         rate = learning_rate(progress.epoch * self.steps - 1, self.steps, optim)
-        row |= {
-            "va_joint_error_px": va.joint_error_px,
-            "lr": rate,
-            "grad_norm": grad_norm,
-            "train_s": train_s,
-            "val_s": val_s,
-            "train_windows_per_s": tr.windows / train_s,
-        }
+        row |= {"va_joint_error_px": va.joint_error_px, "lr": rate, "grad_norm": grad_norm}
+        row |= {"train_s": train_s, "val_s": val_s, "train_windows_per_s": tr.windows / train_s}
         progress.history.append(row)
         progress.elapsed_s += train_s + val_s
         # First: what a kill keeps of the next two from being written, a resume writes from it.
@@ -246,13 +240,9 @@ class Trainer:
             if stopped:
                 bar.close()
                 self.save(folder)
-                log.warning(
-                    "%s: stopped after batch %d of %d of epoch %d, which the checkpoint holds",
-                    signal.Signals(stopped).name,
-                    progress.step,
-                    self.steps,
-                    progress.epoch + 1,
-                )
+                done_so_far = f"batch {progress.step} of {self.steps} of epoch {progress.epoch + 1}"
+                name = signal.Signals(stopped).name
+                log.warning("%s: stopped after %s, which the checkpoint holds", name, done_so_far)
                 raise Interrupted(stopped)
         assert progress.rows is not None
         return summarise(progress.rows)
