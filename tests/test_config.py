@@ -297,27 +297,16 @@ def test_little_stands_beside_resume():
 def test_json_and_command_line_bring_the_settings_back():
     config = TrainConfig(
         DataConfig(
-            data_root=Path("a b"),
-            index=Path("i.csv"),
-            observed=10,
-            predicted=10,
-            stride=5,
-            split="time",
-            gaze=True,
-            objects=True,
-            surrogate=True,
-            mask_missing=False,
-            strict=True,
-            nan_missing=True,
-            resample=29.97,
-            centre="last",
-            cache=Path("caches"),
-            no_cache=True,
+            *(Path("a b"), Path("i.csv"), 10, 10, 5, "time", True, True, True),
+            *(False, True, True, 29.97, "last", Path("caches"), True),
         ),
         ModelConfig(16, 1, 0.0, True),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
-        RunConfig(Path("out"), 1, "cpu", 3, "torch", "tf32", Path("w.pt"), "bf16", True),
+        RunConfig(Path("out"), 1, "cpu", 3, "torch", "tf32", Path("w.pt"), "bf16", True, True),
     )
+    defaults = TrainConfig().as_dict()
+    for section, settings in config.as_dict().items():
+        assert all(value != defaults[section][name] for name, value in settings.items())
     assert from_mapping(json.loads(json.dumps(config.as_dict())), "config.json") == config
     words = shlex.split(command_line(config))
     assert words[:3] == ["python", "-m", "bigru.train"]

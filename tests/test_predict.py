@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from data.dataset import clip_arrays
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -33,15 +34,7 @@ def blank_pictures(monkeypatch):
 
 def write(folder, frames, number=0, **changes):
     """A clip of two hands anywhere in the image; the right one is not seen in its last frame."""
-    rng = np.random.default_rng(frames)
-    shapes = {
-        "left_landmarks": (21, 3),
-        "right_landmarks": (21, 3),
-        "norm_gaze": (2,),
-        "rec_bboxes": (30, 4),
-        "surrogate_hands": (2, 4),
-    }
-    arrays = {name: rng.uniform(0.1, 0.9, (frames, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    arrays = clip_arrays(frames, seed=frames)
     arrays["right_landmarks"][-1] = 0
     arrays |= changes
     path = folder / f"p01-CAM_AV-BIAH_RB-BHO-{number}.25_3.5.h5"

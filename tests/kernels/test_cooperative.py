@@ -73,40 +73,30 @@ class TestRefusal:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
-class TestEveryChoice:
-    def choices(self, device, mode):
-        for hidden in HIDDEN:
-            if OF_3_6.refusal(call(hidden, mode, device)) is None:
-                for batch in (1, 16, 17, 64, 100, 1000):
-                    yield hidden, batch, OF_3_6.choose(call(hidden, mode, device), batch)
-
-    def test_fits_the_gpu_at_once(self, device, mode):
-        """One program a processor: what a cooperative launch needs so as not to be refused."""
-        for _, batch, config in self.choices(device, mode):
-            for _, _, grid in config.launches(batch):
-                assert grid[0] * grid[1] * grid[2] <= device.processors
-            # The weights alone; `resources` compares what the kernels compile to.
-            weights = 3 * config.units * config.padded * (4 if config.split else 2)
-            assert weights + 8192 <= device.shared_memory
-
-    def test_owns_every_unit_once(self, device, mode):
-        for hidden, _, config in self.choices(device, mode):
-            assert (config.programs - 1) * config.units < hidden <= config.programs * config.units
-            assert config.padded % config.chunk == 0
-            assert config.programs * config.units <= config.padded < hidden + config.chunk
-
-    def test_serves_every_row_and_direction_once(self, device, mode):
-        for _, batch, config in self.choices(device, mode):
-            served = [
-                (d, row)
-                for first_b, first_d, (_, blocks, directions) in config.launches(batch)
-                for d in range(first_d, first_d + directions)
-                for row in range(first_b, min(batch, first_b + blocks * config.rows))
-            ]
-            assert sorted(served) == [(d, row) for d in range(2) for row in range(batch)]
-
-    def test_split_is_for_fp32_alone(self, device, mode):
-        assert all(config.split == (mode == "fp32") for _, _, config in self.choices(device, mode))
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_every_choice_fits_at_once_and_serves_everything_once(hidden, device, mode):
+    if OF_3_6.refusal(call(hidden, mode, device)) is not None:
+        return
+    for batch in (1, 16, 17, 64, 100, 1000):
+        config = OF_3_6.choose(call(hidden, mode, device), batch)
+        launches = list(config.launches(batch))
+        # One program a processor: what a cooperative launch needs so as not to be refused.
+        assert all(grid[0] * grid[1] * grid[2] <= device.processors for _, _, grid in launches)
+        # The weights alone; `resources` compares what the kernels compile to.
+        weights = 3 * config.units * config.padded * (4 if config.split else 2)
+        assert weights + 8192 <= device.shared_memory
+        # Every unit has one program.
+        assert (config.programs - 1) * config.units < hidden <= config.programs * config.units
+        assert config.padded % config.chunk == 0
+        assert config.programs * config.units <= config.padded < hidden + config.chunk
+        served = [
+            (d, row)
+            for first_b, first_d, (_, blocks, directions) in launches
+            for d in range(first_d, first_d + directions)
+            for row in range(first_b, min(batch, first_b + blocks * config.rows))
+        ]
+        assert sorted(served) == [(d, row) for d in range(2) for row in range(batch)]
+        assert config.split == (mode == "fp32")
 
 
 class TestChoice:

@@ -12,7 +12,7 @@ import h5py
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.runs import rows, same_weights, timeless
+from training.runs import assert_same, checkpoint_of, rows, timeless
 
 from bigru.config import ConfigError
 from bigru.data.synthetic import write_synthetic
@@ -118,7 +118,7 @@ def folder_of(tmp_path, name):
 
 def near(one, other):
     """Whether all weights of two checkpoints are the same to 1e-6 of each tensor's norm."""
-    one, other = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (one, other))
+    one, other = (checkpoint_of(run)["model"] for run in (one, other))
     return all((one[name] - other[name]).norm() <= 1e-6 * other[name].norm() for name in other)
 
 
@@ -134,7 +134,7 @@ def test_two_processes_train_as_one(run, options, tmp_path, mask):
     codes, (first, second) = run(2, *options("two", 1, 0.0, *mask))
     assert codes == [0, 0], first + second
     one, two = folder_of(tmp_path, "one"), folder_of(tmp_path, "two")
-    assert torch.load(two / "checkpoint.pt", weights_only=True)["optimizer"]["state"][0]["step"] == 5
+    assert checkpoint_of(two)["optimizer"]["state"][0]["step"] == 5
     assert near(two, one)
     assert same_figures(two, one)
     assert json.loads((two / "summary.json").read_text())["test"] == pytest.approx(
@@ -162,14 +162,9 @@ def test_a_checkpoint_goes_on_with_other_processes(run, options, tmp_path, befor
     assert same_figures(folder, whole)
     if before == after:
         # To the bit, each with its own dropout.
-        assert same_weights(folder, whole)
-        assert timeless(folder) == timeless(whole)
-
-
-def test_the_processes_draw_dropout_of_their_own(run, options, tmp_path):
-    run(2, *options("run", 1, 0.5))
-    one, other = torch.load(folder_of(tmp_path, "run") / "checkpoint.pt", weights_only=True)["random_states"]
-    assert not torch.equal(one, other)
+        one, other = checkpoint_of(whole)["random_states"]
+        assert not torch.equal(one, other)
+        assert_same(folder, whole)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
