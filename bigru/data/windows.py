@@ -199,9 +199,7 @@ def load_dataset(config: DataConfig, *, progress: bool | None = None) -> Dataset
     frames, cache = load_frames(index, root, config, progress)
     parts = frames.parts
     dataset = Dataset(
-        train=_windows(parts["train"], config),
-        val=_windows(parts["val"], config),
-        test=_windows(parts["test"], config),
+        **{split: _windows(part, config) for split, part in parts.items()},
         skipped=frames.skipped,
         clips={split: len(part.clips) for split, part in parts.items()},
         listed=len(index.clips) + len(index.skipped),

@@ -48,8 +48,6 @@ def replace_gru(model: nn.Module, *, backend: str = "auto", precision: str = "fp
             if parametrize.is_parametrized(module) or own:
                 reason = f"has a {own} of its own" if own else "is parametrized"
                 then = "wrap" if own else "parametrize"
-                warnings.warn(
-                    f"{name or 'the model'} {reason} and was left a torch.nn.GRU: replace first, {then} after",
-                    stacklevel=2,
-                )
+                left = f"{name or 'the model'} {reason} and was left a torch.nn.GRU: replace first, {then} after"
+                warnings.warn(left, stacklevel=2)
     return replaced

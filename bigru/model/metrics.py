@@ -132,16 +132,11 @@ def summarise(rows: Tensor) -> Metrics:
         raise ValueError("rows: expected the errors of at least one window, got none")
     total = dict(zip(_COLUMNS, rows.sum(0).tolist(), strict=True))
     windows, joints = len(rows), total["joints"] or float("nan")
-    return Metrics(
-        mpjpe=total["mpjpe"] / windows,
-        ade=total["ade"] / windows,
-        fde=total["fde"] / windows,
-        joint_error=total["joint_error"] / joints,
-        joint_error_px=total["joint_error_px"] / joints,
-        # As masked_mse: nothing to learn from is no loss.
-        loss=total["squared_error"] / (2 * joints) if total["joints"] else 0.0,
-        windows=windows,
-    )
+    published = {name: total[name] / windows for name in ("mpjpe", "ade", "fde")}
+    of_joints = {name: total[name] / joints for name in ("joint_error", "joint_error_px")}
+    # As masked_mse: nothing to learn from is no loss.
+    loss = total["squared_error"] / (2 * joints) if total["joints"] else 0.0
+    return Metrics(**published, **of_joints, loss=loss, windows=windows)
 
 
 def window_error_px(rows: Tensor) -> Tensor:

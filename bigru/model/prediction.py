@@ -36,18 +36,9 @@ ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
 """What positions count from, by the centring of the weights."""
 HANDS = ("left", "right")
 # MediaPipe's names.
-JOINT_NAMES = (
-    "WRIST",
-    *(
-        f"{finger}_{joint}"
-        for finger, joints in (
-            ("THUMB", ("CMC", "MCP", "IP", "TIP")),
-            *((f"{finger}_FINGER", ("MCP", "PIP", "DIP", "TIP")) for finger in ("INDEX", "MIDDLE", "RING")),
-            ("PINKY", ("MCP", "PIP", "DIP", "TIP")),
-        )
-        for joint in joints
-    ),
-)
+THUMB, FINGER = ("CMC", "MCP", "IP", "TIP"), ("MCP", "PIP", "DIP", "TIP")
+FINGERS = {"THUMB": THUMB, "INDEX_FINGER": FINGER, "MIDDLE_FINGER": FINGER, "RING_FINGER": FINGER, "PINKY": FINGER}
+JOINT_NAMES = ("WRIST", *(f"{finger}_{joint}" for finger, joints in FINGERS.items() for joint in joints))
 COLUMNS = (
     *("frame", "time_s", "ahead_s", "hand", "joint", "joint_name", "origin", "x_norm", "y_norm", "x_px", "y_px"),
     *("true_x_norm", "true_y_norm", "true_x_px", "true_y_px", "error_px", "fps", "fps_assumed"),
