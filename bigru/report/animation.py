@@ -48,17 +48,18 @@ def gif(samples: Samples, row: int, centre: str = "frame", dpi: int = DPI) -> by
     )
     writer = PillowWriter(fps=max(1, round(fps / step)))
     # A folder of its own: the writer wants a path.
-    with tempfile.TemporaryDirectory() as folder, writer.saving(figure, Path(folder) / "forecast.gif", dpi):
-        # Ending with the last frame, whatever the step; held for half a second, before all begins again.
-        numbers = list(range(observed + predicted - 1, -1, -step))[::-1]
-        for number in numbers + numbers[-1:] * round(fps / step / 2):
-            poses, title = _moment(samples, row, number - observed)
-            for drawn, line in lines.items():
-                line.set_data(poses.get(drawn, np.empty((0, 2))).T)
-            axes.set_title(title, fontsize=8, pad=3, loc="left")
-            writer.grab_frame()
-        writer.finish()
-        return (Path(folder) / "forecast.gif").read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "forecast.gif"
+        with writer.saving(figure, path, dpi):
+            # Ending with the last frame, whatever the step; held for half a second, before all begins again.
+            numbers = list(range(observed + predicted - 1, -1, -step))[::-1]
+            for number in numbers + numbers[-1:] * round(fps / step / 2):
+                poses, title = _moment(samples, row, number - observed)
+                for drawn, line in lines.items():
+                    line.set_data(poses.get(drawn, np.empty((0, 2))).T)
+                axes.set_title(title, fontsize=8, pad=3, loc="left")
+                writer.grab_frame()
+        return path.read_bytes()
 
 
 def _moment(samples: Samples, row: int, ahead: int) -> tuple[dict[tuple[str, int], np.ndarray], str]:
