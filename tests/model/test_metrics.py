@@ -105,11 +105,8 @@ def test_missing_hands_count_in_the_published_columns_only():
     before = summarise(window_errors(prediction, target, present))
     moved = torch.where(present.repeat_interleave(2, dim=-1), prediction, prediction + 5)
     after = summarise(window_errors(moved, target, present))
-    assert (after.joint_error, after.joint_error_px, after.loss) == (
-        before.joint_error,
-        before.joint_error_px,
-        before.loss,
-    )
+    for name in ("joint_error", "joint_error_px", "loss"):
+        assert getattr(after, name) == getattr(before, name), name
     assert after.mpjpe > before.mpjpe + 1
 
 
@@ -203,11 +200,8 @@ def test_baselines_score_by_their_names():
     x, _, target, present = windows()
     for name, predict in BASELINES.items():
         metrics = summarise(score(predict, batches(x, target, present, 3)))
-        answer = (
-            x[:, -1:].expand(-1, 5, -1)
-            if name == "repeat last frame"
-            else (x[:, -1:] + torch.arange(1, 6)[:, None] * (x[:, -1:] - x[:, -2:-1]))
-        )
+        velocity = 0 if name == "repeat last frame" else x[:, -1:] - x[:, -2:-1]
+        answer = x[:, -1:] + torch.arange(1, 6)[:, None] * velocity
         assert metrics.mpjpe == pytest.approx(naive(answer, target, present)["mpjpe"], rel=1e-6)
 
 
@@ -222,27 +216,15 @@ def test_frame_rates_are_told_apart():
     assert "loss" not in slow
 
 
-def test_no_frame_rate_is_rounded_to_none():
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [([1.25, 0.25, 1.0, 0.25], [(0.25, 2), (1, 2)]), ([29.97] * 4, [(29.97, 4)]), ([1.4] * 4, [(1.4, 4)])],
+    ids=["none is rounded to 0", "resampled", "resampled slowly"],
+)
+def test_frame_rates_are_called_what_they_are(fps, expected):
     _, prediction, target, present = windows(4)
-    fps = torch.tensor([1.25, 0.25, 1.0, 0.25])
-    rates = by_frame_rate(window_errors(prediction, target, present), fps, fps < 0)
-    assert [(rate["fps"], rate["windows"]) for rate in rates] == [(0.25, 2), (1, 2)]
-
-
-def test_a_resampled_rate_is_called_what_it_is():
-    _, prediction, target, present = windows(4)
-    rows = window_errors(prediction, target, present)
-    for rate in (29.97, 1.4):
-        fps = torch.full((4,), rate)
-        assert [entry["fps"] for entry in by_frame_rate(rows, fps, fps < 0)] == [rate]
-
-
-def test_evaluation_leaves_the_mode_as_it_was():
-    x, _, target, present = windows()
-    model = HandForecaster(hidden_size=8)
-    for mode in (True, False):
-        evaluate(model.train(mode), batches(x, target, present, 3))
-        assert {module.training for module in model.modules()} == {mode}
+    rates = by_frame_rate(window_errors(prediction, target, present), torch.tensor(fps), torch.zeros(4) > 0)
+    assert [(rate["fps"], rate["windows"]) for rate in rates] == expected
 
 
 def test_evaluation_changes_nothing():
@@ -260,13 +242,15 @@ def test_evaluation_changes_nothing():
     # Dropout was off.
     assert torch.equal(*rows)
     assert model.training
+    evaluate(model.eval(), batches(x, target, present, 3))
+    assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), gradients, strict=True))
     now = [value for state in optimizer.state.values() for value in state.values()]
     assert all(torch.equal(new, old) for new, old in zip(now, moments, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
     # And the network can go on learning.
-    masked_mse(model(x), target, present).backward()
+    masked_mse(model.train()(x), target, present).backward()
 
 
 def test_no_windows():
