@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m pytest benchmarks` compares with nn.GRU; `python -m benchmarks.gpu` is for a GPU machine."""
+"""Benchmarks: `python -m benchmarks.cpu` on a CPU, `python -m benchmarks.gpu` on a GPU machine."""

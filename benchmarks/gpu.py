@@ -24,17 +24,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import NN_GRU, Check, Record, Row
+from benchmarks import workloads
+from benchmarks.workloads import MAIN, Case, sweep
 from bigru.kernels import registry
+from bigru.kernels.proven import proofs_of
+from bigru.kernels.record import NN_GRU, Check, Record, Row
+from bigru.proof import checks, machine, prover
+from bigru.proof.pool import JobFailed, JobLate, Worker
+from bigru.proof.workloads import Refused, errors, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-# The tests' helpers are used here too.
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
-
-from benchmarks import machine, workloads  # noqa: E402
-from benchmarks.pool import JobFailed, JobLate, Worker  # noqa: E402
-from benchmarks.workloads import MAIN, Case, sweep  # noqa: E402
-
 KERNELS = tuple(name for name, entry in registry.KERNELS.items() if entry.auto == "cuda" and entry.public)
 
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -46,8 +45,6 @@ LAST_S = 5.0
 """Nothing is begun with less time left."""
 FINDINGS = 9
 """Exit code by which compute-sanitizer says that it found something."""
-FAST = 1.0
-"""Least ratio to nn.GRU of a kernel that "auto" should take."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,8 @@ class Plan:
     sweep_s: float = 0.4
     tests: tuple[str, ...] = ("tests/kernels", "-q", "--no-header", "-p", "no:cacheprovider")
     """pytest's arguments."""
+    odd: tuple[int, ...] = checks.HIDDEN
+    """Hidden sizes of the checks."""
     slow_rivals: tuple[tuple[str, str], ...] = (("torch.compile", "fp32"), ("flashrnn", "bf16"))
     """Rivals that compile long, and the precision in which they are met."""
     fewest: int = 5
@@ -104,6 +103,7 @@ SMOKE = Plan(
     main_s=0.02,
     sweep_s=0.02,
     tests=("tests/kernels", "-q", "--no-header", "--collect-only"),
+    odd=(5,),
     slow_rivals=(("flashrnn", "bf16"),),
     fewest=2,
     clocks="TRIAL",
@@ -192,6 +192,9 @@ class Run:
         for case, kernel in plan.sweeps(plan.early):
             self.time(case, kernel, plan.sweep_s)
         for kernel in KERNELS:
+            for precision in plan.precisions:
+                name = f"against fp64, {precision}"
+                self.check(name, kernel, 60.0, prover.check, precision, plan.device, plan.odd)
             self.check("memcheck", kernel, 90.0, memcheck)
         for case, kernel in plan.sweeps([name for name in plan.precisions if name not in plan.early]):
             self.time(case, kernel, plan.sweep_s)
@@ -205,18 +208,19 @@ class Run:
 def measure(plan: Plan, case: Case, candidate: str, rival: str, seconds: float) -> list[Row]:
     """Measures in the worker."""
     clocks, device = getattr(machine, plan.clocks), torch.device(plan.device)
-    return machine.measure(case, candidate, device, seconds, rival=rival, clocks=clocks, fewest=plan.fewest)
+    options: dict[str, Any] = {"rival": rival, "clocks": clocks, "fewest": plan.fewest, "made": workloads.make}
+    return machine.measure(case, candidate, device, seconds, **options)
 
 
 def profile(case: Case, candidate: str, device: str) -> list[tuple[str, int, float]]:
     """Profiles in the worker."""
-    return machine.profile(case, candidate, torch.device(device))
+    return machine.profile(case, candidate, torch.device(device), made=workloads.make)
 
 
-def describe(device: str) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """Describes the machine from the worker, so that the command itself leaves the GPU alone."""
+def describe(device: str) -> tuple[dict[str, Any], dict[str, str | None]] | None:
+    """Describes the machine from the worker, so that the command itself leaves the GPU alone; None without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("torch finds no GPU here; --cpu-smoke tries the command on a CPU")
+        return None
     return machine.describe_machine(torch.device(device)), machine.describe_versions("flashrnn")
 
 
@@ -225,9 +229,9 @@ def planted_defect(name: str, kernel: str, case: Case, device: str) -> Check:
     where = torch.device(device)
     try:
         wrong = workloads.make(kernel, case, where, defect=True)
-    except workloads.Refused as why:
+    except Refused as why:
         return Check(name, kernel, "not available", str(why))
-    found = workloads.verdict(workloads.errors(wrong, case, where), case)
+    found = verdict(errors(wrong, workloads.make(NN_GRU, case, where)), case)
     if not found:
         return Check(name, kernel, "failed", "r and z exchanged, and the comparison did not notice")
     return Check(name, kernel, "passed", f"noticed: {found}")
@@ -287,42 +291,20 @@ def small(kernel: str) -> None:
     torch.cuda.synchronize()
 
 
-def proven(record: Record) -> list[str]:
-    """Returns entries for bigru/kernels/proven.py: kernels that were right and nowhere slower than nn.GRU.
-
-    A hidden size counts if every row of it, kernel and precision was measured and none by GPU or wall time is slower,
-    and no check of the kernel failed.
-    """
-    failed = {check.candidate for check in record.checks if check.status == "failed"}
-    names = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    entries = []
-    for kernel in KERNELS:
-        for precision, dtype in names.items():
-            rows = [
-                row for row in record.rows if (row.candidate, row.precision, row.rival) == (kernel, precision, NN_GRU)
-            ]
-            slow = {row.hidden for row in rows if row.status != "refused" and not (row.ratio or 0.0) >= FAST}
-            hidden = sorted({row.hidden for row in rows if row.status == "measured"} - slow)
-            if hidden and not failed & {kernel, "all"}:
-                capability = tuple(record.machine.get("capability") or ())
-                products = "tf32" if precision == "tf32" else "fp32"
-                entries.append(
-                    f'Proven("{kernel}", {capability}, {tuple(hidden)}, "{dtype}", "{products}", "{record.name}"),'
-                )
-    return entries
-
-
 def summary(record: Record) -> str:
     """Returns what a run found, for a terminal; the main ratios last, since a log's tail keeps the end."""
     lines = [f"{check.name}, {check.candidate}: {check.status}: {check.message}" for check in record.checks]
     for row in record.rows:
         if row.status in ("failed", "refused"):
             lines.append(f"{row.status}: {_words(row)}: {row.message}")
-    lines += ["for bigru/kernels/proven.py, right and not slower than nn.GRU:", *(proven(record) or ["  none"])]
+    lines.append("right and in nothing slower than nn.GRU, so that a copy in bigru/kernels/proven commits it:")
+    for (group, precision, _), sizes in proofs_of(record, "").ranked.items():
+        for size, kernels in sorted(sizes.items()):
+            lines.append("  {} {} H={} B={} T={}: ".format(group, precision, *size) + ", ".join(dict(kernels)))
     lines.append(", ".join(f"{count} {status}" for status, count in Counter(row.status for row in record.rows).items()))
     lines.append("times as fast as the rival (above 1: we are faster):")
     measured = [row for row in record.rows if row.status == "measured"]
-    lines += [f"{_words(row):90} {row.ratio:6.2f} ({row.low:.2f} to {row.high:.2f})" for row in measured[::-1]]
+    lines += [f"{_words(row):78} {row.ratio:6.2f} ({row.low:.2f} to {row.high:.2f})" for row in measured[::-1]]
     return "\n".join(lines)
 
 
@@ -342,10 +324,12 @@ def main(argv: Sequence[str] | None = None, worker: Worker | None = None) -> int
     worker = worker or Worker(INTERPRETED if options.cpu_smoke else {})
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        found, versions = worker.run(START_S, describe, plan.device)
-        command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
+        about = worker.run(START_S, describe, plan.device)
+        if about is None:
+            raise JobFailed("torch finds no GPU here; --cpu-smoke tries the command on a CPU")
+        words = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)])
         options.out.mkdir(parents=True, exist_ok=True)
-        record = Record(kind, command, found, versions, complete=False)
+        record = Record(kind, words, *about, complete=False)
         run = Run(plan, record, 60 * options.minutes, options.out, worker)
         run.all()
     except (JobFailed, JobLate) as error:

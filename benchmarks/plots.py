@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks.record import CLOCKS, NN_GRU, Record, Row
+from bigru.kernels.record import CLOCKS, NN_GRU, Record, Row
 from bigru.report.figures import BLUE, DPI, INK, VERMILION, WIDTH_IN, styled
 
 MODES = ("forward", "training")

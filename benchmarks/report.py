@@ -12,8 +12,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import plots
-from benchmarks.record import CLOCKS, GEMM, NN_GRU, Record, RecordError, Row, read_records
 from bigru.files import write_atomically
+from bigru.kernels.record import CLOCKS, GEMM, NN_GRU, Record, RecordError, Row, read_records
 from bigru.report import figures
 from bigru.report.markdown import blocks, code, plain, table
 

@@ -1,193 +1,40 @@
-"""The workloads and candidates of every benchmark: equal weights and inputs, each proven right before it is timed."""
+"""The workloads of every benchmark: `bigru.proof.workloads`, a step of training, and rivals beside nn.GRU."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from support import TOLERANCE, error
 from torch import Tensor, nn
 
-from benchmarks.record import GEMM, NN_GRU
-from benchmarks.timing import Work
-from bigru import BiGRU
-
-CALLS = 50
-"""Calls of one round in the group "call", each of almost no arithmetic."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Storage, and the precision of products on either side."""
-
-    dtype: torch.dtype
-    precision: Literal["fp32", "tf32"]
-    """BiGRU's argument."""
-    cudnn_tf32: bool = False
-    matmul_tf32: bool = False
-    """Whether cuDNN's GRU and ATen's matrix products may use TF32."""
-
-
-PRECISIONS = {
-    "fp32": Precision(torch.float32, "fp32"),
-    "tf32": Precision(torch.float32, "tf32", cudnn_tf32=True, matmul_tf32=True),
-    "bf16": Precision(torch.bfloat16, "fp32"),
-    "fp16": Precision(torch.float16, "fp32"),
-    # What a user gets who sets nothing: PyTorch lets cuDNN use TF32.
-    "default": Precision(torch.float32, "fp32", cudnn_tf32=True),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is computed; the defaults are the main workload, the forecaster's encoder and its training batch."""
-
-    group: str = "layer"
-    batch: int = 64
-    steps: int = 60
-    hidden: int = 128
-    input: int = 84
-    layers: int = 2
-    precision: str = "fp32"
-
-    def __str__(self) -> str:
-        return f"{self.group} {self.precision} B={self.batch} T={self.steps} H={self.hidden}"
-
+from bigru.kernels.record import GEMM, NN_GRU
+from bigru.proof.workloads import PRECISIONS, Candidate, Case, Refused, make_gru, make_layer, normal
 
 MAIN = Case()
 CALL = Case("call", batch=1, steps=1)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One implementation at one case.
-
-    Args:
-        name: a backend of BiGRU (never "auto": the one that it takes), "nn.GRU", "onnxruntime" (forward on a CPU),
-            "torch.compile", "flashrnn" or "torch.mm".
-        works: what is timed, by mode.
-        outcome: outputs and every gradient, by name.
-    """
-
-    name: str
-    works: dict[str, Work]
-    outcome: Callable[[torch.dtype | None], dict[str, Tensor]]
-
-
-class Refused(Exception):
-    """A candidate that does not take the case, for the reason given."""
-
-
-@contextmanager
-def products(name: str) -> Iterator[None]:
-    """Sets whether ATen and cuDNN may use TF32, for as long as the block runs."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    mode = PRECISIONS[name]
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = mode.cudnn_tf32, mode.matmul_tf32
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def make(name: str, case: Case, device: torch.device, *, defect: bool = False) -> Candidate:
-    """Makes a candidate ready for a case, on the weights and inputs that all candidates get.
-
-    Args:
-        name: as in `Candidate`.
-        case: what is computed.
-        device: where.
-        defect: exchange the reset and update gates of a layer, which `errors` must notice.
-
-    Raises:
-        Refused: it does not take the case.
-    """
+    """As `make_layer`, also for steps of training, and for the rivals "onnxruntime" (forward on a CPU),
+    "torch.compile" (of the reference loop), "flashrnn" and "torch.mm"."""
     if case.group == "training step":
         return _make_training_step(name, case, device)
     if name == "onnxruntime":
         return _make_onnx(case)
     if name == GEMM:
         return _make_product(case)
-    return _make_layer(name, case, device, defect)
+    return make_layer(name, case, device, defect=defect, module=_make_module)
 
 
-def errors(candidate: Candidate, case: Case, device: torch.device) -> dict[str, float]:
-    """Returns the norm-relative error of each output and gradient against nn.GRU in fp64, which shares no code."""
-    with products(case.precision):
-        wanted = make(NN_GRU, case, device).outcome(torch.float64)
-        actual = candidate.outcome(None)
-    return {name: error(actual[name], tensor) for name, tensor in wanted.items()}
-
-
-def verdict(found: dict[str, float], case: Case) -> str:
-    """Returns what is wrong with errors, by the tests' tolerance for the precision; empty if nothing is."""
-    mode = PRECISIONS[case.precision]
-    tolerance = TOLERANCE[mode.dtype, mode.precision]
-    # Written so that NaN is wrong.
-    wrong = [f"{name} {value:.1e}" for name, value in found.items() if not value <= tolerance]
-    return f"error above {tolerance:.0e}: {', '.join(wrong)}" if wrong else ""
-
-
-def _exchange_gates(module: nn.Module) -> None:
-    """Exchanges the reset and update gates in a layer's recurrent weights."""
-    weight = dict(module.named_parameters())["weight_hh_l0"]
-    r, z, n = weight.detach().chunk(3)
-    with torch.no_grad():
-        weight.copy_(torch.cat([z, r, n]))
-
-
-def _make_layer(name: str, case: Case, device: torch.device, defect: bool) -> Candidate:
-    # Forward runs in eval and backward in train mode, as users run them: cuDNN keeps less for the first.
-    forward, training = (_make_gru(name, case, device) for _ in range(2))
-    forward.eval()
-    if defect:
-        _exchange_gates(training)
-    dtype = PRECISIONS[case.precision].dtype
-    x, dy, dh_n = (
-        _normal(size, device, dtype)
-        for size in (
-            (case.batch, case.steps, case.input),
-            (case.batch, case.steps, 2 * case.hidden),
-            (2 * case.layers, case.batch, case.hidden),
-        )
-    )
-    leaf = x.clone().requires_grad_()
-    if isinstance(training, BiGRU):
-        name = training.resolve_backend(x)
-    calls = CALLS if case.group == "call" else 1
-
-    def run_forward() -> None:
-        with torch.no_grad():
-            for _ in range(calls):
-                forward(x)
-
-    def run_training() -> None:
-        if case.group == "call":
-            # With gradients wanted, and none computed.
-            for _ in range(calls):
-                training(leaf)
-            return
-        training.zero_grad(set_to_none=True)
-        leaf.grad = None
-        training(leaf)[0].backward(dy)
-
-    def outcome(dtype: torch.dtype | None) -> dict[str, Tensor]:
-        module = training if dtype is None else copy.deepcopy(training).to(dtype)
-        module.zero_grad(set_to_none=True)
-        own = x.to(dtype or x.dtype).detach().clone().requires_grad_()
-        y, h_n = module(own)
-        torch.autograd.backward([y, h_n], [dy.to(y.dtype), dh_n.to(y.dtype)])
-        gradients = {name.split(".")[-1]: parameter.grad for name, parameter in module.named_parameters()}
-        return {"y": y.detach(), "h_n": h_n.detach(), "dx": own.grad} | gradients
-
-    return Candidate(name, {"forward": run_forward, "training": run_training}, outcome)
+def _make_module(name: str, case: Case, device: torch.device) -> nn.Module:
+    if name == "torch.compile":
+        return torch.compile(make_gru("reference", case, device))  # type: ignore[return-value]
+    return FlashRNN(make_gru(NN_GRU, case, device)) if name == "flashrnn" else make_gru(name, case, device)
 
 
 def _make_onnx(case: Case) -> Candidate:
@@ -198,13 +45,13 @@ def _make_onnx(case: Case) -> Candidate:
         from bigru import export_onnx
     except ImportError as why:
         raise Refused("onnxruntime is not installed") from why
-    gru = _make_gru("torch", case, torch.device("cpu")).eval()
+    gru = make_gru("torch", case, torch.device("cpu")).eval()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(gru, path := Path(folder) / "gru.onnx")  # type: ignore[arg-type]
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    x = _normal((case.batch, case.steps, case.input), torch.device("cpu"), torch.float32).numpy()
+    x = normal((case.batch, case.steps, case.input), torch.device("cpu"), torch.float32).numpy()
     return Candidate("onnxruntime", {"forward": lambda: session.run(None, {"input": x})}, lambda dtype: {})
 
 
@@ -215,33 +62,6 @@ def _make_product(case: Case) -> Candidate:
     a, b = torch.randn(rows, 1024), torch.randn(1024, 1024)
     training = torch.randn(3 * rows, 1024)
     return Candidate(GEMM, {"forward": lambda: a @ b, "training": lambda: training @ b}, lambda dtype: {})
-
-
-def _make_gru(name: str, case: Case, device: torch.device) -> nn.Module:
-    """A module with everybody's weights: those of an nn.GRU after a fixed seed."""
-    mode = PRECISIONS[case.precision]
-    sizes = case.input, case.hidden, case.layers
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"batch_first": True, "device": device, "dtype": mode.dtype}
-    nn_gru = nn.GRU(*sizes, bidirectional=True, **options)
-    if name == NN_GRU:
-        return nn_gru
-    if name == "flashrnn":
-        return FlashRNN(nn_gru)
-    # torch.compile gets the reference loop.
-    backend = "reference" if name == "torch.compile" else name
-    try:
-        gru = BiGRU(*sizes, backend=backend, precision=mode.precision, **options)
-        gru.resolve_backend(_normal((case.batch, case.steps, case.input), device, mode.dtype))
-    except (ValueError, RuntimeError) as why:
-        raise Refused(str(why)) from why
-    gru.load_state_dict(nn_gru.state_dict())
-    return torch.compile(gru) if name == "torch.compile" else gru  # type: ignore[return-value]
-
-
-def _normal(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Normal random numbers that depend on the size alone."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(device, dtype)
 
 
 def _make_training_step(name: str, case: Case, device: torch.device) -> Candidate:
@@ -263,12 +83,12 @@ def _make_training_step(name: str, case: Case, device: torch.device) -> Candidat
             core.load_state_dict(model.encoder.core.state_dict())
             model.encoder.core = core  # type: ignore[assignment]
         else:
-            x = _normal((case.batch, case.steps, case.input), device, torch.float32)
+            x = normal((case.batch, case.steps, case.input), device, torch.float32)
             name = model.encoder.core.resolve_backend(x)
     except (ValueError, RuntimeError) as why:
         raise Refused(str(why)) from why
-    x = _normal((case.batch, case.steps, case.input), device, torch.float32)
-    target = _normal((case.batch, case.steps, POSE_SIZE), device, torch.float32)
+    x = normal((case.batch, case.steps, case.input), device, torch.float32)
+    target = normal((case.batch, case.steps, POSE_SIZE), device, torch.float32)
     # The step changes its weights; what is compared with the truth is a copy from before.
     untrained = copy.deepcopy(model)
     step = TrainStep(model, make_optimizer(model, 1e-3, 1e-5, capturable=True), 1.0)
@@ -298,7 +118,7 @@ class FlashRNN(nn.Module):
         Refused: flashrnn is not installed.
     """
 
-    def __init__(self, gru: nn.GRU) -> None:
+    def __init__(self, gru: nn.Module) -> None:
         super().__init__()
         try:
             from flashrnn import flashrnn

@@ -203,6 +203,8 @@ class RunConfig:
     and test stay fp32. ATen's GRU on a CPU knows no autocast, so that there the head alone is of 16 bits."""
     graph: bool = False
     """Replay each training step as one CUDA graph; needs a GPU, one process, and no fp16."""
+    prove: bool = True
+    """On a GPU without a proof for the run's sizes, run `python -m bigru.prove` for them first."""
     tensorboard: bool = False
     """Write curves and pictures for TensorBoard into the run's folder; needs `pip install 'bigru[tensorboard]'`."""
 

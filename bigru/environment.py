@@ -11,6 +11,8 @@ import torch
 
 from bigru import __version__
 from bigru.config import ConfigError
+from bigru.kernels.cpu import KERNEL
+from bigru.kernels.registry import Choice
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,21 +33,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the GPU's name, or the CPU and how many threads it runs."""
+    """Returns the GPU's name, or the CPU, how many threads it runs, and what its kernel was built for."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU ({threads} thread{'s' if threads > 1 else ''})" if device.type == "cpu" else str(device)
+    built = KERNEL.instructions.replace("none", "not built")
+    plural = "s" if threads > 1 else ""
+    return f"CPU ({threads} thread{plural}; CPU kernel: {built})" if device.type == "cpu" else str(device)
 
 
-def describe_environment(device: torch.device, backend: str, precision: str) -> dict[str, str | None]:
+def describe_environment(device: torch.device, choice: Choice, precision: str) -> dict[str, str | None]:
     """Returns device, backend and versions, as summary.json holds them; Triton is None where it is not installed."""
     triton = None
     with suppress(PackageNotFoundError):
         triton = version("triton")
     return {
         "device": device_name(device),
-        "backend": backend,
+        "backend": choice.backend,
+        "why": choice.why,
         "precision": precision,
         "python": platform.python_version(),
         "torch": str(torch.__version__),

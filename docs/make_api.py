@@ -16,6 +16,7 @@ from bigru.model.prediction import forecast
 from bigru.streaming import ForecastStream
 
 NAMES = {name: getattr(bigru, name) for name in bigru.__all__ if not name.startswith("_")}
+NAMES["prove"] = bigru.prove.prove  # the function, of the module that can be called
 OTHERS = (ForecastStream, load_model, forecast, load_dataset, read_clip, write_clip, write_index)
 HEAD = """# Names
 

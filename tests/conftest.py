@@ -8,9 +8,15 @@ import torch
 # cuBLAS reads this when it starts; `poisoned` asks for deterministic algorithms, which refuse to run without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# No proof of this machine's user decides what is tested.
+os.environ["XDG_CACHE_HOME"] = "/nonexistent"
+
 # Triton reads this when a kernel is defined, so it is set before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# nn.GRU is what kernels are held to: it computes in fp32.
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

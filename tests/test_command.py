@@ -21,7 +21,7 @@ layer(torch.randn(5, 2, 3), lengths=[5, 3])[0].sum().backward()
 print([name for name in ("triton", "onnx", "torch._dynamo", "torch._inductor") if name in sys.modules])
 bigru.HandForecaster(hidden_size=4)
 from bigru.command import COMMANDS, run
-print([run(name, []) for name in COMMANDS])
+print([run(name, [""]) for name in COMMANDS])
 # Nor, from here on, is triton.
 sys.modules["triton"] = None
 x = torch.randn(2, 2, 3)
@@ -40,13 +40,15 @@ def test_the_layer_needs_neither_extra_nor_triton_and_commands_name_theirs():
     assert result.returncode == 0, result.stderr
     # What takes long to import is not needed either: torch alone takes longer.
     first, codes, shapes, imported, refusal = result.stdout.splitlines()
-    assert (first, codes, imported) == ("[]", "[2, 2, 2, 2, 2]", "False")
+    assert (first, codes, imported) == ("[]", "[2, 2, 2, 2, 2, 2]", "False")
     assert shapes == "torch.Size([2, 2, 8]) torch.Size([2, 2, 8])"
     assert refusal.startswith("triton is not installed")
-    assert result.stderr.splitlines() == [
+    *told, last = result.stderr.splitlines()
+    assert told == [
         f"bigru.{name} needs the extra forecaster, pip install 'bigru[forecaster]': no {', '.join(FORECASTER)} here"
-        for name in COMMANDS
+        for name in [*COMMANDS][:-1]
     ]
+    assert last.startswith("bigru.prove: expected no empty argument")  # which needs none
 
 
 HELP = """

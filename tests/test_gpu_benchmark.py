@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -19,12 +20,14 @@ pytest.importorskip("triton")
 # The benchmarks are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cpu, gpu, machine, workloads
+from benchmarks import cpu, gpu, workloads
 from benchmarks.gpu import SMOKE, Plan, Run
-from benchmarks.pool import JobFailed, JobLate, Worker
-from benchmarks.record import GEMM, NN_GRU, Check, Record, Row, read_record
-from benchmarks.timing import compare, interleaved
 from benchmarks.workloads import MAIN, Case
+from bigru.kernels.record import GEMM, NN_GRU, Check, Record, Row, read_record
+from bigru.proof import machine
+from bigru.proof.pool import JobFailed, JobLate, Worker
+from bigru.proof.timing import compare, interleaved
+from bigru.proof.workloads import verdict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Case(batch=2, steps=2, hidden=16, input=4, layers=1)
@@ -149,7 +152,8 @@ def test_no_case_is_timed_twice_and_every_kernel_gets_its_checks(start):
     keys = [job[2:5] for job in worker.jobs if job[0] == "measure"]
     assert len(keys) == len(set(keys))
     assert {(check.name, check.candidate) for check in written().checks} == {
-        *((name, kernel) for name in ("planted defect", "memcheck") for kernel in gpu.KERNELS),
+        *itertools.product(("planted defect", "memcheck"), gpu.KERNELS),
+        *((f"against fp64, {precision}", kernel) for precision in Plan().precisions for kernel in gpu.KERNELS),
         ("kernels' tests", "all"),
     }
     # Most valuable first, what compiles long last.
@@ -222,6 +226,7 @@ class TestWorker:
 class TestMeasuring:
     def measure(self, candidate="triton", case=TINY, **options):
         clocks = dict.fromkeys(machine.GPU, tick)
+        options = {"made": workloads.make} | options
         return machine.measure(case, candidate, DEVICE, 0.0, clocks=clocks, fewest=3, **options)
 
     def test_every_mode_and_clock_gets_its_row(self):
@@ -270,19 +275,21 @@ class TestMeasuring:
         assert rows[-1].message == "no graph: RuntimeError: not here"
 
     def test_what_nobody_wrote_or_nan_is_wrong(self):
-        assert workloads.verdict({"y": float("nan"), "dx": 1e-9}, TINY) == "error above 1e-05: y nan"
-        assert workloads.verdict({"y": 1e-9}, TINY) == ""
+        assert verdict({"y": float("nan"), "dx": 1e-9}, TINY) == "error above 1e-05: y nan"
+        assert verdict({"y": 1e-9}, TINY) == ""
 
 
 BARE = """
 import sys
-for name in ("tyro", "yaml", "matplotlib", "tabulate", "h5py", "safetensors", "pytest_benchmark"):
+for name in ("tyro", "yaml", "matplotlib", "tabulate", "h5py", "safetensors"):
     sys.modules[name] = None
-from benchmarks import gpu, machine
+from benchmarks import gpu
+from bigru.proof import machine
+from benchmarks.workloads import make
 case = gpu.SMOKE.main
 device, clocks = machine.torch.device("cpu"), machine.TRIAL
 layer = machine.measure(case, "torch", device, 0.0, clocks=clocks, fewest=2)
-step = machine.measure(gpu.replace(case, group="training step"), "torch", device, 0.0)
+step = machine.measure(gpu.replace(case, group="training step"), "torch", device, 0.0, made=make)
 print({row.status for row in layer}, [(row.status, "pip install" in row.message) for row in step])
 """
 
@@ -311,17 +318,11 @@ def test_rounds_interleave_and_take_turns_in_going_first():
     assert compare([1.0, 2.0], [9.0, 2.0])["low"] == 3.0
 
 
-def test_proven_is_what_was_right_and_nowhere_slower():
-    record = Record("gpu", "command", FOUND, {}, date="2026-12-01T10:20:30+00:00")
-    for hidden, ratio in ((64, 1.5), (128, 0.9), (256, 1.0)):
-        record.rows += measured(replace(MAIN, hidden=hidden), "resident", ratio=ratio)
-    wrong = vars(replace(MAIN, hidden=512)) | {"candidate": "resident", "rival": NN_GRU, "mode": "forward"}
-    record.rows += [Row(**wrong, status="failed"), *measured(replace(MAIN, hidden=512), "resident", ratio=2.0)]
-    entry = 'Proven("resident", (9, 0), (64, 256), "float32", "fp32", "Some-GPU-2026-12-01-102030.json"),'
-    assert gpu.proven(record) == [entry]
-    assert gpu.summary(record).splitlines()[-1].startswith("resident beside nn.GRU, layer fp32 B=64 T=60 H=64 forward")
-    record.checks = [Check("kernels' tests", "all", "failed")]
-    assert gpu.proven(record) == []
+def test_the_summary_ends_with_what_is_proven_and_the_main_ratios():
+    record = Record("gpu", "command", FOUND, {}, rows=measured(MAIN, "resident", ratio=1.5))
+    lines = gpu.summary(record).splitlines()
+    assert "  layer fp32 H=128 B=64 T=60: resident" in lines
+    assert lines[-1].startswith("resident beside nn.GRU, layer fp32 B=64 T=60 H=128 forward")
 
 
 @pytest.mark.slow
@@ -348,7 +349,9 @@ def test_the_cpu_command_goes_on_with_a_record(tmp_path):
 
 def test_onnxruntime_is_a_rival_of_the_forward_pass():
     pytest.importorskip("onnxruntime")
-    (row,) = machine.measure(TINY, "torch", torch.device("cpu"), 0.0, rival="onnxruntime", modes=("forward",))
+    (row,) = machine.measure(
+        TINY, "torch", torch.device("cpu"), 0.0, rival="onnxruntime", modes=("forward",), made=workloads.make
+    )
     assert (row.status, row.rival) == ("measured", "onnxruntime")
 
 

@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import plots, report
-from benchmarks.record import Check, Record, RecordError, Row, read_record, read_records
+from bigru.kernels.record import Check, Record, RecordError, Row, read_record, read_records
 from bigru.report.__main__ import main as bigru_report
 
 

@@ -53,6 +53,8 @@ class Call:
     """True if the sequences have different lengths."""
     steps: int | None = None
     """T, of the longest sequence; None under a compiler, whose graph serves every T."""
+    batch: int | None = None
+    """B; None under a compiler too."""
 
     @property
     def accurate(self) -> bool:

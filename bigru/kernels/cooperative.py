@@ -75,7 +75,6 @@ from bigru.kernels.exchange import (
     _wait,
 )
 from bigru.kernels.kernel import Backward, Forward, Kernel
-from bigru.kernels.proven import Proven, proven_for
 from bigru.kernels.varlen import steps_and_table
 
 SIZES = ("T", "B", "first_b", "first_d")
@@ -270,7 +269,6 @@ class CooperativeKernel(Kernel):
     widths = (192, 256, 512, 1024)  # with padding and without, few programs and many
     varlen_widths = (192, 512, 1024)
     batches = (64,)
-    proven: tuple[Proven, ...] = proven_for("cooperative")
     triton_version: tuple[int, ...] = TRITON_VERSION
 
     @property

@@ -31,6 +31,7 @@ class CpuKernel(Kernel):
     """Serves fp32 and fp64 on a CPU, also sequences of different lengths."""
 
     name = "cpu"
+    rule = "nowhere slower than ATen's GRU in PERFORMANCE.md's record"
 
     instructions: str
     """One of `INSTRUCTIONS`, or "none" where the extension was not built."""

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bigru.kernels.compiling import constant, not_compiled
-from bigru.kernels.config import Call, autocasts, describe, dtype_of_call
+from bigru.kernels.choice import choice_of
+from bigru.kernels.compiling import not_compiled
+from bigru.kernels.config import autocasts, dtype_of_call
 from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
 from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.reference import gru_recurrence, layer_operands
-from bigru.kernels.registry import check_options, choose
-from bigru.kernels.transforms import transformed, vmapped
+from bigru.kernels.registry import check_options
 from bigru.kernels.twin import own_callable, twin, unlike_bigru
 from bigru.kernels.varlen import Varlen, checked_lengths, pack, unpack, varlen_of
 
@@ -44,7 +42,8 @@ class BiGRU(nn.RNNBase):
             "resident" (H up to 128) and "cooperative" (H from 129): experimental kernels for GPUs; "torch": ATen's own
             GRU (cuDNN on a GPU), or, under torch.compile and torch.export, a loop inside an operator, since compilers
             unroll ATen's; "reference": a plain PyTorch loop, slow, differentiable to any order and in any mode;
-            "auto": on a GPU the first kernel that `bigru.kernels.proven` lists for the call, else "torch"; but
+            "auto": the fastest kernel that a record, such as `python -m bigru.prove` leaves on this machine, shows
+            right and not slower for the call, else "torch"; but
             "reference" inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
             weight, or an initial state, is some 10^5 times as large as the others) or "tf32" (below 2e-3); weights
@@ -188,30 +187,7 @@ class BiGRU(nn.RNNBase):
         Raises:
             RuntimeError: the backend asked for cannot serve it; the message says why.
         """
-        if self.backend in ("torch", "reference"):
-            return self.backend
-        data = input.data if isinstance(input, PackedSequence) else input
-        varlen = data is not input
-        if self.backend == "auto" and transformed():
-            # ATen's GRU has no rule for vmap and none for packed sequences, cuDNN's no second derivative and no forward
-            # mode, an operator none of all.
-            aten = data.device.type == "cpu" and not varlen and not torch.compiler.is_compiling() and not vmapped()
-            return "torch" if aten else "reference"
-        if self.backend == "auto" and data.device.type == "cpu" and forward_ad._current_level >= 0:
-            return "torch"  # which has a derivative in forward mode
-        dtype = dtype_of_call(data.dtype, data.device.type)
-        steps = None
-        if not torch.compiler.is_compiling():
-            padded = self.batch_first and data.dim() == 3
-            steps = len(input.batch_sizes) if isinstance(input, PackedSequence) else data.shape[1 if padded else 0]
-        backend, refusal, warning = _choose(
-            self.backend, data.device, dtype, self.hidden_size, self.precision, varlen, steps
-        )
-        if refusal is not None:
-            raise RuntimeError(f"backend {backend!r} cannot serve this call: {refusal}")
-        if warning is not None:
-            warnings.warn(warning, stacklevel=3)
-        return backend
+        return choice_of(self, input).backend
 
     def _backend_that_serves(self, input: Tensor | PackedSequence) -> str:
         """As `resolve_backend`, but for what exports to ONNX and for what torch.jit traces.
@@ -391,12 +367,3 @@ class BiGRU(nn.RNNBase):
         packed, index = pack(input, lengths, self.batch_first)
         y, h_n = self._forward_packed(packed, hx)
         return unpack(y, index, input.shape[:2]), h_n
-
-
-# Compilers need not look inside: the answer depends on nothing that changes while the program runs.
-@constant
-def _choose(
-    backend: str, device: torch.device, dtype: torch.dtype, hidden: int, precision: str, varlen: bool, steps: int | None
-) -> tuple[str, str | None, str | None]:
-    """Returns the name of the backend that serves a call, its refusal and a warning: `registry.choose`."""
-    return choose(backend, Call(describe(device), dtype, hidden, precision, varlen, steps))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from bigru.kernels.backends import BACKENDS, KERNELS
 from bigru.kernels.config import Call
 from bigru.kernels.kernel import Kernel
+from bigru.kernels.proven import Proofs, hint
+from bigru.kernels.proven import proofs as proofs_here
 
 PRECISIONS = ("fp32", "tf32")
 """The values of `BiGRU`'s `precision`."""
@@ -51,32 +54,52 @@ def get(name: str) -> Kernel:
     return kernel
 
 
-def choose(backend: str, call: Call, kernels: Sequence[Kernel] | None = None) -> tuple[str, str | None, str | None]:
+class Choice(NamedTuple):
+    """The backend of a call."""
+
+    backend: str
+    """Never "auto"."""
+    refusal: str | None = None
+    """Why it cannot serve the call."""
+    warning: str | None = None
+    why: str = "asked for by name"
+
+
+def choose(backend: str, call: Call, kernels: Sequence[Kernel] | None = None, proofs: Proofs | None = None) -> Choice:
     """Chooses the backend of a call.
 
     Args:
         backend: "auto", or the name of a public kernel.
         call: the call to serve.
-        kernels: the kernels that "auto" asks, in order; by default those that `KERNELS` lists for the device.
-
-    Returns:
-        The backend's name, never "auto"; the reason why it cannot serve the call, or None; and a warning, or None.
+        kernels: the kernels that "auto" may take, in order; by default those that `KERNELS` lists for the device.
+        proofs: what is proven; by default what `bigru.kernels.proven` finds for the device.
     """
     if backend != "auto":
-        return backend, get(backend).refusal(call), None
+        return Choice(backend, get(backend).refusal(call))
     if kernels is None:
         kernels = [get(name) for name, entry in KERNELS.items() if entry.auto == call.device.type]
+        proofs = proofs or (proofs_here(call.device) if kernels else None)
+        if proofs is None and call.device.type == "cuda":
+            hint(call.device)
+    known = proofs.of(call) if proofs else None
+    why = known[1] if known else "no record says anything of such a call"
+    if proofs:
+        kernels = [kernel for kernel in kernels if kernel.name not in proofs.wrong]
+    if known:
+        kernels = [kernel for name in known[0] for kernel in kernels if kernel.name == name]
     reason = None
     for kernel in kernels:
         reason = kernel.refusal(call)
-        if reason is None and kernel.is_proven(call):
-            return kernel.name, None, None
+        if reason is None and (known or kernel.is_proven(call)):
+            return Choice(kernel.name, why=why if known else kernel.rule)
         reason = reason or f"no recorded run has proven it on this GPU; backend={kernel.name!r} takes it all the same"
+    if known and not reason:
+        reason = why
     # cuDNN's products of fp32 numbers may be TF32, which GPUs have from compute capability 8.0 on.
     if reason and call.accurate and torch.backends.cudnn.allow_tf32 and call.device.capability >= (8, 0):
         warning = (
             f'"auto" leaves the fused kernel alone ({reason}); ATen\'s GRU serves, and its products may be TF32 '
             "because torch.backends.cudnn.allow_tf32 is on"
         )
-        return "torch", None, warning
-    return "torch", None, None
+        return Choice("torch", None, warning, why)
+    return Choice("torch", why=why)

@@ -37,7 +37,6 @@ import torch
 
 from bigru.kernels.config import ONE_PROCESSOR, Call, ResidentConfig, choose_resident, gpu_refusal, padded_to_power
 from bigru.kernels.kernel import Backward, Forward, Kernel, launch_backward, launch_forward
-from bigru.kernels.proven import Proven, proven_for
 from bigru.kernels.resident_backward import gru_backward_resident_kernel
 from bigru.kernels.resident_forward import gru_forward_resident_kernel
 
@@ -50,7 +49,6 @@ class ResidentKernel(Kernel):
     widths = (16, 32, 64, 100, 128)
     varlen_widths = (16, 64, 128)
     steps_a_turn = 2
-    proven: tuple[Proven, ...] = proven_for("resident")
 
     def refusal(self, call: Call) -> str | None:
         if reason := gpu_refusal(call):

@@ -47,7 +47,6 @@ from bigru.kernels.cell import (
 )
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
 from bigru.kernels.kernel import Backward, Forward, Kernel, launch_backward, launch_forward
-from bigru.kernels.proven import Proven, proven_for
 from bigru.kernels.varlen import steps_and_table
 
 
@@ -319,7 +318,6 @@ class TritonKernel(Kernel):
     varlen_widths = (16, 128, 200)  # least and most that is persistent, and one that is streamed
     interpreted: bool = INTERPRETED
     """True if the kernels run in Triton's interpreter, on CPU tensors."""
-    proven: tuple[Proven, ...] | None = proven_for("triton")
 
     def refusal(self, call: Call) -> str | None:
         return gpu_refusal(call, self.interpreted)

@@ -320,6 +320,7 @@ def _details(record: RunRecord, out: Path) -> str:
         f"per-joint error {metrics['va_joint_error'][best]:.3f} ({metrics['va_joint_error_px'][best]:.1f} px)",
         "Device": plain(environment["device"]),
         "Backend, precision": f"{plain(environment['backend'])}, {plain(environment['precision'])}",
+        **({"Chosen as": plain(environment["why"])} if environment["why"] else {}),
         "Versions": plain(versions),
         "Platform": plain(environment["platform"]),
         "Data": f"{plain(record.source)}, split by {plain(record.split)}",

@@ -326,7 +326,9 @@ def _from_summary(
         clips={name: _count(data["clips"], name) for name in SPLITS},
         windows={name: _count(data["windows"], name) for name in SPLITS},
         skipped={name: _count(data["skipped"], name) for name in data["skipped"]},
-        environment={name: str(summary["environment"][name] or "none") for name in ENVIRONMENT},
+        environment={name: str(summary["environment"][name] or "none") for name in ENVIRONMENT}
+        # Runs of earlier versions do not say it.
+        | {"why": str(summary["environment"].get("why", ""))},
         timing={name: _number(summary["timing"], name) for name in TIMING},
         command=str(summary["command"]),
         samples=samples,

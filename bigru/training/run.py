@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bigru.command import log_to, training_line
 from bigru.config import ConfigError, DataConfig, TrainConfig, check_writable
@@ -25,9 +26,14 @@ from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import SPLITS, Dataset, NoWindowsError, load_dataset
 from bigru.environment import device_name, pick_device
 from bigru.files import printable, remove_partials, write_json, write_lines
+from bigru.kernels.choice import choice_of
+from bigru.kernels.config import Call, describe
+from bigru.kernels.proven import COMMAND, proofs
+from bigru.kernels.registry import Choice
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
 from bigru.model.weights import WEIGHTS, load_weights, save_weights
+from bigru.proof.command import prove
 from bigru.report.document import write_report
 from bigru.training import run_dir, tensorboard
 from bigru.training.checkpoint import load_checkpoint
@@ -46,6 +52,7 @@ class Parts:
     load: Callable[[DataConfig], Dataset] = load_dataset
     loss: Loss = masked_mse
     write_report: Callable[[Path], Path] = write_report
+    prove: Callable[..., object] = prove
     trainer: type[Trainer] = Trainer
 
 
@@ -101,11 +108,11 @@ def start(config: TrainConfig, parts: Parts) -> Path:
     """Carries out a new run, as its first process."""
     team = current_team()
     check_writable(config.run.out)
-    trainer, backend = prepare(config, team, parts)
+    trainer, choice = prepare(config, team, parts)
     load_state(trainer, None)
     folder = team.broadcast(run_dir.create(config, trainer.dataset))
     with run_dir.run_lock(folder):
-        complete(trainer, backend, folder, parts)
+        complete(trainer, choice, folder, parts)
     return folder
 
 
@@ -113,7 +120,7 @@ def go_on(config: TrainConfig, folder: Path, parts: Parts, finished: bool) -> Pa
     """Carries out the rest of a run, or more than it was to have, as its first process."""
     with run_dir.run_lock(folder):
         remove_partials(folder)
-        trainer, backend = prepare(config, current_team(), parts)
+        trainer, choice = prepare(config, current_team(), parts)
         load_state(trainer, folder, finished)
         # Only now that the run is known to go on with them.
         run_dir.write_data(folder, trainer.dataset)
@@ -121,7 +128,7 @@ def go_on(config: TrainConfig, folder: Path, parts: Parts, finished: bool) -> Pa
         if finished:
             trainer.save(folder)
             (folder / run_dir.SUMMARY).unlink()
-        complete(trainer, backend, folder, parts)
+        complete(trainer, choice, folder, parts)
     return folder
 
 
@@ -138,8 +145,8 @@ def worker(config: TrainConfig, folder: Path | None, parts: Parts, finished: boo
     return folder
 
 
-def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, str]:
-    """Returns what trains the network on the dataset, and the backend of the network's GRU."""
+def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, Choice]:
+    """Returns what trains the network on the dataset, and the choice of a backend for the network's GRU."""
     if config.run.tensorboard:
         # Asked before the data are read.
         tensorboard.require(config.run.out)
@@ -158,10 +165,30 @@ def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, str
         log.warning("amp: on a CPU %s gains nothing and takes many times as long as none", config.run.amp)
     # The first leaves what the others need not make again.
     dataset = team.first_then_others(lambda: load_data(config, device, parts.load))
+    sample = next(iter(dataset.train.batches(config.optim.batch_size))).x
+    team.first_then_others(lambda: prove_first(config, sample, parts.prove) if team.first else None)
     # Seeded here, so that reading the data cannot change the weights.
     torch.manual_seed(config.run.seed)
-    model, backend = build_model(config, device, dataset)
-    return parts.trainer(config, model, dataset, team, parts.loss), backend
+    model, choice = build_model(config, sample)
+    return parts.trainer(config, model, dataset, team, parts.loss), choice
+
+
+def prove_first(config: TrainConfig, sample: Tensor, prove: Callable[..., object]) -> None:
+    """Proves the kernels for a run's own sizes, unless it trains on a CPU, or something is known of them."""
+    run, hidden, (batch, steps, _) = config.run, config.model.hidden_size, sample.shape
+    dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+    if not run.prove or run.backend != "auto" or sample.device.type == "cpu":
+        return
+    found = proofs(here := describe(sample.device))
+    if found is not None and found.of(Call(here, dtype, hidden, run.precision, False, steps, batch)) is not None:
+        return
+    log.info("no kernel is proven here for these sizes: `%s` comes first (--no-prove leaves it out)", COMMAND)
+    precision = run.precision if run.amp == "none" else run.amp
+    sizes = {"hidden": hidden, "batch": batch, "steps": steps, "precision": precision}
+    try:
+        prove(*(word for name, value in sizes.items() for word in (f"--{name}", str(value))))
+    except (RuntimeError, OSError) as error:
+        log.warning("no proof, so that ATen's GRU serves: %s", error)
 
 
 def load_data(config: TrainConfig, device: torch.device, load: Callable[[DataConfig], Dataset]) -> Dataset:
@@ -190,16 +217,17 @@ def read_data_digest(config: TrainConfig, parts: Parts) -> str:
         return ""
 
 
-def build_model(config: TrainConfig, device: torch.device, dataset: Dataset) -> tuple[HandForecaster, str]:
-    """Returns the network on the device, and the name of the backend that its GRU takes for a batch."""
+def build_model(config: TrainConfig, sample: Tensor) -> tuple[HandForecaster, Choice]:
+    """Returns the network on the device of a batch, and the choice of a backend for it."""
     try:
         run, sizes = config.run, asdict(config.model)
         model = HandForecaster(config.data.input_size, **sizes, backend=run.backend, precision=run.precision)
-        model.to(device)
-        sample = next(iter(dataset.train.batches(config.optim.batch_size))).x
-        return model, model.encoder.core.resolve_backend(sample)
+        model.to(sample.device)
+        return model, choice_of(model.encoder.core, sample)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"backend: {config.run.backend} cannot run the network on {device}: {error}") from error
+        raise ConfigError(
+            f"backend: {config.run.backend} cannot run the network on {sample.device}: {error}"
+        ) from error
 
 
 def load_state(trainer: Trainer, folder: Path | None, finished: bool = False) -> None:
@@ -238,7 +266,7 @@ def load_state(trainer: Trainer, folder: Path | None, finished: bool = False) ->
     trainer.progress = progress
 
 
-def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None:
+def complete(trainer: Trainer, choice: Choice, folder: Path, parts: Parts) -> None:
     """Trains to the end, scores and reports, as the first process, which alone writes."""
     config, progress, dataset = trainer.config, trainer.progress, trainer.dataset
     try:
@@ -253,13 +281,13 @@ def complete(trainer: Trainer, backend: str, folder: Path, parts: Parts) -> None
         with log_to(run_dir.RunLog(folder / "train.log")):
             log.info("run %s%s", printable(folder), describe_progress(trainer))
             log.info("%s", dataset.describe())
-            how = f"backend {backend}, {describe_training(config, trainer.team.size)}"
+            how = f"backend {choice.backend} ({choice.why}), {describe_training(config, trainer.team.size)}"
             size = f"{count_parameters(trainer.model):,} parameters"
             log.info("%s, %s; %s", device_name(trainer.step.device), how, size)
             log.info("below: train/val, train in passing with dropout on and weights moving; px: joint error of val")
             with tensorboard.watched(folder, trainer) if config.run.tensorboard else nullcontext():
                 trainer.fit(folder)
-                finish(folder, trainer, backend)
+                finish(folder, trainer, choice)
             report(folder, parts.write_report)
     except DivergedError:
         # A resume would diverge again, so that none is advised.

@@ -19,6 +19,7 @@ from bigru.data.index import SUBTASKS
 from bigru.data.synthetic import EMBEDDED
 from bigru.environment import describe_environment
 from bigru.files import printable, write_json
+from bigru.kernels.registry import Choice
 from bigru.layout import MODALITY_SIZES
 from bigru.model.metrics import (
     BASELINES,
@@ -40,7 +41,7 @@ from bigru.training.trainer import Trainer
 log = logging.getLogger("bigru.train")
 
 
-def finish(folder: Path, trainer: Trainer, backend: str) -> None:
+def finish(folder: Path, trainer: Trainer, choice: Choice) -> None:
     """Scores the best weights and the baselines on the test split and writes samples.npz and summary.json."""
     config, model, dataset, progress = trainer.config, trainer.model, trainer.dataset, trainer.progress
     model.load_state_dict(progress.best_weights)
@@ -80,7 +81,7 @@ def finish(folder: Path, trainer: Trainer, backend: str) -> None:
             "skipped": dict(dataset.skip_counts()),
             "departures": config.data.departures + ["displacements predicted"] * config.model.residual,
         },
-        "environment": describe_environment(trainer.step.device, backend, config.run.precision),
+        "environment": describe_environment(trainer.step.device, choice, config.run.precision),
         "timing": {
             "epoch_s_median": statistics.median(epochs_s),
             "train_windows_per_s_median": statistics.median(row["train_windows_per_s"] for row in progress.history),

@@ -1,5 +1,6 @@
 """What nn.GRU cannot: one graph under torch.compile and torch.export, with batch and time free, training too."""
 
+import copy
 import functools
 import shutil
 
@@ -15,7 +16,10 @@ from bigru import BiGRU
 # B and T; a compiler takes sizes that are equal at first, features among them, for equal ever after.
 SIZES = [(2, 3), (4, 5), (3, 4)]
 # Of the compiler's own making.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
 COMPILER = "inductor" if shutil.which("g++") else "aot_eager"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -121,7 +125,8 @@ def test_autocast_means_the_same_when_compiled(gru, kernel_device):
     x = torch.randn(2, 3, 6, device=kernel_device)
     with torch.no_grad(), torch.autocast(kernel_device.type, dtype=torch.bfloat16):
         (y, _), (expected, _) = compiled(x), gru(x)
-    assert y.dtype == expected.dtype
+    # cuDNN's GRU takes fp16 whatever dtype was asked for.
+    assert y.dtype == expected.dtype or (gru.backend == "torch" and expected.dtype == torch.float16)
     assert error(y, expected) < 1e-2
 
 
@@ -137,7 +142,9 @@ class TestCudaGraphs:
     def test_forward(self, gru):
         x = torch.randn(3, 5, 6, device="cuda")
         with torch.no_grad():
-            graphed = torch.cuda.make_graphed_callables(gru.eval(), (x,))
+            # It replaces the forward of the module that it is given.
+            graphed = torch.cuda.make_graphed_callables(copy.deepcopy(gru).eval(), (x,))
+            gru.eval()
             for _ in range(2):
                 x = torch.randn_like(x)
                 assert same(graphed(x), gru(x))

@@ -1,8 +1,6 @@
 """The registry: which kernel serves what, with which parameters, and which of them "auto" takes."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +8,7 @@ import torch
 from bigru.kernels import registry
 from bigru.kernels.config import A100, B200, H100, Call, Device, ResidentConfig, choose_resident
 from bigru.kernels.cpu import CpuKernel
-from bigru.kernels.proven import PROVEN, Proven
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CPU = Device("cpu")
 SINGLE = Call(H100, torch.float32, 128)
 
@@ -81,35 +77,15 @@ class TestAuto:
     def test_a_cpu_takes_its_kernel_where_it_is_built(self):
         on_cpu = replace(SINGLE, device=CPU)
         served = registry.get("cpu").refusal(on_cpu) is None
-        assert registry.choose("auto", on_cpu) == ("cpu" if served else "torch", None, None)
-        assert registry.choose("auto", replace(on_cpu, dtype=torch.bfloat16)) == ("torch", None, None)
-        assert registry.choose("auto", on_cpu, [CpuKernel("none")]) == ("torch", None, None)
-
-    def test_a_proven_kernel_before_the_others(self):
-        proven = (Proven("resident", (9, 0), (32, 128), "float32", "fp32", "card.json"),)
-        asked = [replace(kernel, proven=proven) if kernel.name == "resident" else kernel for kernel in kernels()]
-
-        def chosen(**change):
-            return registry.choose("auto", replace(SINGLE, **change), asked)[0]
-
-        assert chosen() == "resident"
-        others = ({"hidden": 64}, {"precision": "tf32"}, {"device": A100}, {"varlen": True})
-        assert [chosen(**change) for change in others] == ["torch"] * 4
-        asked[-1] = replace(asked[-1], proven=None)
-        assert [chosen(**change) for change in others] == ["triton"] * 4
+        assert registry.choose("auto", on_cpu)[:3] == ("cpu" if served else "torch", None, None)
+        assert registry.choose("auto", replace(on_cpu, dtype=torch.bfloat16))[:3] == ("torch", None, None)
+        assert registry.choose("auto", on_cpu, [CpuKernel("none")])[:3] == ("torch", None, None)
 
     def test_nothing_is_taken_unproven_on_a_gpu(self):
-        asked = [replace(kernel, proven=()) for kernel in kernels()]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-            backend, refusal, warning = registry.choose("auto", SINGLE, asked)
+            backend, refusal, warning, _ = registry.choose("auto", SINGLE, kernels())
         assert (backend, refusal) == ("torch", None)
         assert "no recorded run has proven it on this GPU; backend='triton' takes it all the same" in warning
-
-    def test_a_record_of_equal_lengths_proves_nothing_for_others(self):
-        entry = Proven("triton", (9, 0), (SINGLE.hidden,), "float32", "fp32", "card.json")
-        assert entry.covers(SINGLE)
-        assert not entry.covers(replace(SINGLE, varlen=True))
-        assert replace(entry, varlen=True).covers(replace(SINGLE, varlen=True))
 
     @pytest.mark.parametrize(
         ("change", "warns"),
@@ -124,7 +100,7 @@ class TestAuto:
     def test_falling_back_warns_where_cudnn_may_be_less_exact(self, change, warns):
         missing = [registry.Missing("triton", "triton")]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-            backend, refusal, warning = registry.choose("auto", replace(SINGLE, **change), missing)
+            backend, refusal, warning, _ = registry.choose("auto", replace(SINGLE, **change), missing)
         assert (backend, refusal) == ("torch", None)
         assert (warning is not None) == warns
         assert not warns or "(triton is not installed)" in warning
@@ -157,55 +133,3 @@ class TestChooseResident:
     def test_the_compiler_is_told_to_use_all_registers_where_one_program_fits(self):
         assert choose_resident(Call(H100, torch.bfloat16, 128), 1).options()["maxnreg"] == 255
         assert "maxnreg" not in choose_resident(Call(H100, torch.bfloat16, 64), 1).options()
-
-
-def unproven(entry, record):
-    """What of an entry the record does not show right, on this architecture, storage and precision."""
-    rows = [
-        row
-        for row in record["correctness"]
-        if row["kernel"] == entry.kernel
-        and row["dtype"] == entry.dtype
-        and (entry.dtype != "float32" or row["precision"] == entry.precision)
-    ]
-    if record["kind"] != "gpu" or tuple(record["machine"]["capability"]) != entry.capability:
-        return "another machine"
-    if any(row["status"] == "failed" or row["deterministic"] is False for row in rows):
-        return "a row that failed"
-    return set(entry.hidden) - {row["hidden"] for row in rows if row["status"] == "passed"}
-
-
-class TestProven:
-    def test_every_entry_stands_on_a_committed_record(self):
-        for entry in PROVEN:
-            assert not unproven(entry, json.loads((RESULTS / entry.record).read_text(encoding="utf-8"))), entry
-
-    @pytest.mark.parametrize(
-        ("change", "found"),
-        [
-            ({}, set()),
-            ({"hidden": 96}, {64}),
-            ({"status": "refused", "deterministic": None}, {64}),
-            ({"status": "failed"}, "a row that failed"),
-            ({"deterministic": False}, "a row that failed"),
-            ({"precision": "tf32"}, {64}),
-            ({"kernel": "triton"}, {64}),
-        ],
-    )
-    def test_what_a_record_shows(self, change, found):
-        entry = Proven("resident", (9, 0), (64,), "float32", "fp32", "card.json")
-        row = {"kernel": "resident", "dtype": "float32", "precision": "fp32", "hidden": 64, "status": "passed"}
-        record = {"kind": "gpu", "machine": {"capability": [9, 0]}}
-        record["correctness"] = [row | {"deterministic": True} | change]
-        assert unproven(entry, record) == found
-        record["machine"]["capability"] = [8, 0]
-        assert unproven(entry, record) == "another machine"
-
-    def test_16_bit_storage_has_no_precision(self):
-        entry = Proven("resident", (9, 0), (64,), "bfloat16", "fp32", "card.json")
-        call = Call(H100, torch.bfloat16, 64, "tf32")
-        assert entry.covers(call)
-        assert not entry.covers(replace(call, varlen=True))
-        assert not entry.covers(replace(call, hidden=65))
-        assert not entry.covers(replace(call, dtype=torch.float16))
-        assert not entry.covers(replace(call, device=A100))

@@ -43,6 +43,7 @@ from bigru.data.windows import NoWindowsError, Windows
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, masked_mse, mean_errors, score, score_joints, summarise
 from bigru.report.document import write_report
+from bigru.training.run import prove_first
 from bigru.training.trainer import Trainer, learning_rate
 
 
@@ -85,7 +86,7 @@ def test_the_summary_is_what_the_best_weights_do(config):
         "departures": [],
     }
     assert summary["modalities"] == {"hands": True, "gaze": False, "objects": False, "surrogate": False}
-    names = "device backend precision python torch triton numpy bigru platform"
+    names = "device backend why precision python torch triton numpy bigru platform"
     assert set(summary["environment"]) == set(names.split())
     assert (summary["format"], summary["stopped_early"]) == (2, False)
     assert list(summary["horizon"]) == ["this network", *BASELINES]
@@ -372,3 +373,30 @@ def test_the_command_from_end_to_end(tmp_path):
     document = (tmp_path / "runs" / "results_bigru.md").read_text()
     assert "BIGRU" in document
     assert str(tmp_path / "runs" / "results_bigru.md") in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "asked"),
+    [
+        ({}, "meta", "--hidden 128 --batch 4 --steps 60 --precision fp32"),
+        ({"amp": "bf16"}, "meta", "--hidden 128 --batch 4 --steps 60 --precision bf16"),
+        ({"prove": False}, "meta", None),
+        ({"backend": "triton"}, "meta", None),
+        ({}, "cpu", None),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpu_without_a_proof_gets_one_first(config, changes, device, asked, fails, caplog):
+    calls = []
+
+    def prove(*arguments):
+        calls.append(" ".join(arguments))
+        if fails:
+            raise RuntimeError("exit code 1")
+
+    caplog.set_level(logging.INFO)
+    config = change(change(config, "model", hidden_size=128), "run", **changes)
+    prove_first(config, torch.empty(4, 60, 84, device=device), prove)
+    assert calls == [asked] * (asked is not None)
+    assert ("python -m bigru.prove` comes first (--no-prove leaves it out)" in caplog.text) == (asked is not None)
+    assert ("ATen's GRU serves: exit code 1" in caplog.text) == (fails and asked is not None)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 2
-GROUPS = ("layer", "call", "training step", "busy core")
-"""Two layers of BiGRU; many calls of almost no arithmetic; a step of the forecaster's training; two layers beside a
-process that keeps one core busy."""
+GROUPS = ("layer", "ragged", "call", "training step", "busy core")
+"""Layers of BiGRU; the same, ragged; many calls of almost no arithmetic; a step of the forecaster's training; layers
+beside a process that keeps one core busy."""
 MODES = ("forward", "training")
 """Forward without gradients; forward and backward (of a training step, its optimizer too)."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "default")
@@ -103,7 +103,7 @@ class Record:
     """What one run of the benchmarks found on one machine.
 
     Args:
-        kind: "cpu", "gpu", or "smoke" for a trial whose figures mean nothing.
+        kind: "cpu", "gpu", "proof", or "smoke" for a trial whose figures mean nothing.
         command: prints or writes the same again.
         machine: `name` ("NVIDIA H100", "AMD EPYC"), and what else is known, such as `cores`.
         versions: of bigru, python, torch, triton, numpy and the rivals; None for one that is not there.

@@ -8,14 +8,14 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.record import NN_GRU, Row
-from benchmarks.timing import Work, compare, gpu_ms, interleaved, wall_ms
-from benchmarks.workloads import Candidate, Case, Refused, errors, make, products, verdict
+from bigru.kernels.proven import processor
+from bigru.kernels.record import NN_GRU, Row
+from bigru.proof.timing import Work, compare, gpu_ms, interleaved, wall_ms
+from bigru.proof.workloads import Case, Make, Refused, errors, make_layer, products, verdict
 
 Clocks = Mapping[str, Callable[[Work], float]]
 WALL: Clocks = {"wall": wall_ms}
@@ -26,11 +26,8 @@ TRIAL: Clocks = dict.fromkeys(GPU, wall_ms)
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Returns the `machine` of a record."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     if device.type != "cuda":
-        return {"name": cpu, "cores": os.cpu_count()}
+        return {"name": processor(), "cores": os.cpu_count()}
     card = torch.cuda.get_device_properties(device)
     return {
         "name": card.name,
@@ -38,7 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "processors": card.multi_processor_count,
         "memory_gib": round(card.total_memory / 2**30, 1),
         "driver, clocks": _ask_driver(),
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
     }
 
@@ -87,7 +84,7 @@ def measure(
     modes: tuple[str, ...] = ("forward", "training"),
     clocks: Clocks = WALL,
     fewest: int = 5,
-    made: Callable[[str, Case, torch.device], Candidate] = make,
+    made: Make = make_layer,
     capture: Callable[[Work, torch.device], Work] = capture_graph,
 ) -> list[Row]:
     """Proves a candidate right at a case and times it beside a rival: a row for each mode and clock.
@@ -116,7 +113,7 @@ def measure(
         except Refused as why:
             return without("refused", str(why))
         about["candidate"] = ours.name
-        found = errors(ours, case, device)
+        found = errors(ours, made(NN_GRU, case, device))
         if wrong := verdict(found, case):
             return without("failed", wrong)
         rows = []
@@ -136,10 +133,12 @@ def measure(
     return rows
 
 
-def profile(case: Case, candidate: str, device: torch.device, most: int = 12) -> list[tuple[str, int, float]]:
+def profile(
+    case: Case, candidate: str, device: torch.device, most: int = 12, made: Make = make_layer
+) -> list[tuple[str, int, float]]:
     """Returns the GPU's kernels in one training pass of a candidate: name, calls, milliseconds; longest first."""
     with products(case.precision):
-        work = make(candidate, case, device).works["training"]
+        work = made(candidate, case, device).works["training"]
         work()
         with torch.profiler.profile() as trace:
             work()
