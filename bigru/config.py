@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # As the help shows them: what they take, and no empty default.
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+OptionalRate = Annotated[float | None, tyro.conf.arg(metavar="FPS", help_behavior_hint="")]
 # Without a --no- of its own.
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -89,7 +91,7 @@ class DataConfig:
     """Stop at the first clip that cannot be used instead of counting and skipping it."""
     nan_missing: bool = False
     """Take a hand, a gaze or a box with NaN in it for missing; default: such a clip cannot be used."""
-    resample: Annotated[float | None, tyro.conf.arg(metavar="FPS", help_behavior_hint="")] = None
+    resample: OptionalRate = None
     """Frames per second, 1 to 1000, that every clip is brought to; default: each clip keeps its own."""
     centre: Literal["frame", "last"] = "frame"
     """Origin of the hands: each frame's own midpoint of the wrists, as published, or the last observed frame's, so
@@ -189,7 +191,7 @@ class RunConfig:
     """Seed of the weights, of dropout and of the order of the windows."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    threads: OptionalInt = None
     """Threads of the CPU; default: as OMP_NUM_THREADS says, else 1 where the CPU trains: a second one gains a fifth on
     an idle machine and loses most of the speed on a busy one."""
     backend: Backend = "auto"

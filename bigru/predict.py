@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from bigru.command import ending, run
-from bigru.config import ConfigError, DataConfig, check_writable, expand_home
+from bigru.config import ConfigError, DataConfig, Flag, OptionalInt, OptionalRate, check_writable, expand_home
 from bigru.files import printable
 from bigru.kernels.backends import Backend
 
@@ -30,19 +30,19 @@ class Arguments:
     those named _px pixels of the 1728 x 972 image; y points down.
     """
 
-    clips: tyro.conf.Positional[tuple[Path, ...]]
+    clips: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="CLIP ...", help_behavior_hint="")]]
     """Clips, .h5 files of at least the observed length, or folders, with all clips below them."""
     weights: Path
     """A run's folder or weights.safetensors, with its config.json beside it, or a published state dict (.pt, .pth)."""
     out: Path = Path("predictions")
     """Folder for CLIP.npz, CLIP.csv, CLIP.png and CLIP.gif."""
-    start: int | None = None
+    start: OptionalInt = None
     """First observed frame, from 0. Default: the last with its whole true future in the clip, else the last at all."""
-    observed: int | None = None
+    observed: OptionalInt = None
     """Frames observed, and as many predicted. Default: as in config.json beside the weights, else 60."""
-    fps: float | None = None
+    fps: OptionalRate = None
     """Frames per second of clips whose timestamps tell none. Default: as documented for the participant in the name."""
-    stream: bool = False
+    stream: Flag = False
     """Replay each clip frame by frame as a robot's loop would: a forecast after every frame that has the observed
     length behind it. Prints the latency and writes CLIP.stream.npz instead of the other files."""
     device: str = "auto"

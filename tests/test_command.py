@@ -67,6 +67,9 @@ def test_no_help_waits_for_torch():
     result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert result.stdout.count("usage: python -m bigru.") == len(COMMANDS), result.stderr
     assert result.stdout.splitlines()[-1] == "False"
+    # Nor does it show how an option is typed here.
+    assert "None" not in result.stdout
+    assert "(default: )" not in result.stdout
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 0), (["--help"], 0), (["fly"], 2)])

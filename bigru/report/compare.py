@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from bigru.command import ending
-from bigru.config import expand_home
+from bigru.config import OptionalPath, expand_home
 from bigru.files import ESCAPE, write_atomically
 from bigru.report import figures
 from bigru.report.comparison import comparison
@@ -24,9 +25,9 @@ DOCUMENT, PICTURE = "comparison.md", "comparison.png"
 class Arguments:
     """Compare finished runs: prints a table, and writes it with a plot to comparison.md and comparison.png."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")]]
     """Folders of finished runs, two or more."""
-    out: Path | None = None
+    out: OptionalPath = None
     """Folder for the two files; default: the one that the first run is in."""
 
     def __post_init__(self) -> None:
