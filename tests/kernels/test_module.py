@@ -50,23 +50,20 @@ def same(ours, theirs, tolerance=1e-6):
 
 
 class TestCopiesAndFiles:
-    def saved_and_loaded(self, gru):
-        file = io.BytesIO()
-        torch.save(gru.state_dict(), file)
-        file.seek(0)
-        fresh = BiGRU(3, 4, backend=gru.backend).to(gru.weight_ih_l0.device)
-        fresh.load_state_dict(torch.load(file, weights_only=True))
-        return fresh
-
     def test_each_computes_the_same(self, gru, x):
-        whole = io.BytesIO()
-        torch.save(gru, whole)
-        whole.seek(0)
+        def saved_and_loaded(what, **options):
+            file = io.BytesIO()
+            torch.save(what, file)
+            file.seek(0)
+            return torch.load(file, **options)
+
+        fresh = BiGRU(3, 4, backend=gru.backend, device=x.device)
+        fresh.load_state_dict(saved_and_loaded(gru.state_dict(), weights_only=True))
         copies = {
             "deepcopy": copy.deepcopy(gru),
             "pickle": pickle.loads(pickle.dumps(gru)),
-            "torch.save of the module": torch.load(whole, weights_only=False),
-            "torch.save of the state dict": self.saved_and_loaded(gru),
+            "torch.save of the module": saved_and_loaded(gru, weights_only=False),
+            "torch.save of the state dict": fresh,
         }
         expected = gradients(gru, x)
         for name, twin in copies.items():
@@ -99,9 +96,11 @@ class TestCopiesAndFiles:
     def test_state_dict_both_ways(self, gru, x):
         theirs = nn_gru(gru)
         assert same(gru(x), theirs(x), 1e-5)
-        gru.load_state_dict({name: value / 2 for name, value in theirs.state_dict().items()})
-        theirs.load_state_dict(gru.state_dict())
-        assert same(gru(x), theirs(x), 1e-5)
+        for assign in (False, True):
+            halved = {name: value / 2 for name, value in theirs.state_dict().items()}
+            gru.load_state_dict(halved, assign=assign)
+            theirs.load_state_dict(gru.state_dict())
+            assert same(gru(x), theirs(x), 1e-5)
 
     def test_repr_and_weights_are_nn_grus(self):
         ours, theirs = BiGRU(3, 4, 2, False, True, 0.5), nn.GRU(3, 4, 2, False, True, 0.5, bidirectional=True)
@@ -115,11 +114,6 @@ class TestCopiesAndFiles:
         before = gru(x)[0]
         gru.flatten_parameters()
         assert torch.equal(gru(x)[0], before)
-
-    def test_loading_by_assignment(self, gru, x):
-        halved = {name: value.clone() / 2 for name, value in gru.state_dict().items()}
-        gru.load_state_dict(halved, assign=True)
-        assert same(gru(x), nn_gru(gru)(x), 1e-5)
 
 
 class TestDtypes:
@@ -239,15 +233,6 @@ class TestWeightsAreReadWhenCalled:
         gru.weight_hh_l0.data = torch.zeros_like(gru.weight_hh_l0)
         assert same(gru(x), nn_gru(gru)(x), 1e-5)
 
-    def test_an_optimiser_step(self, gru, x):
-        theirs = nn_gru(gru)
-        for module in (gru, theirs):
-            optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
-            for _ in range(3):
-                gradients(module, x)
-                optimizer.step()
-        assert same(gru(x), theirs(x), 1e-5)
-
     def test_a_replica_of_data_parallel(self, gru, x):
         # As torch.nn.parallel.replicate makes it on every GPU: tensors that are no parameters.
         replica = gru._replicate_for_data_parallel()
@@ -304,12 +289,6 @@ class TestAutograd:
         assert not y.requires_grad
         assert not h_n.requires_grad
 
-    def test_frozen(self, gru, x):
-        gru.requires_grad_(False)
-        assert not gru(x)[0].requires_grad
-        (dx,) = torch.autograd.grad(gru(x.requires_grad_())[0].sum(), x)
-        assert error(dx, torch.autograd.grad(nn_gru(gru)(x)[0].sum(), x)[0]) < 1e-5
-
     def test_gradients_accumulate_and_the_graph_is_freed(self, gru, x):
         once = [gradient.clone() for gradient in gradients(gru, x)[1:]]
         y, h_n = gru(x)
@@ -323,10 +302,8 @@ class TestAutograd:
     def test_one_output_alone(self, gru, x):
         theirs = nn_gru(gru)
         for which in (0, 1):
-            ours, expected = (
-                torch.autograd.grad(m(x)[which].square().sum(), list(m.parameters())) for m in (gru, theirs)
-            )
-            assert same(ours, expected, 1e-5)
+            sums = ((m(x)[which].square().sum(), list(m.parameters())) for m in (gru, theirs))
+            assert same(*(torch.autograd.grad(*both) for both in sums), 1e-5)
 
     def test_backward_in_eval_mode(self, gru, x):
         if x.device.type == "cuda" and gru.backend == "torch":
@@ -349,12 +326,11 @@ class TestWhatIsGiven:
                 assert {type(output) for output in module(x.as_subclass(Marked))} == {Marked}
 
     def test_weights_of_other_shapes_are_refused(self, gru, x):
-        other = {
-            name: weight.T if weight.dim() == 2 and "hh" in name else weight for name, weight in gru.named_parameters()
-        }
+        other = {"weight_hh_l0": gru.weight_hh_l0.T}
         with pytest.raises(RuntimeError):
             torch.func.functional_call(gru, other, (x,))
 
+    @pytest.mark.usefixtures("poisoned")
     def test_hooks_of_saved_tensors_may_change_their_layout(self, gru, x):
         def packed(tensor):
             assert tensor.isfinite().all()
@@ -367,11 +343,7 @@ class TestWhatIsGiven:
             with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
                 return gru(x)
 
-        torch.use_deterministic_algorithms(True)
-        try:
-            assert same(gradients(gru, x, hooked), gradients(gru, x))
-        finally:
-            torch.use_deterministic_algorithms(False)
+        assert same(gradients(gru, x, hooked), gradients(gru, x))
 
     def test_y_is_not_to_be_changed_in_place_while_training(self, x, triton_device):
         gru = BiGRU(3, 4, backend="triton", device=triton_device)

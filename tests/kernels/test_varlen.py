@@ -240,33 +240,27 @@ class TestErrors:
             BiGRU(2, 4, backend=backend, device=kernel_device)(x)
 
     @pytest.mark.parametrize(
-        ("x", "lengths", "raised", "message"),
+        ("lengths", "raised", "message"),
         [
-            (
-                torch.randn(4, 2, 3),
-                [4],
-                RuntimeError,
-                r"lengths: expected shape \(2,\), one for each sequence, got \(1,\)",
-            ),
-            (torch.randn(4, 2, 3), torch.ones(2, 1, dtype=torch.int64), RuntimeError, r"lengths: .* got \(2, 1\)"),
-            (torch.randn(4, 2, 3), [0, 4], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[0, 4\]"),
-            (torch.randn(4, 2, 3), [1, 5], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[1, 5\]"),
-            (torch.randn(4, 2, 3), [1.0, 2.0], TypeError, r"lengths: expected .* list of int, got \[1.0, 2.0\]"),
-            (torch.randn(4, 2, 3), torch.ones(2), TypeError, "lengths: expected integers, got torch.float32"),
-            (torch.randn(4, 2, 3), 4, TypeError, r"lengths: expected .* list of int, got 4"),
-            (
-                torch.randn(4, 2, 3),
-                torch.ones(2, dtype=torch.int64, device="meta"),
-                RuntimeError,
-                "CPU, got one on meta",
-            ),
-            (torch.randn(4, 3), [4], ValueError, "lengths: expected 3-D input beside them, got 2-D"),
-            (pack_sequence([torch.randn(2, 3)]), [2], TypeError, "lengths: expected None beside a PackedSequence"),
+            ([4], RuntimeError, r"lengths: expected shape \(2,\), one for each sequence, got \(1,\)"),
+            (torch.ones(2, 1, dtype=torch.int64), RuntimeError, r"lengths: .* got \(2, 1\)"),
+            ([0, 4], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[0, 4\]"),
+            ([1, 5], RuntimeError, r"lengths: expected numbers from 1 to 4 .*, got \[1, 5\]"),
+            ([1.0, 2.0], TypeError, r"lengths: expected .* list of int, got \[1.0, 2.0\]"),
+            (torch.ones(2), TypeError, "lengths: expected integers, got torch.float32"),
+            (4, TypeError, r"lengths: expected .* list of int, got 4"),
+            (torch.ones(2, dtype=torch.int64, device="meta"), RuntimeError, "CPU, got one on meta"),
         ],
     )
-    def test_bad_lengths(self, x, lengths, raised, message):
+    def test_bad_lengths(self, lengths, raised, message):
         with pytest.raises(raised, match=message):
-            BiGRU(3, 4)(x, lengths=lengths)
+            BiGRU(3, 4)(torch.randn(4, 2, 3), lengths=lengths)
+
+    def test_lengths_beside_one_sequence_or_a_packed_one(self):
+        with pytest.raises(ValueError, match="lengths: expected 3-D input beside them, got 2-D"):
+            BiGRU(3, 4)(torch.randn(4, 3), lengths=[4])
+        with pytest.raises(TypeError, match="lengths: expected None beside a PackedSequence"):
+            BiGRU(3, 4)(pack_sequence([torch.randn(2, 3)]), lengths=[2])
 
 
 class TestLengths:
