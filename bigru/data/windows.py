@@ -159,6 +159,11 @@ class Dataset:
     """SHA-256, in hexadecimal, of the clips' names and rates and of every frame, by split. It does not depend on where
     the clips lie or when they were written: two datasets with one digest train alike under the same settings."""
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """Windows of each split."""
+        return {split: len(getattr(self, split)) for split in SPLITS}
+
     def skip_counts(self) -> dict[str, int]:
         """Returns how many clips were skipped for each reason, the most frequent first."""
         return dict(Counter(skip.reason for skip in self.skipped).most_common())
@@ -167,8 +172,7 @@ class Dataset:
         """Returns a few lines for the start of a run: clips and windows per split, what was skipped and why."""
         others = f" ({self.other_cameras:,} more of other cameras)" if self.other_cameras else ""
         lines = [f"{self.listed:,} clips listed in {printable(self.index)}{others}, read from {printable(self.root)}"]
-        for split, clips in self.clips.items():
-            lines.append(f"{split:<5} {clips:>6,} clips {len(getattr(self, split)):>7,} windows")
+        lines += [f"{split:<5} {self.clips[split]:>6,} clips {n:>7,} windows" for split, n in self.windows.items()]
         lines += [self.cache] * bool(self.cache)
         lines += _skip_lines(self.skipped, self.train.observed + self.train.predicted)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
@@ -292,7 +296,7 @@ def _skip_lines(skipped: tuple[Skipped, ...], window: int) -> list[str]:
 
 def _check_windows(dataset: Dataset, config: DataConfig, index: ClipIndex) -> None:
     """Raises NoWindowsError, naming every split that is empty, if one is."""
-    empty = [split for split in SPLITS if not len(getattr(dataset, split))]
+    empty = [split for split, windows in dataset.windows.items() if not windows]
     if not empty:
         return
     lines = [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigru.config import OWNER, ConfigError, TrainConfig, latest_run, read_settings
-from bigru.data.windows import SPLITS, Dataset
+from bigru.data.windows import Dataset
 from bigru.files import ESCAPE, as_json, lock, named, printable, shell_line, write_json, write_lines
 from bigru.model.weights import WEIGHTS
 from bigru.training.checkpoint import Progress
@@ -46,9 +46,8 @@ def create(config: TrainConfig, dataset: Dataset) -> Path:
 
 def write_data(folder: Path, dataset: Dataset) -> None:
     """Writes data.json: where a run's data are, and the digest of their content, by which they are known elsewhere."""
-    windows = {split: len(getattr(dataset, split)) for split in SPLITS}
-    found = {"root": str(dataset.root), "index": str(dataset.index), "digest": dataset.digest, "windows": windows}
-    write_json(folder / "data.json", found)
+    found = {"root": str(dataset.root), "index": str(dataset.index)}
+    write_json(folder / "data.json", found | {"digest": dataset.digest, "windows": dataset.windows})
 
 
 def find(folder: Path) -> Path:

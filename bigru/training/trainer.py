@@ -81,9 +81,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.team, self.dataset = config, model, team, dataset
         self.train, self.val = dataset.train, dataset.val
-        self.progress = Progress(
-            windows={"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)}
-        )
+        self.progress = Progress(windows=dataset.windows)
         self.stop = StopRequest()
         optim, run = config.optim, config.run
         # Fewer windows than a batch holds would leave nothing to train on.
