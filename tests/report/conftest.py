@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bigru.config import TrainConfig
+from bigru.report import figures
 
 CONFIG: dict[str, dict[str, Any]] = TrainConfig().as_dict()
 
@@ -154,7 +155,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         summary: dict[str, Any] | None = None,
         config: dict[str, dict[str, Any]] | None = None,
         samples: dict[str, np.ndarray] | None = None,
-        windows: int = 3,
+        windows: int = 1,
     ) -> Path:
         run = tmp_path / "runs" / stamp
         run.mkdir(parents=True)
@@ -168,3 +169,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time, and test_figures.py looks at the pictures."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"")

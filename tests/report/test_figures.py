@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -20,6 +21,12 @@ from bigru.report.animation import gif
 from bigru.report.record import Samples, read_run
 
 MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(make_run: MakeRun) -> MakeRun:
+    """As in conftest.py with three sample windows."""
+    return functools.partial(make_run, windows=3)
 
 
 def png_size(content: bytes) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from bigru.report.record import read_run
 
 PLOTS = ("learning_curves", "forecasts", "horizon", "joints")
 MakeRun = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_broken_summary_is_named(make_run: MakeRun, changes: dict[str, object], 
 )
 def test_broken_samples_are_named(make_run: MakeRun, samples: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(RunError, match=rf"samples\.npz: {message}"):
-        read_run(make_run(samples=samples, windows=1))
+        read_run(make_run(samples=samples))
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "samples.npz"])
