@@ -14,7 +14,7 @@ import torch
 
 from bigru.kernels.proven import processor
 from bigru.kernels.record import NN_GRU, Row
-from bigru.proof.timing import Work, compare, gpu_ms, interleaved, wall_ms
+from bigru.proof.timing import Work, capture_graph, compare, gpu_ms, interleaved, wall_ms
 from bigru.proof.workloads import Case, Make, Refused, errors, make_layer, products, verdict
 
 Clocks = Mapping[str, Callable[[Work], float]]
@@ -54,24 +54,6 @@ def describe_versions(*others: str) -> dict[str, str | None]:
     if torch.version.cuda:
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return found
-
-
-def capture_graph(work: Work, device: torch.device) -> Work:
-    """Returns the replay of the work as a CUDA graph; on a CPU, in a trial, the work itself."""
-    if device.type != "cuda":
-        return work
-    # As bigru.training.step does, which a GPU machine without the forecaster's packages cannot import.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # A capture that fails leaves its own stream the current one; the outer block puts ours back.
-    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def measure(

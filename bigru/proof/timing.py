@@ -101,3 +101,20 @@ def gpu_ms(work: Work) -> float:
 def _wait() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def capture_graph(work: Work, device: torch.device) -> Work:
+    """Runs work three times to warm it up and returns its replay as a CUDA graph; on a CPU, in a trial, work itself."""
+    if device.type != "cuda":
+        return work
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # A capture that fails leaves its own stream the current one; the outer block puts ours back.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
+        work()
+    return graph.replay

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigru.model.metrics import masked_mse
+from bigru.proof.timing import Work, capture_graph
 
 Loss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """Of prediction, target, present and coordinates, as `masked_mse`."""
@@ -118,25 +119,10 @@ class TrainStep:
         return torch.autocast(self.device.type, self._amp_dtype, cache_enabled=False)
 
 
-Capture = Callable[[Callable[[], object], torch.device], Callable[[], None]]
+Capture = Callable[[Work, torch.device], Work]
 
 
-def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """Runs work three times to warm it up, records it as a CUDA graph, and returns the function that replays it."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # A capture that fails leaves its own stream the current one; the outer block puts ours back.
-    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
-def capture_training(work: Callable[[], object], step: TrainStep, capture: Capture = capture) -> Callable[[], None]:
+def capture_training(work: Work, step: TrainStep, capture: Capture = capture_graph) -> Work:
     """Captures work that trains; weights, optimiser and random state are then as if it had not been warmed up.
 
     They are put back in place, since the graph holds their addresses.

@@ -27,20 +27,12 @@ from bigru.layout import POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import ERRORS, Metrics, evaluate, masked_mse, summarise, window_errors
 from bigru.model.weights import WEIGHTS, save_weights
+from bigru.proof.timing import Work, capture_graph
 from bigru.training.checkpoint import Progress, save_checkpoint
 from bigru.training.distributed import Team
 from bigru.training.run_dir import write_metrics
 from bigru.training.signals import Interrupted, StopRequest, on_signals
-from bigru.training.step import (
-    Capture,
-    Loss,
-    TrainStep,
-    capture,
-    capture_training,
-    get_random_state,
-    make_optimizer,
-    set_rate,
-)
+from bigru.training.step import Capture, Loss, TrainStep, capture_training, get_random_state, make_optimizer, set_rate
 
 log = logging.getLogger("bigru.train")
 
@@ -74,7 +66,7 @@ class Trainer:
         ConfigError: for a CUDA graph without a GPU or with several processes, or a batch too small to share.
     """
 
-    capture: Capture = staticmethod(capture)
+    capture: Capture = staticmethod(capture_graph)
 
     def __init__(
         self, config: TrainConfig, model: HandForecaster, dataset: Dataset, team: Team, loss: Loss = masked_mse
@@ -105,7 +97,7 @@ class Trainer:
         self.indices = torch.zeros(self.batch, dtype=torch.int64, device=device)
         self.errors = torch.empty(0)
         self.graph = run.graph
-        self.replay: Callable[[], None] | None = None
+        self.replay: Work | None = None
         self.watch: Callable[[dict[str, Any], bool], None] = lambda row, best: None
 
     def fit(self, folder: Path) -> None:
