@@ -1,4 +1,4 @@
-"""What ends a run in a process of its own: a terminal that is gone, and kills at random moments."""
+"""What ends a run in a process of its own: a terminal that is gone, kills at random moments, Ctrl-C of the command."""
 
 import os
 import pty
@@ -143,3 +143,37 @@ def test_a_run_killed_at_twenty_random_moments(tmp_path):
         assert len(re.findall(rf"<!-- run {folder.name} -->", document)) == 1
         for link in re.findall(r"\]\(([^)]+\.png)\)", document):
             assert (out / link).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_from_end_to_end(tmp_path):
+    """The real thing, in a process of its own: interrupted, resumed, and documented."""
+    root = tmp_path / "clips"
+    write_synthetic(root, 60, 1)
+    command = [sys.executable, "-m", "bigru.train"]
+    text = "--observed 8 --predicted 8 --hidden-size 8 --stride 12 --epochs 100000 --patience 100000"
+    arguments = [*text.split(), "--data-root", str(root), "--out", str(tmp_path / "runs")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Where the tests run in the background of a script, SIGINT is ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
+    try:
+        for line in process.stderr:
+            if line.startswith("epoch   2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "KeyboardInterrupt" not in rest
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"--resume {folder}" in rest
+    done = len(rows(folder))
+    enough = ["--resume", str(folder), "--epochs", str(done + 2)]
+    result = subprocess.run([*command, *enough], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert len(rows(folder)) in (done + 1, done + 2)
+    document = (tmp_path / "runs" / "results_bigru.md").read_text()
+    assert "BIGRU" in document
+    assert str(tmp_path / "runs" / "results_bigru.md") in result.stderr

@@ -4,11 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -38,7 +34,6 @@ from training.runs import (
 )
 
 from bigru.config import OptimConfig
-from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError, Windows
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import BASELINES, evaluate, masked_mse, mean_errors, score, score_joints, summarise
@@ -337,42 +332,6 @@ def test_log_handlers_are_not_left_behind(config):
     train(config)
     main(["--resume", "none"])
     assert logging.getLogger("bigru.train").handlers == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_the_command_from_end_to_end(tmp_path):
-    """The real thing, in a process of its own: interrupted, resumed, and documented."""
-    root = tmp_path / "clips"
-    write_synthetic(root, 60, 1)
-    command = [sys.executable, "-m", "bigru.train"]
-    text = "--observed 8 --predicted 8 --hidden-size 8 --stride 12 --epochs 100000 --patience 100000"
-    arguments = [*text.split(), "--data-root", str(root), "--out", str(tmp_path / "runs")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # Where the tests run in the background of a script, SIGINT is ignored, and a child would inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
-    signal.signal(signal.SIGINT, before)
-    try:
-        for line in process.stderr:
-            if line.startswith("epoch   2/"):
-                break
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "KeyboardInterrupt" not in rest
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert f"--resume {folder}" in rest
-    done = len(rows(folder))
-    enough = ["--resume", str(folder), "--epochs", str(done + 2)]
-    result = subprocess.run([*command, *enough], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert len(rows(folder)) in (done + 1, done + 2)
-    document = (tmp_path / "runs" / "results_bigru.md").read_text()
-    assert "BIGRU" in document
-    assert str(tmp_path / "runs" / "results_bigru.md") in result.stderr
 
 
 @pytest.mark.parametrize(
