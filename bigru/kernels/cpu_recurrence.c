@@ -18,11 +18,13 @@
 // A panel serves all rows of the block before the next one, so that it stays in the L1 cache.
 //
 // GCC or Clang. Compiled once for each instruction set and type of numbers, each a Python extension named MODULE: the
-// size of vectors follows from the compiler's flags, the type from -DDOUBLE.
+// size of vectors follows from the compiler's flags, the type from -DDOUBLE. Without a MODULE it is C alone.
 
+#ifdef MODULE
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#endif
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -545,6 +547,7 @@ static int run(struct job *job, intptr_t threads) {
   return 0;
 }
 
+#ifdef MODULE
 // forward(threads, *fields of struct forward), and backward: no checks, the caller is bigru/kernels/cpu.py.
 static PyObject *call(PyObject *const *args, Py_ssize_t count, void *fields, Py_ssize_t expected) {
   if (count != expected + 1)
@@ -595,4 +598,4 @@ static PyMethodDef methods[] = {
 #define TEXT(x) TEXT_(x)
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, TEXT(MODULE), NULL, -1, methods, NULL, NULL, NULL, NULL};
 PyMODINIT_FUNC JOIN(PyInit, MODULE)(void) { return PyModule_Create(&module); }
-
+#endif

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -345,60 +344,39 @@ def test_the_package_builds_without_a_compiler(tmp_path):
     assert list(tmp_path.rglob("gru.py"))
 
 
-SANITIZED = """
-import ctypes, random, sys
-sys.path.insert(0, sys.argv[1])
-import _cpu_sanitized as kernel
-random.seed(0)
-keep = []
-def numbers(count):
-    keep.append((ctypes.c_float * count)(*(random.uniform(-1, 1) for _ in range(count))))
-    return ctypes.addressof(keep[-1])
-sizes = (1, 1, 1, 1), (3, 1, 2, 9), (2, 3, 3, 8), (2, 5, 2, 17), (2, 9, 1, 31), (66, 1, 2, 3), (2, 66, 1, 2)
-for T, B, I, H in sizes:
-    for lengths in (None, sorted((random.randint(1, T) for _ in range(B - 1)), reverse=True)):
-        lengths = lengths if lengths is None else [T, *lengths]
-        sizes = [B if lengths is None else sum(n > t for n in lengths) for t in range(T)]
-        P, table = sum(sizes), 0
-        if lengths is not None:
-            keep.append((ctypes.c_int64 * (B + T))(*lengths, *(sum(sizes[:t]) for t in range(T))))
-            table = ctypes.addressof(keep[-1])
-        x, h0, y, h_n, gates = (numbers(n) for n in (P * I, 2 * B * H, P * 2 * H, 2 * B * H, P * 8 * H))
-        w_ih, w_hh, b, b_hn = ([numbers(n), numbers(n)] for n in (3 * H * I, 3 * H * H, 3 * H, H))
-        dy, dgi, dq, dh0, before = (numbers(n) for n in (P * 2 * H, P * 6 * H, P * 2 * H, 2 * B * H, P * 2 * H))
-        for threads in (1, 3):
-            kernel.forward(threads, x, *w_ih, *w_hh, *b, *b, *b_hn, h0, table, y, h_n, gates, T, B, I, H, B * I, I)
-            out = dgi, dq, dh0, before
-            kernel.backward(threads, dy, h_n, y, gates, h0, *w_hh, table, *out, T, B, H, B * 2 * H, 2 * H)
-            kernel.forward(threads, dgi, 0, 0, *w_hh, 0, 0, 0, 0, 0, 0, h0, table, y, h_n, 0, T, B, 0, H, 0, 0)
-        keep.clear()
-"""
+WITH_AVX2 = ["-mavx2", "-mfma"]
+ASAN = ["gcc", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="needs GCC on Linux")
-@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]], ids=["base", "avx2"])
-def test_sanitizers_find_nothing(flags, tmp_path):
-    if flags and "avx2" not in HERE:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize("dtype", [[], ["-DDOUBLE"]], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("compiler", "emulator"),
+    [
+        (ASAN, []),
+        ([*ASAN, *WITH_AVX2], []),
+        (["gcc", "-fsanitize=thread", *WITH_AVX2], []),
+        (["clang"], []),
+        (["clang", *WITH_AVX2], []),
+        (["aarch64-linux-gnu-gcc", "-static"], ["qemu-aarch64"]),
+    ],
+    ids=["asan", "asan-avx2", "tsan-avx2", "clang", "clang-avx2", "aarch64"],
+)
+def test_the_c_file_alone(compiler, emulator, dtype, tmp_path):
+    """Shapes on both sides of every tile beside loops in C: under sanitizers, with Clang, and for AArch64."""
+    if WITH_AVX2[0] in compiler and "avx2" not in HERE:
         pytest.skip("this processor has no AVX2")
-    command = ["gcc", "-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *flags]
-    command += [
-        "-Wno-psabi",
-        "-DMODULE=_cpu_sanitized",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        f"-I{sysconfig.get_path('include')}",
-    ]
-    source, module = ROOT / "bigru/kernels/cpu_recurrence.c", tmp_path / "_cpu_sanitized.abi3.so"
-    subprocess.run([*command, source, "-o", module], check=True)
-    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
-    environment = os.environ | {
-        "LD_PRELOAD": library.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONMALLOC": "malloc",
-    }
-    subprocess.run([sys.executable, "-c", SANITIZED, tmp_path], check=True, env=environment, timeout=120)
+    for tool in (compiler[0], *emulator):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    flags = ["-std=gnu11", "-O1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
+    program = tmp_path / "check"
+    source = Path(__file__).with_name("cpu_recurrence_check.c")
+    subprocess.run([*compiler, *flags, *dtype, source, "-o", program, "-lm"], check=True)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run([*emulator, program], env=environment, timeout=300, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @built
