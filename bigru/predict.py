@@ -47,6 +47,8 @@ class Arguments:
     length behind it. Prints the latency and writes CLIP.stream.npz instead of the other files."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    threads: OptionalInt = None
+    """Threads of the CPU; default: as OMP_NUM_THREADS says, else 1 where the CPU computes."""
     backend: Backend = "auto"
     """Which implementation of the GRU to run."""
 
@@ -61,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
     clips = find_clips(arguments.clips)
     check_writable(arguments.out)
     # Only now: the help and a mistake in the options need not wait for torch.
+    from bigru.environment import pick_device, set_threads
     from bigru.model.load import load_model
 
+    set_threads(arguments.threads, pick_device(arguments.device))
     model, config = load_model(
         arguments.weights, device=arguments.device, backend=arguments.backend, observed=arguments.observed
     )

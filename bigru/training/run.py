@@ -10,7 +10,6 @@ samples.npz and summary.json.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from bigru.command import log_to, training_line
 from bigru.config import ConfigError, DataConfig, TrainConfig, check_writable
 from bigru.data.synthetic import EMBEDDED, ensure_synthetic
 from bigru.data.windows import SPLITS, Dataset, NoWindowsError, load_dataset
-from bigru.environment import device_name, pick_device
+from bigru.environment import device_name, pick_device, set_threads
 from bigru.files import printable, remove_partials, write_json, write_lines
 from bigru.kernels.choice import choice_of
 from bigru.kernels.config import Call, describe
@@ -151,9 +150,7 @@ def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, Cho
         # Asked before the data are read.
         tensorboard.require(config.run.out)
     device = pick_device(team.device(config.run.device))
-    threads = config.run.threads or (1 if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else 0)
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(config.run.threads, device)
     optim = config.optim
     if optim.epochs < optim.warmup_epochs:
         log.warning(
