@@ -31,3 +31,9 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Drawing takes most of a report's time, and tests/report/test_figures.py looks at the pictures."""
+    monkeypatch.setattr("bigru.report.figures.png", lambda figure: b"")

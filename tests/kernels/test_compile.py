@@ -94,6 +94,7 @@ LENGTHS_ARE_DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", LENGTHS_ARE_DATA.values(), ids=LENGTHS_ARE_DATA.keys())
 @pytest.mark.parametrize("gru", ["torch"], indirect=True)
 @torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)

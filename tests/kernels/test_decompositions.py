@@ -55,8 +55,8 @@ def in_onnxruntime(tmp_path):
     ("backend", "bias", "exported"),
     [
         ("triton", True, False),
-        ("triton", True, True),
-        ("torch", False, True),
+        pytest.param("triton", True, True, marks=pytest.mark.slow),
+        pytest.param("torch", False, True, marks=pytest.mark.slow),
         pytest.param("reference", False, False, marks=pytest.mark.slow),
     ],
 )

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from bigru.config import TrainConfig
-from bigru.report import figures
 
 CONFIG: dict[str, dict[str, Any]] = TrainConfig().as_dict()
 
@@ -169,9 +168,3 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return run
 
     return make
-
-
-@pytest.fixture
-def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a report's time, and test_figures.py looks at the pictures."""
-    monkeypatch.setattr(figures, "png", lambda figure: b"")

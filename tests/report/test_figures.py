@@ -49,6 +49,7 @@ def hand_strokes(axes) -> list[np.ndarray]:
     return [line.get_xydata() for line in axes.lines if len(line.get_xdata()) > 1]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_report_and_the_same_bytes_again(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     document = write_report(run)

@@ -109,6 +109,7 @@ def test_a_finished_run_is_only_reported_again(config, capsys):
     assert contents(folder) == before
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_finished_run_is_trained_on(config, capsys):
     # It would stop early after each epoch: patience begins anew.
     folder = train(change(config, "optim", patience=2, min_delta=100.0))

@@ -158,6 +158,7 @@ def test_training_stops_when_validation_stalls(config):
     )
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_what_a_run_says_fits_a_terminal_and_its_log_tells_the_time_left(config, capsys):
     main(
         [*options(config), "--epochs", "2", "--warmup-epochs", "3", "--amp", "bf16", "--threads", "1"],
