@@ -9,13 +9,20 @@ they can see through.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigru.kernels import registry
-from bigru.kernels.recurrence import fused_gru_recurrence, parameter_gradients, run_backward, run_forward, states_before
+from bigru.kernels.recurrence import (
+    How,
+    fused_gru_recurrence,
+    parameter_gradients,
+    run_backward,
+    run_forward,
+    states_before,
+)
 from bigru.kernels.reference import layer_operands
 from bigru.kernels.transforms import refuse_second_derivative, refuse_transforms
 from bigru.kernels.varlen import Varlen
@@ -67,20 +74,11 @@ def fused_gru_layer(
         if any(tensor.dtype != dtype for tensor in (x, h0, *weights)):
             x, h0, weights = x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights]
         return whole_layer(x, h0, weights, varlen, batch_first)
+    how = How(precision, kernel, varlen)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
-        return _Layer.apply(x, h0, _How(dtype, precision, kernel, varlen, batch_first), *weights)
-    y, h_n, *_ = _forward(x, h0, weights, _How(dtype, precision, kernel, varlen, batch_first), save=False)
+        return _Layer.apply(x, h0, how, dtype, batch_first, *weights)
+    y, h_n, *_ = _forward(x, h0, weights, how, dtype, batch_first, save=False)
     return y, h_n
-
-
-class _How(NamedTuple):
-    """The arguments of `fused_gru_layer` that are no tensors."""
-
-    dtype: torch.dtype
-    precision: str
-    kernel: str
-    varlen: Varlen | None
-    batch_first: bool
 
 
 def _check_weights(weights: Sequence[Tensor], inputs: int, hidden: int) -> None:
@@ -91,7 +89,9 @@ def _check_weights(weights: Sequence[Tensor], inputs: int, hidden: int) -> None:
             raise RuntimeError(f"weight: expected shape {shape}, got {tuple(weight.shape)}")
 
 
-def _forward(x: Tensor, h0: Tensor, weights: Sequence[Tensor], how: _How, save: bool) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], how: How, dtype: torch.dtype, batch_first: bool, save: bool
+) -> tuple[Tensor, ...]:
     """Returns y, h_n and, for the gradient, gates and x, h0, w_ih (D * 3H, I), w_hh (D, 3H, H) as computed with."""
     hidden = h0.shape[2]
     half = len(weights) // 2
@@ -101,8 +101,8 @@ def _forward(x: Tensor, h0: Tensor, weights: Sequence[Tensor], how: _How, save: 
     pieces: list[tuple[Tensor, ...]] = [w_hh, w_ih, *biases]
     if biases:
         pieces.append(tuple(b_hh[2 * hidden :] for b_hh in biases[1]))
-    flat = torch.cat([tensor.reshape(-1) for piece in pieces for tensor in piece]).to(how.dtype)
-    x, h0 = x.to(how.dtype).contiguous(), h0.to(how.dtype)
+    flat = torch.cat([tensor.reshape(-1) for piece in pieces for tensor in piece]).to(dtype)
+    x, h0 = x.to(dtype).contiguous(), h0.to(dtype)
     w_hh, w_ih, *biases = flat.split([2 * piece[0].numel() for piece in pieces])
     w_ih, w_hh = w_ih.view(6 * hidden, -1), w_hh.view(2, 3 * hidden, hidden)
     bias, b_hn = None, None
@@ -114,8 +114,8 @@ def _forward(x: Tensor, h0: Tensor, weights: Sequence[Tensor], how: _How, save: 
     # No view, and no row more than there are steps: y may be detached in place, and is saved as it is.
     y = gi.new_empty(*gi.shape[:-2], 2 * hidden)
     out = y.unflatten(-1, (2, hidden))
-    _, h_n, gates = run_forward(gi, w_hh, b_hn, h0, how.precision, save, how.kernel, how.varlen, out)
-    if how.batch_first:
+    _, h_n, gates = run_forward(gi, w_hh, b_hn, h0, how, save, out)
+    if batch_first:
         y.transpose_(0, 1)
     return y, h_n, gates, x, h0, w_ih, w_hh
 
@@ -130,11 +130,13 @@ def _watched() -> bool:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h0: Tensor, how: _How, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        y, h_n, *kept = _forward(x, h0, weights, how, save=True)
+    def forward(
+        ctx: Any, x: Tensor, h0: Tensor, how: How, dtype: torch.dtype, batch_first: bool, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, h_n, *kept = _forward(x, h0, weights, how, dtype, batch_first, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, *kept)
-        ctx.how, ctx.dtypes = how, [t.dtype for t in (x, h0, *weights)]
+        ctx.how, ctx.batch_first, ctx.dtypes = how, batch_first, [t.dtype for t in (x, h0, *weights)]
         return y, h_n
 
     @staticmethod
@@ -142,15 +144,15 @@ class _Layer(torch.autograd.Function):
         # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
         refuse_second_derivative(dy, dh_n)
         y, gates, x, h0, w_ih, w_hh = ctx.saved_tensors
-        how, hidden = ctx.how, h0.shape[2]
-        if how.batch_first:
+        hidden = h0.shape[2]
+        if ctx.batch_first:
             y, dy = y.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
         y, dy = y.unflatten(-1, (2, hidden)), None if dy is None else dy.unflatten(-1, (2, hidden))
-        filled = None if how.varlen is None else y.new_empty(y.shape)
-        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, how.precision, how.kernel, how.varlen, filled)
+        filled = None if ctx.how.varlen is None else y.new_empty(y.shape)
+        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.how, filled)
         h_prev = states_before(y, h0) if filled is None else filled.transpose(0, 1)
-        needs_x, needs_h0, _, *needs = ctx.needs_input_grad
+        needs_x, needs_h0, _, _, _, *needs = ctx.needs_input_grad
         dx = (dgi.flatten(0, -3).flatten(1) @ w_ih).view(x.shape) if needs_x else None
         gradients = [dx, dh0 if needs_h0 else None, *parameter_gradients(dgi, dq, x, h_prev, needs)]
         gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *gradients[:2], None, *gradients[2:]
+        return *gradients[:2], None, None, None, *gradients[2:]

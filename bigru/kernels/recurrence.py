@@ -8,7 +8,7 @@ and for whatever else records operators.
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,30 +23,32 @@ from bigru.kernels.transforms import INSTEAD, refuse_transforms
 from bigru.kernels.varlen import Varlen
 
 
+class How(NamedTuple):
+    """The way a recurrence is run."""
+
+    precision: str
+    """"fp32" or "tf32", for fp32 storage."""
+    kernel: str
+    """Name of a kernel that does not refuse the call."""
+    varlen: Varlen | None = None
+    """The layout of sequences of different lengths."""
+
+
 def run_forward(
-    gi: Tensor,
-    w_hh: Tensor,
-    b_hn: Tensor | None,
-    h0: Tensor,
-    precision: str,
-    save: bool,
-    kernel: str,
-    varlen: Varlen | None = None,
-    out: Tensor | None = None,
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, how: How, save: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the forward recurrence in a kernel, outside autograd; the equations are in `bigru.kernels.reference`.
 
     Args:
-        gi, w_hh, b_hn, h0, varlen: as in `bigru.kernels.kernel.Forward`, of one dtype; not yet contiguous.
-        precision: "fp32" or "tf32", for fp32 storage.
+        gi, w_hh, b_hn, h0: as in `bigru.kernels.kernel.Forward`, of one dtype; not yet contiguous.
+        how: precision, kernel and layout.
         save: whether to keep what the backward pass needs.
-        kernel: name of a kernel that does not refuse the call.
         out: (T, B, D, H) memory for y, contiguous.
 
     Returns:
         y (T, B, D, H), h_n (D, B, H) and the gates, which are the kernel's own affair and empty unless `save`.
     """
-    implementation = registry.get(kernel)
+    implementation = registry.get(how.kernel)
     rows, (_, batch, hidden) = tuple(gi.shape[:-1]), h0.shape
     gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
     b_hn = None if b_hn is None else b_hn.contiguous()
@@ -54,37 +56,29 @@ def run_forward(
     gates = gi.new_empty(implementation.gates_shape(rows, hidden) if save else (0,))
     h_n = torch.empty_like(h0)
     if batch > 0:
-        call = Call(describe(gi.device), gi.dtype, hidden, precision, varlen is not None)
+        call = Call(describe(gi.device), gi.dtype, hidden, how.precision, how.varlen is not None)
         with _on_device_of(gi):
-            operands = Forward(gi, w_hh, b_hn, h0, y, h_n, gates, varlen)
+            operands = Forward(gi, w_hh, b_hn, h0, y, h_n, gates, how.varlen)
             implementation.forward(operands, implementation.choose(call, batch))
     return y, h_n, gates
 
 
 def run_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    h0: Tensor,
-    w_hh: Tensor,
-    precision: str,
-    kernel: str,
-    varlen: Varlen | None = None,
+    dy: Tensor | None, dh_n: Tensor | None, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, how: How,
     h_prev: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs the backward recurrence in a kernel, outside autograd.
 
     Args:
         dy, dh_n: gradients of y and h_n; None for zeros.
         y, gates: as `run_forward` of the same kernel returned them.
-        h0, w_hh, precision, kernel, varlen: as for `run_forward`.
+        h0, w_hh, how: as for `run_forward`.
         h_prev: (P, D, H) memory, contiguous; with a `varlen`, filled with the state before each step.
 
     Returns:
         dgi, dq and dh0, as in `bigru.kernels.kernel.Backward`.
     """
-    implementation = registry.get(kernel)
+    implementation = registry.get(how.kernel)
     batch, hidden = h0.shape[1:]
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
@@ -92,9 +86,9 @@ def run_backward(
     dgi = y.new_empty(*y.shape[:-1], 3 * hidden)
     dq, dh0 = torch.empty_like(y), torch.empty_like(h0)
     if batch > 0:
-        call = Call(describe(y.device), y.dtype, hidden, precision, varlen is not None)
+        call = Call(describe(y.device), y.dtype, hidden, how.precision, how.varlen is not None)
         with _on_device_of(y):
-            operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev)
+            operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, how.varlen, h_prev)
             implementation.backward(operands, implementation.choose(call, batch))
     return dgi, dq, dh0
 
@@ -181,7 +175,7 @@ def gru_forward(
     """Returns y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
     kernel_name = _at_hand(kernel_name, gi)
     check_operands(gi, w_hh, b_hn, h0, precision, kernel_name)
-    return run_forward(gi, w_hh, b_hn, h0, precision, save, kernel_name)
+    return run_forward(gi, w_hh, b_hn, h0, How(precision, kernel_name), save)
 
 
 @gru_forward.register_fake
@@ -220,7 +214,7 @@ def gru_backward(
     kernel_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of gi, of q and of h0. Not differentiable itself: a second derivative raises."""
-    return run_backward(dy, dh_n, y, gates, h0, w_hh, precision, _at_hand(kernel_name, y))
+    return run_backward(dy, dh_n, y, gates, h0, w_hh, How(precision, _at_hand(kernel_name, y)))
 
 
 @gru_backward.register_fake
