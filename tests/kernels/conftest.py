@@ -16,7 +16,7 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def triton_device(kernel_device):
     """As `kernel_device`, for a test that is of the kernels alone."""
     pytest.importorskip("triton")
