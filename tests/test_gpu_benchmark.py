@@ -26,7 +26,7 @@ from benchmarks.workloads import MAIN, Case
 from bigru.kernels.record import GEMM, NN_GRU, Check, Record, Row, read_record
 from bigru.proof import machine
 from bigru.proof.pool import JobFailed, JobLate, Worker
-from bigru.proof.timing import compare, interleaved
+from bigru.proof.timing import compare, interleaved, settled_ms
 from bigru.proof.workloads import verdict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -369,3 +369,10 @@ def test_a_core_is_kept_busy_no_longer_than_the_block():
     with cpu.keep_a_core_busy() as process:
         assert process.poll() is None
     assert process.returncode is not None
+
+
+@pytest.mark.parametrize(("long_ms", "runs"), [(1e9, 2), (0.0, 1)])
+def test_a_short_run_on_a_cpu_is_timed_warm(long_ms, runs):
+    calls = []
+    assert settled_ms(lambda: calls.append(1), long_ms) > 0
+    assert len(calls) == runs
