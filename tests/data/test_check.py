@@ -52,9 +52,12 @@ def table_of(text):
     return rows
 
 
-def test_check_counts_what_training_will_use(root, capsys):
+def test_check_counts_what_training_will_use_lists_what_it_skips_and_leaves_no_file(root, capsys):
+    before = sorted(root.rglob("*"))
     assert main(["check", str(root), *SMALL]) == 0
-    table = table_of(capsys.readouterr().out)
+    assert sorted(root.rglob("*")) == before
+    text = capsys.readouterr().out
+    table, lines = table_of(text), text.splitlines()
     dataset = load_dataset(config_for(root))
     splits = ("train", "val", "test")
     assert table["clips"] == [str(dataset.clips[split]) for split in splits] == ["2", "1", "1"]
@@ -68,11 +71,6 @@ def test_check_counts_what_training_will_use(root, capsys):
     assert table["gaze missing"] == ["0.0 %", "75.0 %", "0.0 %"]
     assert table["clips without gaze"] == ["0", "0", "0"]
     assert table["clips without objects"] == table["clips without surrogate"] == ["1", "0", "0"]
-
-
-def test_check_lists_every_skipped_clip_with_its_reason(root, capsys):
-    main(["check", str(root), *SMALL])
-    lines = capsys.readouterr().out.splitlines()
     assert f"{stem_of(50)}: short: 7 frames, 8 needed" in lines
     assert any(line.startswith(f"{stem_of(61)}: missing: no .h5 file in ") for line in lines)
     assert f"6 clips listed in {root / 'subtasks_byTask_time.csv'}, read from {root}" in lines
@@ -130,12 +128,6 @@ def test_content_in_two_splits_is_named(tmp_path, capsys):
         warnings = load_dataset(config_for(tmp_path)).warnings
         assert any(warning.startswith("2 clips lie in two splits, under two names; the first") for warning in warnings)
         assert "no hand is seen in any frame of val" in warnings
-
-
-def test_check_leaves_no_file(root):
-    before = sorted(root.rglob("*"))
-    main(["check", str(root), *SMALL])
-    assert sorted(root.rglob("*")) == before
 
 
 def test_check_of_a_time_split_counts_a_clip_in_each_part(tmp_path):
