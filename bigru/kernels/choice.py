@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+from bigru.kernels import proven
 from bigru.kernels.compiling import constant
 from bigru.kernels.config import Call, describe, dtype_of_call
 from bigru.kernels.registry import Choice, choose
@@ -66,8 +68,21 @@ def _choose(
     varlen: bool,
     steps: int | None,
     batch: int | None,
-) -> tuple[str, str | None, str | None, str]:
-    backend, refusal, warning, why = choose(
-        backend, Call(describe(device), dtype, hidden, precision, varlen, steps, batch)
-    )
-    return backend, refusal, warning, why
+) -> tuple[Any, ...]:
+    # On a CPU a call may take microseconds, and the answer depends on nothing but these.
+    asked = _on_a_cpu if device.type == "cpu" and backend == "auto" else _ask
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return tuple(asked(backend, device, dtype, hidden, precision, varlen, steps, batch, threads))
+
+
+def _ask(backend: str, device: torch.device, *about: Any) -> Choice:
+    return choose(backend, Call(describe(device), *about[:-1]))
+
+
+_on_a_cpu = functools.lru_cache(maxsize=1024)(_ask)
+
+
+def forget() -> None:
+    """Forgets what was read and chosen, as after a new proof."""
+    for function in (proven.proofs, proven.known, _on_a_cpu):
+        function.cache_clear()

@@ -53,11 +53,11 @@ class Proofs:
         compiler, whose graph serves every B and T, a kernel must be proven at all of the H. None: there is no such
         size.
         """
-        return _known(self, call, torch.get_num_threads() if call.device.type == "cpu" else None)
+        return known(self, call, torch.get_num_threads() if call.device.type == "cpu" else None)
 
 
 @functools.lru_cache
-def _known(proofs: Proofs, call: Call, threads: int | None) -> tuple[tuple[str, ...], str] | None:
+def known(proofs: Proofs, call: Call, threads: int | None) -> tuple[tuple[str, ...], str] | None:
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: call.precision}.get(call.dtype, "")
     sizes = proofs.ranked.get(("ragged" if call.varlen else "layer", precision, threads), {})
     fitting = [size for size in sizes if size[0] >= call.hidden]
@@ -134,12 +134,6 @@ def stale(record: Record, machine: Mapping[str, Any], versions: Mapping[str, str
     return "; ".join(
         f"{n} {there.get(n)}, not {here.get(n)}" for n, there, here in pairs if there.get(n) != here.get(n)
     )
-
-
-def forget() -> None:
-    """Forgets what was read, as after a new proof."""
-    proofs.cache_clear()
-    _known.cache_clear()
 
 
 def proof_path(device: Device) -> Path:

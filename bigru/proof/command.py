@@ -50,8 +50,9 @@ def prove(*arguments: str) -> Record:
     if code := subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode:
         raise RuntimeError(f"{shlex.join(command)}: exit code {code}")
     from bigru.kernels import proven
+    from bigru.kernels.choice import forget
     from bigru.kernels.config import describe
     from bigru.proof.prover import this_device
 
-    proven.forget()
+    forget()
     return read_record(proven.proof_path(describe(this_device())))

@@ -51,8 +51,9 @@ class Worker:
             try:
                 self._process.start()
             finally:
-                os.environ.clear()
-                os.environ.update(before)
+                if self._environment:
+                    os.environ.clear()
+                    os.environ.update(before)
             theirs.close()
         assert self._connection is not None
         try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,9 +62,9 @@ def check(name: str, kernel: str, precision: str, device: str, hidden: Sequence[
     return Check(name, kernel, "failed" if faults else "passed", "; ".join(faults)[:1000])
 
 
-def time_rows(case: Case, kernel: str, device: str, threads: int) -> list[Row]:
+def time_rows(case: Case, kernel: str, device: str, threads: int | None) -> list[Row]:
     """Times a kernel at a case beside ATen's GRU, in the worker."""
-    if device == "cpu":
+    if threads is not None:
         torch.set_num_threads(threads)
     clocks = machine.WALL if device == "cpu" else {name: machine.GPU[name] for name in proven.CLOCKS}
     return machine.measure(case, kernel, torch.device(device), ROW_S, clocks=clocks)
@@ -73,8 +75,8 @@ def run(
     cases: Sequence[Case],
     kernels: Sequence[str],
     device: str,
-    threads: int,
-    worker: Worker,
+    threads: int | None,
+    make_worker: Callable[[], Worker],
     left: Callable[[], float],
     hidden: Sequence[int] = checks.HIDDEN,
 ) -> None:
@@ -85,40 +87,52 @@ def run(
         cases: in their order.
         kernels: by name.
         device: "cuda" or "cpu".
-        threads: of a CPU.
-        worker: runs the jobs, each of which may crash or hang.
+        threads: of a CPU, else None.
+        make_worker: makes what runs the jobs, each of which may crash or hang.
         left: returns the seconds that are left.
         hidden: sizes of the checks.
     """
 
-    def limit() -> float:
-        return min(JOB_S, left())
-
-    for kernel, precision in itertools.product(kernels, dict.fromkeys(case.precision for case in cases)):
+    def checked(kernel: str, precision: str, worker: Worker) -> Check:
         name = f"against fp64, {precision}"
         try:
-            found = worker.run(limit(), check, name, kernel, precision, device, hidden)
+            return worker.run(min(JOB_S, left()), check, name, kernel, precision, device, hidden)
         except JobFailed as why:
-            found = Check(name, kernel, "failed", str(why))
+            return Check(name, kernel, "failed", str(why))
         except JobLate as why:
-            found = Check(name, kernel, "not available", str(why))
-        record.checks.append(found)
-        print(f"{kernel:12} {name}: {found.status} {found.message}"[:COLUMNS])
-    right = {(found.candidate, found.name) for found in record.checks if found.status == "passed"}
-    for case, kernel in itertools.product(cases, kernels):
-        if (kernel, f"against fp64, {case.precision}") not in right:
-            continue
-        try:
-            rows = worker.run(limit(), time_rows, case, kernel, device, threads)
-        except JobFailed as why:
-            about = vars(case) | {"candidate": kernel, "rival": NN_GRU, "threads": threads if device == "cpu" else None}
-            rows = [Row(**about, mode=mode, status="failed", message=str(why)) for mode in MODES]
-        except JobLate:
-            record.complete = False
-            continue
-        record.rows += [row for row in rows if row.status != "refused"]
-        if line := table_line(case, kernel, rows):
-            print(line)
+            return Check(name, kernel, "not available", str(why))
+
+    jobs = list(itertools.product(kernels, dict.fromkeys(case.precision for case in cases)))
+    crew = [make_worker() for _ in jobs]
+    try:
+        # All at once: they compile for most of the time. Timings then have the machine to themselves.
+        with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+            record.checks += pool.map(checked, *zip(*jobs, strict=True), crew)
+        for worker in crew[1:]:
+            worker.close()
+        for found in record.checks:
+            print(f"{found.candidate:12} {found.name}: {found.status} {found.message}"[:COLUMNS])
+        right = {(found.candidate, found.name) for found in record.checks if found.status == "passed"}
+        for case, kernel in itertools.product(cases, kernels):
+            if (kernel, f"against fp64, {case.precision}") not in right:
+                continue
+            if left() < 1:
+                record.complete = False
+                return
+            try:
+                rows = crew[0].run(min(JOB_S, left()), time_rows, case, kernel, device, threads)
+            except JobFailed as why:
+                about: dict[str, Any] = vars(case) | {"candidate": kernel, "rival": NN_GRU, "threads": threads}
+                rows = [Row(**about, mode=mode, status="failed", message=str(why)) for mode in MODES]
+            except JobLate:
+                record.complete = False
+                continue
+            record.rows += [row for row in rows if row.status != "refused"]
+            if line := table_line(case, kernel, rows):
+                print(line)
+    finally:
+        for worker in crew:
+            worker.close()
 
 
 def table_line(case: Case, kernel: str, rows: Sequence[Row]) -> str:
@@ -134,7 +148,7 @@ def table_line(case: Case, kernel: str, rows: Sequence[Row]) -> str:
 
 def prove_here(
     command: str,
-    sizes: Mapping[str, Sequence[int]],
+    sizes: dict[str, tuple[int, ...]],
     precisions: Sequence[str] | None,
     threads: int | None,
     seconds: float,
@@ -142,32 +156,39 @@ def prove_here(
 ) -> int:
     """Proves the kernels on this machine; returns the command's exit code: 0, 1 where a kernel is wrong."""
     end, device, worker = now() + seconds, this_device().type, Worker()
-    default, usual = (GRID, ["fp32", "bf16"]) if device == "cuda" else (CPU_GRID, ["fp32"])
-    cases = list(grid(**{**default, **sizes}, precisions=precisions or usual))
     try:
         about, versions, place = worker.run(START_S, describe_here, device)
-        record, path = Record("proof", command, about, versions), Path(place)
-        run(record, cases, candidates(device), device, threads or torch.get_num_threads(), worker, lambda: end - now())
     finally:
         worker.close()
+    record, path = Record("proof", command, about, versions), Path(place)
+    earlier = earlier_rows(record, path)
+    default, usual = (GRID, ["fp32", "bf16"]) if device == "cuda" else (CPU_GRID, ["fp32"])
+    threads = (threads or torch.get_num_threads()) if device == "cpu" else None
+    # What no earlier run had the time for comes first.
+    known = {size_of(row) for row in earlier if row.threads == threads}
+    cases = sorted(grid(**default | sizes, precisions=precisions or usual), key=lambda case: size_of(case) in known)
+    run(record, cases, candidates(device), device, threads, Worker, lambda: end - now())
     record.seconds = round(seconds - (end - now()), 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with_earlier(record, path).write(path)
+    again = {(row.threads, size_of(row)) for row in record.rows}
+    kept = [row for row in earlier if (row.threads, size_of(row)) not in again]
+    replace(record, rows=kept + record.rows).write(path)
     print(f"times as fast as ATen's GRU, median and quartiles; {record.seconds:.0f} s, {path}")
     return 1 if "failed" in {found.status for found in record.checks} | {row.status for row in record.rows} else 0
 
 
-def with_earlier(record: Record, path: Path) -> Record:
-    """Returns the record with those rows of an earlier one, as fresh, that it has not measured again."""
+def earlier_rows(record: Record, path: Path) -> list[Row]:
+    """Returns the rows of an earlier record of the same machine and versions."""
     try:
         earlier = read_record(path)
     except RecordError:
-        return record
-    if proven.stale(earlier, record.machine, record.versions):
-        return record
-    again = {(row.group, row.precision, row.hidden, row.batch, row.steps, row.threads) for row in record.rows}
-    kept = [r for r in earlier.rows if (r.group, r.precision, r.hidden, r.batch, r.steps, r.threads) not in again]
-    return replace(record, rows=kept + record.rows)
+        return []
+    return [] if proven.stale(earlier, record.machine, record.versions) else earlier.rows
+
+
+def size_of(case: Case | Row) -> tuple[object, ...]:
+    """Returns what tells cases of a proof apart."""
+    return case.group, case.precision, case.hidden, case.batch, case.steps
 
 
 def this_device() -> torch.device:

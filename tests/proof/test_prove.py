@@ -12,6 +12,7 @@ import torch
 
 import bigru
 from bigru.kernels import proven, registry
+from bigru.kernels.choice import forget
 from bigru.kernels.config import H100, Call, Device
 from bigru.kernels.cpu import KERNEL
 from bigru.kernels.record import NN_GRU, Check, Record, Row, read_record
@@ -131,10 +132,10 @@ class TestFile:
         path = proven.proof_path(Device("cpu"))
         path.parent.mkdir()
         yield path
-        proven.forget()
+        forget()
 
     def find(self):
-        proven.forget()
+        forget()
         return proven.proofs(Device("cpu"))
 
     def test_a_fresh_one_is_read(self, path):
@@ -170,6 +171,9 @@ class Scripted:
         self.jobs.append((function, *args))
         return self.answer(function, *args)
 
+    def close(self):
+        self.closed = True
+
 
 def test_what_crashes_is_wrong_and_what_is_late_unproven(capsys):
     def answer(function, *args):
@@ -187,7 +191,8 @@ def test_what_crashes_is_wrong_and_what_is_late_unproven(capsys):
 
     record, worker = Record("proof", "", {"name": "card"}, {}), Scripted(answer)
     cases = list(grid([128], [64, 8], [60], ["fp32"]))
-    run(record, cases, ["good", "wrong", "hangs", "crashes"], "cuda", 1, worker, lambda: 10.0)
+    run(record, cases, ["good", "wrong", "hangs", "crashes"], "cuda", 1, lambda: worker, lambda: 10.0)
+    assert worker.closed
     assert {check.candidate: check.status for check in record.checks} == {
         "good": "passed",
         "wrong": "failed",
