@@ -103,11 +103,11 @@ def _case_of(row: Row) -> Case:
 
 def line(row: Row) -> str:
     """Returns a row's words and figures, in at most 100 columns."""
-    size = f"{row.group} {row.mode} B={row.batch} T={row.steps} H={row.hidden}, {row.threads} threads"
+    size = f"{row.group} {row.mode} B={row.batch} T={row.steps} H={row.hidden}, threads {row.threads}"
     if row.ratio is None:
         return f"{size}: {row.message}"[:100]
     figures = f"{row.ours_ms:9.3f} ms {row.ratio:6.2f} ({row.low:.2f}-{row.high:.2f})"
-    return f"{size:48} {row.candidate} to {row.rival:12} {figures}"
+    return f"{size:46} {row.candidate} to {row.rival:11} {figures}"[:100]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(options.out / record.name)
     else:
         torch.set_num_threads(threads[0])
-        for text in (*epoch(options.row_seconds or row_s), *reading(options.row_seconds or row_s)):
-            print(text)
+        for timed in (epoch, reading):
+            print(*timed(options.row_seconds or row_s), sep="\n")
     return 1 if any(row.status == "failed" for row in record.rows) else 0
 
 
@@ -191,8 +191,8 @@ def epoch(seconds: float) -> Iterator[str]:
 def reading(seconds: float) -> Iterator[str]:
     """Yields how long a dataset of 500 clips takes to read from them, and from the file that the first reading left."""
     from bigru.config import DataConfig
-    from bigru.data import load_dataset
     from bigru.data.synthetic import write_synthetic
+    from bigru.data.windows import load_dataset
 
     with tempfile.TemporaryDirectory() as folder:
         config = DataConfig(data_root=write_synthetic(Path(folder) / "clips", 500, 1))

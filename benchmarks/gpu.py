@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -18,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = tuple(name for name, entry in registry.KERNELS.items() if entry.auto == "cuda" and entry.public)
 
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-CHECKS_SHARE = 0.38
-"""Largest part of the time for the checks before the timings, most of it compilation."""
 START_S = 180.0
 """For the first import of torch and CUDA on a cold disk."""
 LAST_S = 5.0
@@ -61,8 +57,6 @@ class Plan:
     main_s: float = 2.0
     """For the rounds of one row at the main workload."""
     sweep_s: float = 0.4
-    tests: tuple[str, ...] = ("tests/kernels", "-q", "--no-header", "-p", "no:cacheprovider")
-    """pytest's arguments."""
     odd: tuple[int, ...] = checks.HIDDEN
     """Hidden sizes of the checks."""
     slow_rivals: tuple[tuple[str, str], ...] = (("torch.compile", "fp32"), ("flashrnn", "bf16"))
@@ -102,7 +96,6 @@ SMOKE = Plan(
     hidden=(),
     main_s=0.02,
     sweep_s=0.02,
-    tests=("tests/kernels", "-q", "--no-header", "--collect-only"),
     odd=(5,),
     slow_rivals=(("flashrnn", "bf16"),),
     fewest=2,
@@ -180,7 +173,6 @@ class Run:
         plan = self.plan
         for kernel in KERNELS:
             self.check("planted defect", kernel, 60.0, planted_defect, plan.main, plan.device)
-        self.check("kernels' tests", "all", CHECKS_SHARE * self.left(), kernel_tests, plan.tests)
         for case, kernel in plan.main_jobs():
             self.time(case, kernel, plan.main_s)
         for name in (*KERNELS, NN_GRU):
@@ -235,31 +227,6 @@ def planted_defect(name: str, kernel: str, case: Case, device: str) -> Check:
     if not found:
         return Check(name, kernel, "failed", "r and z exchanged, and the comparison did not notice")
     return Check(name, kernel, "passed", f"noticed: {found}")
-
-
-def kernel_tests(name: str, kernel: str, arguments: Sequence[str]) -> Check:
-    """Runs the kernels' own tests, several processes at a time where pytest-xdist is installed.
-
-    Files that import what is not installed are left out, and named.
-    """
-    if find_spec("pytest") is None:
-        return Check(name, kernel, "not available", "pytest is not installed")
-    left_out = []
-    for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py")):
-        imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if missing := sorted(name for name in set(imported) if find_spec(name) is None):
-            left_out.append(f"without {path.name}: {', '.join(missing)} not installed")
-            arguments = [*arguments, f"--ignore={path}"]
-    count = max(1, min(12, (os.cpu_count() or 2) - 2))
-    parallel = ["-n", str(count)] if find_spec("xdist") and "--collect-only" not in arguments else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, *parallel], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:20]
-    return Check(
-        name, kernel, "failed" if done.returncode else "passed", " | ".join([*failed, *left_out, *lines[-1:]])[:3000]
-    )
 
 
 def memcheck(name: str, kernel: str) -> Check:

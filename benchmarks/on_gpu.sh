@@ -18,8 +18,6 @@ step() {
 step "warm-up" python3 -c 'import torch, triton; print(torch.zeros(1, device="cuda").sum().item(), torch.cuda.get_device_name())'
 step "proof" python3 -m bigru.prove
 step "record" python3 -m benchmarks.gpu --out "$out" --minutes "${MINUTES:-9}"
-step "tests" python3 -c 'from benchmarks.gpu import FULL, kernel_tests
-found = kernel_tests("tests", "all", FULL.tests)
-print(found.status, found.message)
-raise SystemExit(found.status != "passed")'
+mapfile -t parallel < <(python3 -c 'import os, xdist; print("-n", min(12, os.cpu_count()), sep="\n")' 2>/dev/null)
+step "tests" python3 -m pytest tests/kernels tests/proof -q -p no:cacheprovider "${parallel[@]}"
 exit "$worst"

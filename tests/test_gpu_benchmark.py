@@ -154,7 +154,6 @@ def test_no_case_is_timed_twice_and_every_kernel_gets_its_checks(start):
     assert {(check.name, check.candidate) for check in written().checks} == {
         *itertools.product(("planted defect", "memcheck"), gpu.KERNELS),
         *((f"against fp64, {precision}", kernel) for precision in Plan().precisions for kernel in gpu.KERNELS),
-        ("kernels' tests", "all"),
     }
     # Most valuable first, what compiles long last.
     assert [str(case) for _, _, case, *_ in [job for job in worker.jobs if job[0] == "measure"][:2]] == [
@@ -193,7 +192,7 @@ def test_an_interrupted_run_ends_its_worker_and_keeps_its_record(tmp_path, capsy
     assert gpu.main(["--cpu-smoke", "--out", str(tmp_path)], worker) == 130
     assert worker.closed
     (path,) = tmp_path.iterdir()
-    assert len(read_record(path).checks) == len(gpu.KERNELS) + 1
+    assert len(read_record(path).checks) == len(gpu.KERNELS)
 
 
 class TestWorker:
@@ -323,15 +322,6 @@ def test_the_summary_ends_with_what_is_proven_and_the_main_ratios():
     lines = gpu.summary(record).splitlines()
     assert "  layer fp32 H=128 B=64 T=60: resident" in lines
     assert lines[-1].startswith("resident beside nn.GRU, layer fp32 B=64 T=60 H=128 forward")
-
-
-@pytest.mark.slow
-def test_the_kernels_own_tests_are_run():
-    check = gpu.kernel_tests(
-        "kernels' tests", "all", ("tests/kernels/test_errors.py", "-q", "--no-header", "--collect-only")
-    )
-    assert check.status == "passed", check
-    assert gpu.kernel_tests("kernels' tests", "all", ("--no-such-option",)).status == "failed"
 
 
 def test_the_cpu_command_goes_on_with_a_record(tmp_path):

@@ -87,7 +87,7 @@ def proofs_of(record: Record, source: str) -> Proofs:
     found: defaultdict[Any, defaultdict[Size, list[tuple[float, str, float]]]] = defaultdict(lambda: defaultdict(list))
     for (key, size, name), rows in rows_of.items():
         ratio = min(row.ratio or 0.0 for row in rows)
-        right = not wrong & {name, "all"} and {row.mode for row in rows} == {"forward", "training"}
+        right = name not in wrong and {row.mode for row in rows} == {"forward", "training"}
         slowest = max(row.ours_ms or 0.0 for row in rows if row.mode == "training") if right else 0.0
         found[key][size] += [(slowest, name, ratio)] if right and ratio >= 1 else []
     best = {

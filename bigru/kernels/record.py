@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """Something tried beside the timings: the kernels' tests, a planted defect, a memory checker."""
+    """Something tried beside the timings: a kernel against fp64, a planted defect, a memory checker."""
 
     name: str
     candidate: str
