@@ -14,7 +14,7 @@ import torch
 
 from bigru.kernels import proven, registry
 from bigru.kernels.backends import KERNELS
-from bigru.kernels.config import describe
+from bigru.kernels.config import Call, describe
 from bigru.kernels.record import MODES, NN_GRU, Check, Record, RecordError, Row, read_record
 from bigru.proof import checks, machine
 from bigru.proof.pool import JobFailed, JobLate, Worker
@@ -57,8 +57,11 @@ def describe_here(device: str) -> tuple[dict[str, object], dict[str, str | None]
 
 def check(name: str, kernel: str, precision: str, device: str, hidden: Sequence[int]) -> Check:
     """Checks a kernel in a precision, in the worker."""
-    mode = PRECISIONS[precision]
-    faults = list(checks.faults(registry.get(kernel), mode.dtype, mode.precision, torch.device(device), hidden))
+    mode, here, checked = PRECISIONS[precision], torch.device(device), registry.get(kernel)
+    calls = [Call(describe(here), mode.dtype, size, mode.precision) for size in hidden]
+    if all(refused := [checked.refusal(call) for call in calls]):
+        return Check(name, kernel, "not available", str(refused[0]))
+    faults = list(checks.faults(checked, mode.dtype, mode.precision, here, hidden))
     return Check(name, kernel, "failed" if faults else "passed", "; ".join(faults)[:1000])
 
 

@@ -68,6 +68,12 @@ def test_nothing_is_found_in_what_is_right():
         assert (found.status, found.message) == ("passed", "")
 
 
+def test_what_refuses_every_size_is_not_called_right():
+    pytest.importorskip("triton")
+    found = prover.check("check", "resident", "fp32", "cpu", [19])
+    assert (found.status, found.message[:22]) == ("not available", "the input is on cpu, a")
+
+
 def rows(kernel, ratio=2.0, ours=1.0, **changes):
     about = {"group": "layer", "batch": 64, "steps": 10, "hidden": 128, "clock": "wall"} | changes
     figures = {"ours_ms": ours, "rival_ms": ratio * ours, "ratio": ratio, "low": ratio, "high": ratio}
