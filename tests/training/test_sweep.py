@@ -1,10 +1,10 @@
 """The sweep of modalities: five runs and one document, none of them trained twice."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from training.runs import change
 
 from bigru.config import ConfigError, DataConfig, RunConfig, TrainConfig
 from bigru.data.synthetic import write_synthetic
@@ -51,10 +51,6 @@ class Runs:
 @pytest.fixture
 def config(tmp_path):
     return TrainConfig(DataConfig(data_root=tmp_path / "clips"), run=RunConfig(out=tmp_path / "runs"))
-
-
-def change(config, section, **values):
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
 def sweep(config, trainer):
@@ -190,17 +186,6 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert document.count("## Run at ") == 5
     table = document[document.index("## All runs in this folder") :]
     inputs = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| `")]
-    assert inputs == [
-        "hands",
-        "hands + gaze",
-        "hands + objects",
-        "hands + surrogate",
-        "hands + gaze + objects + surrogate",
-    ]
-    assert [json.loads((run / "config.json").read_text())["data"]["gaze"] for run in runs] == [
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
+    assert inputs == [*list(MODALITIES)[:4], "hands + gaze + objects + surrogate"]
+    gaze = [json.loads((run / "config.json").read_text())["data"]["gaze"] for run in runs]
+    assert gaze == [False, True, False, False, True]
