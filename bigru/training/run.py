@@ -28,6 +28,7 @@ from bigru.files import printable, remove_partials, write_json, write_lines
 from bigru.kernels.choice import choice_of
 from bigru.kernels.config import Call, describe
 from bigru.kernels.proven import COMMAND, proofs
+from bigru.kernels.record import RecordError
 from bigru.kernels.registry import Choice
 from bigru.model.forecaster import HandForecaster
 from bigru.model.metrics import masked_mse
@@ -184,7 +185,7 @@ def prove_first(config: TrainConfig, sample: Tensor, prove: Callable[..., object
     sizes = {"hidden": hidden, "batch": batch, "steps": steps, "precision": precision}
     try:
         prove(*(word for name, value in sizes.items() for word in (f"--{name}", str(value))))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, RecordError) as error:
         log.warning("no proof, so that ATen's GRU serves: %s", error)
 
 
