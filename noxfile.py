@@ -106,8 +106,9 @@ def resources(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Times the CPU's backend beside nn.GRU on one thread, an epoch of training, and reading a dataset."""
-    run(session, "benchmarks.cpu", *session.posargs, env=ONE_THREAD)
+    """Runs the benchmarks: the full comparison on a GPU, a small one on a CPU's one thread, which says so."""
+    columns = ("--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname")
+    run(session, "pytest", "benchmarks", *columns, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none", default=False)
