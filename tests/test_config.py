@@ -302,7 +302,7 @@ def test_json_and_command_line_bring_the_settings_back():
         ),
         ModelConfig(16, 1, 0.0, True),
         OptimConfig(8, 3, 1e-4, 0.0, 2.0, 0, 1e-6, 5, 0.0),
-        RunConfig(Path("out"), 1, "cpu", 3, "torch", "tf32", Path("w.pt"), "bf16", True, True),
+        RunConfig(Path("out"), 1, "cpu", 3, "torch", "tf32", Path("w.pt"), "bf16", True, False, True),
     )
     defaults = TrainConfig().as_dict()
     for section, settings in config.as_dict().items():
