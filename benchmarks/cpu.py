@@ -96,11 +96,12 @@ def _case_of(row: Row) -> Case:
 def line(row: Row) -> str:
     """Returns a row's words and figures, in at most 100 columns."""
     threads = "" if row.threads is None else f", threads {row.threads}"
-    size = f"{row.group} {row.mode} {row.precision} B={row.batch} T={row.steps} H={row.hidden}{threads}"
+    precision = "" if row.precision == "fp32" else f" {row.precision}"
+    size = f"{row.group} {row.mode}{precision} B={row.batch} T={row.steps} H={row.hidden}{threads}"
     if row.ratio is None:
         return f"{size}: {row.message}"[:100]
     figures = f"{row.ours_ms:9.3f} ms {row.ratio:6.2f} ({row.low:.2f}-{row.high:.2f})"
-    return f"{size:51} {row.candidate} to {row.rival} {figures}"[:100]
+    return f"{size:46} {row.candidate} to {row.rival} {figures}"[:100]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

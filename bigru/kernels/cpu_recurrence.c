@@ -20,12 +20,14 @@
 // GCC or Clang. Compiled once for each instruction set and type of numbers, each a Python extension named MODULE: the
 // size of vectors follows from the compiler's flags, the type from -DDOUBLE. Without a MODULE it is C alone.
 
+#define _GNU_SOURCE /* the affinity of threads */
 #ifdef MODULE
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #endif
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -539,8 +541,19 @@ static int run(struct job *job, intptr_t threads) {
   void *memory;
   if (posix_memalign(&memory, LINE, job->scratch_bytes * threads)) return -1;
   job->scratch = memory;
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+#ifdef __linux__
+  // Away from this thread's processor, where a new thread may else wait for milliseconds until it is moved.
+  cpu_set_t processors;
+  if (!sched_getaffinity(0, sizeof processors, &processors)) {
+    CPU_CLR(sched_getcpu(), &processors);
+    if (CPU_COUNT(&processors)) pthread_attr_setaffinity_np(&attributes, sizeof processors, &processors);
+  }
+#endif
   // Where the system refuses a thread the others do its work.
-  while (started < threads - 1 && !pthread_create(&others[started], NULL, work, job)) started++;
+  while (started < threads - 1 && !pthread_create(&others[started], &attributes, work, job)) started++;
+  pthread_attr_destroy(&attributes);
   work(job);
   while (started) pthread_join(others[--started], NULL);
   free(memory);
