@@ -4,14 +4,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from support import TOLERANCE, error
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bigru import BiGRU
 from bigru.kernels.cpu import KERNEL
+
+pytest.importorskip("hypothesis")  # not on every GPU machine
+
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 
