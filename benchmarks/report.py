@@ -21,6 +21,10 @@ IMAGES = Path("docs/images/performance")
 """Of the plots, as seen from the document."""
 MOST_ROWS = 8
 """In the first table."""
+LEGEND = (
+    "`call`: 50 calls of one step, which `auto` leaves to ATen's GRU (`torch`); `busy core`: beside a process that "
+    "only computes; `torch.mm`: no rival but the machine's own rate, one product that multiplies as often."
+)
 LOSS = 0.95
 """A ratio below this one is a loss: nearer to 1 it may be the measurement's noise."""
 NO_GPU = (
@@ -116,7 +120,7 @@ def _machine(machine: str, records: Sequence[Record], folder: str, drawn: set[Pa
     measured = [row for row in record.rows if row.status == "measured"]
     others = [row for row in measured if row not in main]
     if others:
-        parts += ["### Every other case", _rows(others)]
+        parts += ["### Every other case", LEGEND, _rows(others)]
     if losses := [row for row in measured if row.ratio < LOSS and row.rival != GEMM]:
         parts += ["### Where the rival is faster", _losses(losses, len(measured))]
     if (path := picture(machine, "over-time")) in drawn:

@@ -122,10 +122,13 @@ def require_forecaster(name: str) -> None:
         name: of the module or command that needs it.
     """
     if missing := [module for module in FORECASTER if find_spec(module) is None]:
-        raise ModuleNotFoundError(
-            f"{name} needs the extra forecaster, pip install 'bigru[forecaster]': no {', '.join(missing)} here",
-            name=missing[0],
+        said = (
+            f"{name} needs the extra forecaster (in a clone: pip install '.[forecaster]'): no {', '.join(missing)} here"
         )
+        if sys.argv[:1] == ["-m"]:  # `python -m` looks for the command in a package that is being imported
+            print(said, file=sys.stderr)
+            raise SystemExit(2)
+        raise ModuleNotFoundError(said, name=missing[0])
 
 
 def prepare_console() -> None:

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+if __name__ == "__main__":  # before the imports that need the extra
+    from bigru.command import run
+
+    sys.exit(run("predict"))
+
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from bigru.command import ending, run
+from bigru.command import ending
 from bigru.config import ConfigError, DataConfig, Flag, OptionalInt, OptionalRate, check_writable, expand_home
 from bigru.files import printable
 from bigru.kernels.backends import Backend
@@ -117,7 +122,3 @@ def _carry_out(model: HandForecaster, config: DataConfig, clip: Path, arguments:
     )
     tqdm.write("\n".join([said, *(f"  {printable(path)}" for path in paths)]))
     return True
-
-
-if __name__ == "__main__":
-    sys.exit(run("predict"))

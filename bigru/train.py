@@ -15,8 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__":  # before the imports that need the extra
+    from bigru.command import run
+
+    sys.exit(run("train"))
+
 from bigru.arguments import Arguments, parse_arguments
-from bigru.command import ending, log_to, run
+from bigru.command import ending, log_to
 
 if TYPE_CHECKING:
     from bigru.training.run import Parts
@@ -64,7 +69,3 @@ def _carry_out(arguments: Arguments, parts: Parts | None, console: logging.Handl
             )
         else:
             train(arguments.settings, parts)
-
-
-if __name__ == "__main__":
-    sys.exit(run("train"))

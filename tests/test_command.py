@@ -45,10 +45,21 @@ def test_the_layer_needs_neither_extra_nor_triton_and_commands_name_theirs():
     assert refusal.startswith("triton is not installed")
     *told, last = result.stderr.splitlines()
     assert told == [
-        f"bigru.{name} needs the extra forecaster, pip install 'bigru[forecaster]': no {', '.join(FORECASTER)} here"
+        f"bigru.{name} needs the extra forecaster (in a clone: pip install '.[forecaster]'): "
+        f"no {', '.join(FORECASTER)} here"
         for name in [*COMMANDS][:-1]
     ]
     assert last.startswith("bigru.prove: expected no empty argument")  # which needs none
+
+
+@pytest.mark.parametrize("name", [*COMMANDS][:-1])
+def test_a_module_without_its_extra_says_so(name, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['h5py'] = None\n")
+    found = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", f"bigru.{name}", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": found})
+    told = f"bigru.{name} needs the extra forecaster (in a clone: pip install '.[forecaster]'): no h5py here\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", told)
 
 
 HELP = """

@@ -38,7 +38,7 @@ class CpuKernel(Kernel):
 
     def refusal(self, call: Call) -> str | None:
         if self.instructions == "none":
-            return "bigru was installed without its C extension (no compiler was found)"
+            return "its C extension is not built beside the package (in a clone: pip install -e .)"
         if call.device.type != "cpu":
             return f"the input is on {call.device.type}, and the kernel runs on a CPU"
         if call.dtype not in DTYPES:

@@ -37,16 +37,17 @@ def unbeaten(horizon: Mapping[str, np.ndarray]) -> str:
         frames = np.flatnonzero(ours >= errors) + 1
         if name != NETWORK and frames.size:
             first = beaten_from(ours, errors)
-            after = f" and is beaten from frame {first} on" if first else ""
+            rest = " and is beaten at the others" if frames.size < len(ours) else ""
+            after = f" and is beaten from frame {first} on" if first else rest
             sentences.append(f'"{plain(name)}" is at least as good as {NETWORK} at {_ranges(frames.tolist())}{after}.')
     return " ".join(sentences)
 
 
 def beaten_from(ours: np.ndarray, theirs: np.ndarray) -> int | None:
-    """Returns the frame, from 1, from which on our errors are smaller to the end; None if the last one's is not."""
-    losing = np.flatnonzero(~(ours < theirs))
-    first = int(losing[-1]) + 2 if losing.size else 1
-    return first if first <= len(ours) else None
+    """Returns the frame, from 1, from which on our errors are smaller, and before which none is; None without one."""
+    winning = ours < theirs
+    first = int(np.argmax(winning))
+    return first + 1 if winning[first:].all() and winning.any() else None
 
 
 def _ranges(frames: list[int]) -> str:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from bigru.report import animation, breakdown_figures, figures, write_report
 from bigru.report.animation import gif
-from bigru.report.record import Samples, read_run
+from bigru.report.breakdown import beaten_from, unbeaten
+from bigru.report.record import NETWORK, Samples, read_run
 
 MakeRun = Callable[..., Path]
 
@@ -313,3 +314,19 @@ def test_a_users_style_changes_nothing(make_run: MakeRun) -> None:
         styled = figures.png(figures.learning_curves(record))
     assert styled == plain
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("ours", "first", "said"),
+    [
+        ([2, 2, 0, 0], 3, "at frames 1 to 2 and is beaten from frame 3 on."),
+        ([2, 0, 2, 0], None, "at frames 1 and 3 and is beaten at the others."),
+        ([0, 0, 0, 2], None, "at frame 4 and is beaten at the others."),
+        ([1, 2, 1, 2], None, "at frames 1 to 4."),
+        ([0, 0, 0, 0], 1, ""),
+    ],
+)
+def test_frames_that_a_baseline_wins(ours, first, said):
+    horizon = {NETWORK: np.array(ours), "repeat last frame": np.ones(4)}
+    assert beaten_from(*horizon.values()) == first
+    assert unbeaten(horizon).endswith(said)
