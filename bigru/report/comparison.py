@@ -54,29 +54,32 @@ def comparison(records: Sequence[RunRecord], picture: str) -> str:
     """
     fair = same_test_windows(records)
     unfair = (
-        "**These runs were not all scored on the same test windows:** the figures of the trivial forecasts differ from "
-        "run to run. Compare a run with its own baselines, in its own section, not with another row."
+        "**These runs were not all scored on the same test windows, in the same coordinates:** the figures of the "
+        "trivial forecasts differ from run to run. Compare a run with its own baselines, in its own section, not with "
+        "another row."
     )
     return blocks(
-        f"{len(records)} runs; their lowest figure of each error in bold. Lengths in centred units, or in pixels (px) "
-        "of the 1728 x 972 image.",
+        f"{len(records)} runs{'; their lowest figure of each error in bold' if fair else ''}. Lengths in centred "
+        "units, or in pixels (px) of the 1728 x 972 image.",
         *([] if fair else [unfair]),
-        _table(records, with_baselines=fair),
+        _table(records, fair),
         f"![Comparison of runs]({picture})",
     )
 
 
-def _table(records: Sequence[RunRecord], with_baselines: bool) -> str:
+def _table(records: Sequence[RunRecord], fair: bool) -> str:
     settings = differing_settings(records)
     figures = [cells(record.test) for record in records]
     lowest = [_lowest(column) for column in zip(*figures, strict=True)]
     rows = []
     for name, record, differing, values in zip(names(records), records, settings, figures, strict=True):
-        shown = [f"**{value}**" if value == least else value for value, least in zip(values, lowest, strict=True)]
+        shown = [
+            f"**{value}**" if value == least and fair else value for value, least in zip(values, lowest, strict=True)
+        ]
         epochs = f"{record.best_epoch} of {len(record.metrics['epoch'])}"
         speed = f"{record.timing['epoch_s_median']:,.2f}"
         rows.append([code(name), inputs(record), differing, epochs, f"{record.test.windows:,}", *shown, speed])
-    for name, scores in records[0].baselines.items() if with_baselines else ():
+    for name, scores in records[0].baselines.items() if fair else ():
         rows.append([plain(name), "", "", "", f"{scores.windows:,}", *cells(scores), ""])
     headers = ["run", "inputs", "settings that differ", "best epoch", "test windows"]
     headers += [*(metric.label for metric in METRICS), "s per epoch"]

@@ -79,7 +79,8 @@ def test_other_test_windows_are_said_and_baselines_left_out(runs: list[Path], ch
     still = "repeat last frame"
     other = replace(second, baselines=second.baselines | {still: replace(second.baselines[still], **change)})
     text = comparison.comparison([first, other], "picture.png")
-    assert "**These runs were not all scored on the same test windows:**" in text
+    assert "**These runs were not all scored on the same test windows, in the same coordinates:**" in text
+    assert "in bold" not in text
     assert len(rows(text)) == 3
     (_, frames) = comparison_figures.comparison([first, other]).axes
     assert len(frames.lines) == 2
