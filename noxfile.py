@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = "constraints.txt"
 # onnxscript is for the tests of torch.onnx.export, which skip without it.
 EVERYTHING = (".[test]", "ruff", "mypy", "nox", "types-PyYAML", "onnxscript")
-INSTALLED_FROM = ("pyproject.toml", "setup.py", "bigru/kernels/cpu_recurrence.c", CONSTRAINTS, "noxfile.py")
+C_FILES = ("bigru/kernels/cpu_recurrence.c", "bigru/kernels/cpu_tiles.h")
+INSTALLED_FROM = ("pyproject.toml", "setup.py", *C_FILES, CONSTRAINTS, "noxfile.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Two processes of one thread each; more of either only wait for one another on two cores.
 IN_TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")

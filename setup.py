@@ -21,6 +21,7 @@ setup(
         Extension(
             f"bigru.kernels._cpu_{name}_{dtype}",
             ["bigru/kernels/cpu_recurrence.c"],
+            depends=["bigru/kernels/cpu_tiles.h"],
             define_macros=[("MODULE", f"_cpu_{name}_{dtype}"), *([("DOUBLE", None)] if dtype == "float64" else [])],
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-pthread"],

@@ -1,7 +1,7 @@
 """The backend "cpu": whole layers in C on a CPU, input product and recurrence in one call, for fp32 and fp64.
 
 The arithmetic is in cpu_recurrence.c, an optional extension of the package that setup.py builds once for each
-instruction set. Products over all steps at once in the backward pass are ATen's.
+instruction set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bigru.kernels.config import Call
 from bigru.kernels.kernel import Backward, Forward, Kernel
-from bigru.kernels.recurrence import parameter_gradients
 from bigru.kernels.varlen import Varlen, steps_and_table
 
 INSTRUCTIONS = ("avx512", "avx2", "base")
@@ -69,6 +68,28 @@ class CpuKernel(Kernel):
         extension(self.instructions, y.dtype).backward(
             torch.get_num_threads(), *map(_address, tensors), steps, batch, hidden, *strides
         )
+
+    def products(
+        self, x: Tensor, y: Tensor, h0: Tensor, dgi: Tensor, dq: Tensor, weights: Sequence[Tensor],
+        varlen: Varlen | None, needs: Sequence[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Computes the gradients of x and of the weights from the recurrence's, where they are needed."""
+        wanted = [t.new_empty(t.shape) if need else None for t, need in zip((x, *weights), needs, strict=True)]
+        if h0.shape[1] == 0:
+            return [None if gradient is None else gradient.zero_() for gradient in wanted]
+        steps, table = steps_and_table(y, varlen)
+        _, batch, hidden = h0.shape
+        half = len(weights) // 2
+        # The gradients of w_ih, w_hh, b_ih and b_hh, each of both directions.
+        pairs = [gradient for d in zip(wanted[1 : half + 1], wanted[half + 1 :], strict=True) for gradient in d]
+        pairs += [None] * (8 - len(pairs))
+        tensors = x, y, h0, dgi, dq, weights[0], weights[half], table, wanted[0], *pairs
+        strides = (0, x.stride(0)) if varlen is not None else x.stride()[:2]
+        extension(self.instructions, x.dtype).products(
+            torch.get_num_threads(), *map(_address, tensors),
+            y.numel() // (2 * hidden), steps, batch, x.shape[-1], hidden, *strides,
+        )  # fmt: skip
+        return wanted
 
     def layer(
         self, x: Tensor, h0: Tensor, weights: Sequence[Tensor], varlen: Varlen | None = None, batch_first: bool = False
@@ -146,22 +167,19 @@ class _Layer(torch.autograd.Function):
             dx, dh0, *dw = _differentiable_gradients(x, h0, weights, varlen, dy, dh_n, [needs_x, needs_h0, *needs])
             return dx, dh0, None, None, None, *dw
         # A hook of saved tensors may have given them back in another layout.
+        x = x if x.stride(-1) == 1 else x.contiguous()
         y, gates, h0, *weights = (tensor.contiguous() for tensor in (y, gates, h0, *weights))
         y = y.unflatten(-1, (2, hidden))
         dy = torch.zeros_like(y) if dy is None else dy.unflatten(-1, (2, hidden))
         dy = dy if dy.stride()[-2:] == (hidden, 1) else dy.contiguous()
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.contiguous()
         dgi, dh0 = y.new_empty(*y.shape[:-1], 3 * hidden), torch.empty_like(h0)
-        dq, h_prev = torch.empty_like(y), torch.empty_like(y)
+        dq = torch.empty_like(y)
         if h0.shape[1] > 0:
             w_hh: Any = weights[1], weights[half + 1]  # of each direction, where they lie
-            ctx.kernel.backward(Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev), None)
-        dx = None
-        if needs_x:
-            forwards, backwards = dgi.flatten(0, -3).unbind(1)
-            dx = (forwards @ weights[0]).addmm_(backwards, weights[half]).view(x.shape)
-        before = h_prev.flatten(0, -3).transpose(0, 1)
-        return dx, dh0 if needs_h0 else None, None, None, None, *parameter_gradients(dgi, dq, x, before, needs)
+            ctx.kernel.backward(Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen), None)
+        dx, *dw = ctx.kernel.products(x, y, h0, dgi, dq, weights, varlen, [needs_x, *needs])
+        return dx, dh0 if needs_h0 else None, None, None, None, *dw
 
 
 def _differentiable_gradients(

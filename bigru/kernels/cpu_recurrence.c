@@ -1,24 +1,24 @@
-// One bidirectional GRU layer on a CPU: the recurrence with its input product, and the recurrence's gradient.
+// One bidirectional GRU layer on a CPU: the recurrence with its input product, and the gradients of both.
 //
 // The equations are those of bigru/kernels/reference.py: gates in the order r, z, n; q = W_hn h + b_hn.
-// Work is cut into programs of (block of sequences, direction). A program holds the whole time loop and shares nothing
-// with the others, so threads meet once, at the end of the layer. Every output element is one sum over k in rising
-// order, whatever tile computes it: results do not depend on the number of threads.
+// Work is cut into programs that share nothing, so that threads meet once, at a call's end: of the recurrence (block of
+// sequences, direction), each holding the whole time loop; of the gradients that are products over all steps (direction,
+// gate, units of it) for weights, and blocks of rows for the input. Every output element is a sum over k in an order that
+// does not depend on the programs: the same bits for any number of threads.
 //
 // Layouts (all dense unless a stride is named; D = 2 directions, P = rows of all steps, in the order of time):
-//   x (P, I), with strides x_t, x_b           y, dq, before (P, D, H)  gates (P, D, 4, H): r, z, n, q
+//   x (P, I), with strides x_t, x_b; dx (P, I)  y, dq, before (P, D, H)  gates (P, D, 4, H): r, z, n, q
 //   gi instead of x (P, D, 3H) if !w_ih       dgi (P, D, 3H)           dy (P, D, H), with strides dy_t, dy_b
 //   h0, h_n, dh_n, dh0 (D, B, H)              w_ih (3H, I), w_hh (3H, H), b_ih and b_hh (3H), b_hn (H), for each d
 //   table (B + T) int64: each sequence's length, longest first, then each step's first row; without it P = T * B
 // Nothing is read or computed past a sequence's end. Null where there is none or none is wanted: table, biases, gates,
-// before (the state before each step). b_hn, the last third of b_hh, is read only beside gi.
+// before (the state before each step), gradients that are products. b_hn, the last third of b_hh, is read only beside gi.
 //
-// A tile is R rows times S * W vectors, held in registers over the whole sum. W_hh is packed at the start of a call so
-// that a tile reads it in order: panels of one vector of units (forward: their three gates side by side), [k][W][VW].
-// A panel serves all rows of the block before the next one, so that it stays in the L1 cache.
+// W_hh is packed at the start of a call so that a tile reads it in order. A panel serves all rows of the block before the
+// next one, so that it stays in the L1 cache.
 //
-// GCC or Clang. Compiled once for each instruction set and type of numbers, each a Python extension named MODULE: the
-// size of vectors follows from the compiler's flags, the type from -DDOUBLE. Without a MODULE it is C alone.
+// GCC or Clang. Compiled once for each instruction set and type of numbers, each a Python extension named MODULE. Without
+// a MODULE it is C alone.
 
 #define _GNU_SOURCE /* the affinity of threads */
 #ifdef MODULE
@@ -29,30 +29,15 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#define MAX_ROWS 8
-#elif defined(__AVX2__)
-#define VECTOR_BYTES 32
-#define MAX_ROWS 4
-#elif defined(__x86_64__)
-#define VECTOR_BYTES 16
-#define MAX_ROWS 3 /* 16 registers and no fused multiply-add: each product needs one */
-#else
-#define VECTOR_BYTES 16
-#define MAX_ROWS 8 /* 32 registers, as in AArch64 */
-#endif
-#define MAX_VECTORS 24 /* of a tile */
+#include "cpu_tiles.h"
+
 #define BLOCK_ROWS 64  /* sequences of a program, at most */
 #define CHUNK_ROWS 64  /* rows whose input product is made at once: as many steps as they hold, at least one */
-#define LINE 64
-
-#define INLINE static inline __attribute__((always_inline))
+#define MOST_UNITS 128 /* of a gate whose weights' gradients a program computes: so many rows of dgi fit the L2 cache */
+#define INPUT_ROWS 256 /* whose gradient a program computes, at most: they repay reading W_ih */
 
 // Every field is one word, so that Python passes a list of integers.
 struct forward {
@@ -66,6 +51,12 @@ struct backward {
   const int64_t *table;
   void *dgi, *dq, *dh0, *before;
   intptr_t T, B, H, dy_t, dy_b;
+};
+struct products {
+  const void *x, *y, *h0, *dgi, *dq, *w_ih[2];
+  const int64_t *table;
+  void *dx, *dw_ih[2], *dw_hh[2], *db_ih[2], *db_hh[2];
+  intptr_t P, T, B, I, H, x_t, x_b;
 };
 
 // Row numbers of step t: `first` for sequence 0, `active` for how many of the sequences b0 ... b0 + rows have one.
@@ -86,9 +77,6 @@ static void *piece(char *base, size_t *used, size_t bytes) {
 }
 
 #ifdef DOUBLE
-typedef double real;
-typedef uint64_t integer;
-#define VW (VECTOR_BYTES / 8) /* numbers in a vector */
 #define MANTISSA 52
 #define LOG2E 1.4426950408889634
 #define ROUNDER 6755399441055744.0 /* 1.5 * 2^52: what is added to it is rounded to an integer */
@@ -99,9 +87,6 @@ typedef uint64_t integer;
    0.000154035303933707334, 0.0000152527338415567726, 1.32154868087055628e-6, 1.01780570877339411e-7, \
    7.05489730415549928e-9, 4.45581790833606449e-10, 2.57293241773623042e-11}
 #else
-typedef float real;
-typedef uint32_t integer;
-#define VW (VECTOR_BYTES / 4)
 #define MANTISSA 23
 #define LOG2E 1.44269504f
 #define ROUNDER 12582912.0f
@@ -109,27 +94,6 @@ typedef uint32_t integer;
 #define POLYNOMIAL \
   {0.693147188026f, 0.240226507606f, 0.0555035711422f, 0.00961808255728f, 0.00133908633647f, 0.000154531629451f} // 1e-8
 #endif
-
-typedef real vector __attribute__((vector_size(VECTOR_BYTES)));
-typedef real unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-typedef integer bits __attribute__((vector_size(VECTOR_BYTES)));
-
-INLINE vector splat(real x) { return x - (vector){0}; }
-INLINE vector load(const real *p) { return *(const unaligned *)p; }
-INLINE void store(real *p, vector v) { *(unaligned *)p = v; }
-// How many of vector u's elements are units: fewer than VW in the last.
-INLINE int units_at(intptr_t H, intptr_t u) { return H - u * VW < VW ? (int)(H - u * VW) : VW; }
-// The first n elements.
-INLINE vector load_some(const real *p, int n) {
-  if (n == VW) return load(p);
-  vector v = {0};
-  for (int i = 0; i < n; i++) v[i] = p[i];
-  return v;
-}
-INLINE void store_some(real *p, vector v, int n) {
-  if (n == VW) store(p, v);
-  else for (int i = 0; i < n; i++) p[i] = v[i];
-}
 
 // x where it lies between two bounds, else the bound; NaN stays NaN. Each loop, if not unrolled, is one instruction.
 INLINE vector clamp(vector x, real low, real high) {
@@ -157,138 +121,16 @@ INLINE vector hyperbolic(vector x) {
   return e / (e + 2);
 }
 
-// out[r][s * W + j] = sum over k of a[r][k] * w[s * stride + (k * W + j) * VW ...]
-INLINE void sum_tile(const int R, const int S, const int W, intptr_t K, const real *const *a, const real *w,
-                       intptr_t stride, vector *out) {
-  vector c[MAX_VECTORS];
-  const real *row[MAX_ROWS];
-  _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) row[r] = a[r];
-  _Pragma("GCC unroll 24") for (int i = 0; i < R * S * W; i++) c[i] = (vector){0};
-  for (intptr_t k = 0; k < K; k++, w += W * VW) {
-    vector b[12];
-    _Pragma("GCC unroll 8") for (int s = 0; s < S; s++)
-      _Pragma("GCC unroll 8") for (int j = 0; j < W; j++) b[s * W + j] = load(w + s * stride + j * VW);
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
-      vector x = splat(row[r][k]);
-      _Pragma("GCC unroll 12") for (int i = 0; i < S * W; i++) c[r * S * W + i] += x * b[i];
-    }
-  }
-  _Pragma("GCC unroll 24") for (int i = 0; i < R * S * W; i++) out[i] = c[i];
-}
-
-// Tiles that are compiled: W = 3 for the gates of a unit, W = 1 for single vectors. Twelve sums or more hide a fused
-// multiply-add's latency; few rows take more panels at once.
-#define TILES_3(X) X(1, 1, 3) X(1, 2, 3) X(1, 4, 3) X(2, 1, 3) X(2, 2, 3) X(3, 1, 3) \
-  X(1, 1, 1) X(1, 2, 1) X(1, 4, 1) X(1, 8, 1) X(2, 1, 1) X(2, 2, 1) X(2, 3, 1) X(2, 4, 1) \
-  X(3, 1, 1) X(3, 2, 1) X(3, 3, 1)
-#define TILES_4(X) X(4, 1, 3) X(4, 1, 1) X(4, 2, 1) X(4, 3, 1)
-#define TILES_8(X) X(5, 1, 3) X(5, 1, 1) X(5, 2, 1) X(5, 3, 1) X(6, 1, 3) X(6, 1, 1) X(6, 2, 1) X(6, 3, 1) \
-  X(7, 1, 3) X(7, 1, 1) X(7, 2, 1) X(7, 3, 1) X(8, 1, 3) X(8, 1, 1) X(8, 2, 1) X(8, 3, 1)
-#if MAX_ROWS == 8
-#define TILES(X) TILES_3(X) TILES_4(X) TILES_8(X)
-#elif MAX_ROWS == 4
-#define TILES(X) TILES_3(X) TILES_4(X)
-#else
-#define TILES(X) TILES_3(X)
-#endif
-
-#define COMPILE(R, S, W) \
-  static __attribute__((noinline)) void tile_##R##_##S##_##W( \
-    intptr_t K, const real *const *a, const real *w, intptr_t stride, vector *out) { \
-    sum_tile(R, S, W, K, a, w, stride, out); }
-TILES(COMPILE)
-#undef COMPILE
-
-// A product of n rows of length K with packed panels. `done` gets each tile's sums, as `sum_tile` leaves them.
-struct panels { const real *w; intptr_t count, stride, K; };
-typedef void done(void *context, intptr_t panel, int S, intptr_t row, int R, const vector *sums);
-
-INLINE void multiply(const real *const *a, intptr_t n, struct panels p, int W, done *done, void *context) {
-  vector sums[MAX_VECTORS];
-  if (n == 0) return;
-  intptr_t tiles = (n + MAX_ROWS - 1) / MAX_ROWS;
-  for (intptr_t u = 0, left; (left = p.count - u) > 0;) {
-    // Rows are shared out evenly among tiles, and panels among groups, so that no tile is left with too few sums.
-    intptr_t R = (n + tiles - 1) / tiles, S = 1;
-    if (R == 1) S = left >= 8 && W == 1 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    else if (R == 2) S = left >= 4 && W == 1 ? 4 : left >= 2 ? 2 : 1;
-    else if (W == 1) S = (left + (left + 2) / 3 - 1) / ((left + 2) / 3);
-    for (intptr_t i = 0, row = 0; i < tiles; i++, row += R) {
-      R = n * (i + 1) / tiles - n * i / tiles;
-      const real *w = p.w + u * p.stride;
-      switch (R * 100 + S * 10 + W) {
-#define CALL(R, S, W) case R * 100 + S * 10 + W: tile_##R##_##S##_##W(p.K, a + row, w, p.stride, sums); break;
-        TILES(CALL)
-#undef CALL
-      }
-      done(context, u, S, row, R, sums);
-    }
-    u += S;
-  }
-}
-
-// Elements of a and b by number: those of b follow those of a.
-INLINE vector pick(vector a, vector b, bits numbers) {
-#ifdef __clang__
-  vector v;
-  _Pragma("unroll") for (int i = 0; i < VW; i++) v[i] = numbers[i] < VW ? a[numbers[i]] : b[numbers[i] - VW];
-  return v;
-#else
-  return __builtin_shuffle(a, b, numbers);
-#endif
-}
-
-#define EACH_2(f) f(0), f(1)
-#define EACH_4(f) EACH_2(f), f(2), f(3)
-#define EACH_8(f) EACH_4(f), f(4), f(5), f(6), f(7)
-#define EACH_16(f) EACH_8(f), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
-#if VW == 2
-#define EACH(f) {EACH_2(f)}
-#elif VW == 4
-#define EACH(f) {EACH_4(f)}
-#elif VW == 8
-#define EACH(f) {EACH_8(f)}
-#else
-#define EACH(f) {EACH_16(f)}
-#endif
-
-// VW rows of VW numbers transposed: first within lanes of 16 bytes, where pairs of rows are zipped in blocks of `step`,
-// then by exchanging lanes.
-INLINE void transpose(vector *v) {
-  enum { LANE = 16 / sizeof(real) };
-  _Pragma("GCC unroll 4") for (int step = 1; step < VW; step *= 2) {
-    // Element i of a row's zipped lower (upper) half in each lane, or of its lanes exchanged.
-#define ZIPPED(i) (i / LANE * LANE + i % LANE / step / 2 * step + i % step + (i % LANE / step & 1) * VW)
-#define LOW(i) step < LANE ? ZIPPED(i) : i & step ? VW + i - step : i
-#define HIGH(i) step < LANE ? ZIPPED(i) + LANE / 2 : i & step ? VW + i : i + step
-    bits low = EACH(LOW), high = EACH(HIGH);
-    vector old[VW];
-    _Pragma("GCC unroll 16") for (int i = 0; i < VW; i++) old[i] = v[i];
-    _Pragma("GCC unroll 16") for (int i = 0; i < VW; i++)
-      if (!(i & step)) {
-        // Zipped rows 0 and 2 of four are rows 0 and 1 of the result, 1 and 3 are 2 and 3.
-        int four = step == 2 && step < LANE, to = four ? i / 4 * 4 + i % 4 * 2 : i, next = four ? to + 1 : i + step;
-        v[to] = pick(old[i], old[i + step], low), v[next] = pick(old[i], old[i + step], high);
-      }
-  }
-}
-
-// Panels of W_ih or W_hh (3H, K) for products with rows of length K: [unit vector][k][gate][VW], units past H zero.
-static void pack_gates(const real *w, intptr_t H, struct panels p, real *out) {
-  for (intptr_t u = 0; u < p.count; u++)
-    for (intptr_t g = 0; g < 3; g++) {
-      const real *rows = w + (g * H + u * VW) * p.K;
-      real *o = out + u * p.stride + g * VW;
-      int some = units_at(H, u);
-      for (intptr_t k = 0; k < p.K; k += VW) {
-        vector v[VW];
-        int n = p.K - k < VW ? p.K - k : VW;
-        for (int i = 0; i < VW; i++) v[i] = i < some ? load_some(rows + i * p.K + k, n) : (vector){0};
-        transpose(v);
-        for (int i = 0; i < n; i++) store(o + (k + i) * 3 * VW, v[i]);
-      }
-    }
-}
+// A job: programs handed out one after another to the caller's thread and to threads made for this call. None outlives
+// the call, so none spins, a fork leaves nothing behind, and calls from several Python threads need not know each other.
+struct job {
+  void (*program)(const struct job *job, intptr_t program, char *scratch);
+  const void *call;
+  intptr_t rows, parts, programs; // rows of a program, at most; parts of a gate
+  size_t scratch_bytes;
+  char *scratch;
+  atomic_intptr_t next, threads; // the next program; threads that have begun
+};
 
 // The scratch of a forward program; `base` may be null, to learn its size.
 struct forward_scratch {
@@ -314,10 +156,6 @@ static size_t lay_out_forward(struct forward_scratch *s, const struct forward *c
   s->states = piece(base, &used, rows * sizeof(real *));
   s->hh.w = s->w_hh, s->ih.w = s->w_ih;
   return used;
-}
-static size_t forward_bytes(const struct forward *c, intptr_t rows) {
-  struct forward_scratch s;
-  return lay_out_forward(&s, c, rows, NULL);
 }
 
 // gi of a tile: sums and biases, [row][unit vector][gate][VW].
@@ -365,8 +203,10 @@ static void finish_step(void *context, intptr_t u0, int S, intptr_t row, int R, 
     }
 }
 
-static void forward(const void *call, int d, intptr_t b0, intptr_t rows, char *scratch) {
-  const struct forward *c = call;
+static void forward(const struct job *job, intptr_t program, char *scratch) {
+  const struct forward *c = job->call;
+  int d = program % 2;
+  intptr_t b0 = program / 2 * job->rows, rows = c->B - b0 < job->rows ? c->B - b0 : job->rows;
   struct forward_scratch s;
   lay_out_forward(&s, c, rows, scratch);
   intptr_t H = c->H, T = c->T;
@@ -428,10 +268,6 @@ static size_t lay_out_backward(struct backward_scratch *s, const struct backward
   s->n = (struct panels){base ? s->w + 2 * c->H * VW : NULL, s->units, stride, c->H};
   return used;
 }
-static size_t backward_bytes(const struct backward *c, intptr_t rows) {
-  struct backward_scratch s;
-  return lay_out_backward(&s, c, rows, NULL);
-}
 
 static void add_dh(void *context, intptr_t u, int S, intptr_t row, int R, const vector *sums) {
   const struct backward_scratch *s = context;
@@ -445,8 +281,10 @@ static void add_dh(void *context, intptr_t u, int S, intptr_t row, int R, const 
     }
 }
 
-static void backward(const void *call, int d, intptr_t b0, intptr_t rows, char *scratch) {
-  const struct backward *c = call;
+static void backward(const struct job *job, intptr_t program, char *scratch) {
+  const struct backward *c = job->call;
+  int d = program % 2;
+  intptr_t b0 = program / 2 * job->rows, rows = c->B - b0 < job->rows ? c->B - b0 : job->rows;
   struct backward_scratch s;
   lay_out_backward(&s, c, rows, scratch);
   intptr_t H = c->H, T = c->T, width = s.units * VW;
@@ -502,24 +340,90 @@ static void backward(const void *call, int d, intptr_t b0, intptr_t rows, char *
   for (intptr_t b = 0; b < rows; b++) memcpy(dh0 + b * H, s.dh + b * width, H * sizeof(real));
 }
 
-// A job: programs handed out one after another to the caller's thread and to threads made for this call. None outlives
-// the call, so none spins, a fork leaves nothing behind, and calls from several Python threads need not know each other.
-struct job {
-  void (*program)(const void *call, int d, intptr_t b0, intptr_t rows, char *scratch);
-  const void *call;
-  intptr_t B, rows, programs;
-  size_t scratch_bytes;
-  char *scratch;
-  atomic_intptr_t next, threads; // the next program; threads that have begun
+// Gradients of weights and of the input, products over all steps.
+struct products_scratch {
+  real *room, *dgi, *dq, *sums_dgi, *sums_dq; // dgi and dq: [unit][MOST_K]
+  const real **x, **h_prev, **rows, **rows_dq;
+  real **out, **out_hh;
 };
+static size_t lay_out_products(struct products_scratch *s, char *base) {
+  size_t used = 0, units = MOST_UNITS + VW, pointers = INPUT_ROWS * sizeof(real *);
+  s->room = piece(base, &used, PANEL_ROOM * sizeof(real));
+  s->dgi = piece(base, &used, units * MOST_K * sizeof(real));
+  s->dq = piece(base, &used, units * MOST_K * sizeof(real));
+  s->sums_dgi = piece(base, &used, units * sizeof(real));
+  s->sums_dq = piece(base, &used, units * sizeof(real));
+  const real ***inputs[] = {&s->x, &s->h_prev, &s->rows, &s->rows_dq};
+  for (int i = 0; i < 4; i++) *inputs[i] = piece(base, &used, pointers);
+  s->out = piece(base, &used, pointers);
+  s->out_hh = piece(base, &used, pointers);
+  return used;
+}
+
+// The gradients of rows from ... from + units of a gate of W_ih and W_hh, and of their biases.
+static void weight_gradients(const struct products *c, int d, int gate, intptr_t from, intptr_t units, char *scratch) {
+  struct products_scratch s;
+  lay_out_products(&s, scratch);
+  intptr_t H = c->H, first = gate * H + from, t = 0, b = 0, active = active_rows(c->table, 0, c->B, 0);
+  int own = gate == 2; // dq is the gradient of n's product with the state, dgi that of the others
+  real *dw_ih = c->dw_ih[d], *dw_hh = c->dw_hh[d], *db_ih = c->db_ih[d], *db_hh = c->db_hh[d];
+  for (intptr_t j = 0; j < units; j++) {
+    s.rows[j] = s.dgi + j * MOST_K, s.rows_dq[j] = own ? s.dq + j * MOST_K : s.rows[j];
+    s.out[j] = dw_ih ? dw_ih + (first + j) * c->I : NULL, s.out_hh[j] = dw_hh ? dw_hh + (first + j) * H : NULL;
+  }
+  memset(s.sums_dgi, 0, (units + VW) * sizeof(real)), memset(s.sums_dq, 0, (units + VW) * sizeof(real));
+  for (intptr_t p = 0; p < c->P; p += MOST_K) {
+    intptr_t K = c->P - p < MOST_K ? c->P - p : MOST_K;
+    for (intptr_t k = 0; k < K; k++, b++) {
+      if (b == active) t++, b = 0, active = active_rows(c->table, 0, c->B, t);
+      intptr_t before = d ? t + 1 : t - 1, end = c->table ? (intptr_t)c->table[b] : c->T;
+      s.x[k] = (const real *)c->x + (c->table ? (p + k) * c->x_b : t * c->x_t + b * c->x_b);
+      s.h_prev[k] = before >= 0 && before < end
+        ? (const real *)c->y + ((first_row(c->table, c->B, before) + b) * 2 + d) * H
+        : (const real *)c->h0 + (d * c->B + b) * H;
+    }
+    transpose_rows((const real *)c->dgi + (p * 2 + d) * 3 * H + first, 6 * H, K, units, s.dgi, s.sums_dgi);
+    if (own) transpose_rows((const real *)c->dq + (p * 2 + d) * H + from, 2 * H, K, units, s.dq, s.sums_dq);
+    if (dw_ih) multiply_rows(s.rows, units, s.x, K, c->I, s.out, p == 0, s.room);
+    if (dw_hh) multiply_rows(s.rows_dq, units, s.h_prev, K, H, s.out_hh, p == 0, s.room);
+  }
+  if (db_ih) memcpy(db_ih + first, s.sums_dgi, units * sizeof(real));
+  if (db_hh) memcpy(db_hh + first, own ? s.sums_dq : s.sums_dgi, units * sizeof(real));
+}
+
+// The gradient of rows from ... from + n of the input: of both directions at once, a product over 6H.
+static void input_gradient(const struct products *c, intptr_t from, intptr_t n, char *scratch) {
+  struct products_scratch s;
+  lay_out_products(&s, scratch);
+  intptr_t H = c->H;
+  for (intptr_t r = 0; r < n; r++) s.out[r] = (real *)c->dx + (from + r) * c->I;
+  for (intptr_t k0 = 0; k0 < 6 * H; k0 += MOST_K) {
+    intptr_t K = 6 * H - k0 < MOST_K ? 6 * H - k0 : MOST_K;
+    for (intptr_t r = 0; r < n; r++) s.rows[r] = (const real *)c->dgi + (from + r) * 6 * H + k0;
+    for (intptr_t k = 0; k < K; k++) {
+      intptr_t row = k0 + k;
+      s.x[k] = (const real *)c->w_ih[row >= 3 * H] + row % (3 * H) * c->I;
+    }
+    multiply_rows(s.rows, n, s.x, K, c->I, s.out, k0 == 0, s.room);
+  }
+}
+
+// First the programs of weights, job->parts for each gate of each direction, then those of the input.
+static void products(const struct job *job, intptr_t program, char *scratch) {
+  const struct products *c = job->call;
+  intptr_t weights = 6 * job->parts, part = program / 6, from = c->H * part / job->parts;
+  if (program < weights)
+    weight_gradients(c, program % 2, program / 2 % 3, from, c->H * (part + 1) / job->parts - from, scratch);
+  else {
+    from = (program - weights) * job->rows;
+    input_gradient(c, from, c->P - from < job->rows ? c->P - from : job->rows, scratch);
+  }
+}
 
 static void *work(void *argument) {
   struct job *job = argument;
   char *scratch = job->scratch + atomic_fetch_add(&job->threads, 1) * job->scratch_bytes;
-  for (intptr_t i; (i = atomic_fetch_add(&job->next, 1)) < job->programs;) {
-    intptr_t b0 = i / 2 * job->rows, rows = job->B - b0 < job->rows ? job->B - b0 : job->rows;
-    job->program(job->call, i % 2, b0, rows, scratch);
-  }
+  for (intptr_t i; (i = atomic_fetch_add(&job->next, 1)) < job->programs;) job->program(job, i, scratch);
   return NULL;
 }
 
@@ -533,7 +437,6 @@ static intptr_t block_rows(intptr_t B, intptr_t threads) {
 }
 
 static int run(struct job *job, intptr_t threads) {
-  job->programs = 2 * ((job->B + job->rows - 1) / job->rows);
   pthread_t others[64];
   int started = 0;
   if (threads > job->programs) threads = job->programs;
@@ -560,49 +463,68 @@ static int run(struct job *job, intptr_t threads) {
   return 0;
 }
 
-#ifdef MODULE
-// forward(threads, *fields of struct forward), and backward: no checks, the caller is bigru/kernels/cpu.py.
-static PyObject *call(PyObject *const *args, Py_ssize_t count, void *fields, Py_ssize_t expected) {
-  if (count != expected + 1)
-    return PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", expected + 1, count);
-  for (Py_ssize_t i = 0; i < expected; i++) ((intptr_t *)fields)[i] = (intptr_t)PyLong_AsSsize_t(args[i + 1]);
-  if (PyErr_Occurred()) return NULL;
-  return Py_None;
+// Each does one call on so many threads, and returns -1 where there is no memory for it.
+static int run_forward(const void *call, intptr_t threads) {
+  const struct forward *c = call;
+  struct forward_scratch s;
+  intptr_t rows = block_rows(c->B, threads), blocks = (c->B + rows - 1) / rows;
+  struct job job = {forward, call, .rows = rows, .programs = 2 * blocks};
+  job.scratch_bytes = lay_out_forward(&s, c, rows, NULL);
+  return run(&job, threads);
+}
+static int run_backward(const void *call, intptr_t threads) {
+  const struct backward *c = call;
+  struct backward_scratch s;
+  intptr_t rows = block_rows(c->B, threads), blocks = (c->B + rows - 1) / rows;
+  struct job job = {backward, call, .rows = rows, .programs = 2 * blocks};
+  job.scratch_bytes = lay_out_backward(&s, c, rows, NULL);
+  return run(&job, threads);
+}
+static int run_products(const void *call, intptr_t threads) {
+  const struct products *c = call;
+  struct products_scratch s;
+  struct job job = {products, call, .parts = (c->H + MOST_UNITS - 1) / MOST_UNITS};
+  if (job.parts < (threads + 5) / 6) job.parts = (threads + 5) / 6;
+  if (job.parts > c->H) job.parts = c->H;
+  intptr_t rows = (c->P + threads - 1) / threads;
+  job.rows = rows < INPUT_ROWS ? rows : INPUT_ROWS;
+  job.programs = 6 * job.parts + (c->dx ? (c->P + job.rows - 1) / job.rows : 0);
+  job.scratch_bytes = lay_out_products(&s, NULL);
+  return run(&job, threads);
 }
 
-static PyObject *finish(struct job *job, PyObject *const *args) {
+#ifdef MODULE
+// forward(threads, *fields of struct forward), and so backward and products: no checks, the caller is
+// bigru/kernels/cpu.py.
+static PyObject *call(PyObject *const *args, Py_ssize_t count, void *fields, Py_ssize_t expected,
+                      int (*run)(const void *, intptr_t)) {
+  if (count != expected + 1)
+    return PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", expected + 1, count);
   intptr_t threads = PyLong_AsSsize_t(args[0]);
+  for (Py_ssize_t i = 0; i < expected; i++) ((intptr_t *)fields)[i] = (intptr_t)PyLong_AsSsize_t(args[i + 1]);
   if (PyErr_Occurred()) return NULL;
   int failed;
   Py_BEGIN_ALLOW_THREADS
-  failed = run(job, threads);
+  failed = run(fields, threads);
   Py_END_ALLOW_THREADS
   if (failed) return PyErr_NoMemory();
   Py_INCREF(Py_None);
   return Py_None;
 }
 
-static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  struct forward c;
-  if (!call(args, count, &c, sizeof c / sizeof(intptr_t))) return NULL;
-  struct job job = {.program = forward, .call = &c, .B = c.B};
-  job.rows = block_rows(c.B, PyLong_AsSsize_t(args[0]));
-  job.scratch_bytes = forward_bytes(&c, job.rows);
-  return finish(&job, args);
-}
-
-static PyObject *py_backward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  struct backward c;
-  if (!call(args, count, &c, sizeof c / sizeof(intptr_t))) return NULL;
-  struct job job = {.program = backward, .call = &c, .B = c.B};
-  job.rows = block_rows(c.B, PyLong_AsSsize_t(args[0]));
-  job.scratch_bytes = backward_bytes(&c, job.rows);
-  return finish(&job, args);
-}
+#define FUNCTION(name) \
+  static PyObject *py_##name(PyObject *self, PyObject *const *args, Py_ssize_t count) { \
+    struct name fields; \
+    return call(args, count, &fields, sizeof fields / sizeof(intptr_t), run_##name); }
+#define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, text}
+FUNCTION(forward)
+FUNCTION(backward)
+FUNCTION(products)
 
 static PyMethodDef methods[] = {
-  {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL, "The layer, or the recurrence on given gi."},
-  {"backward", (PyCFunction)(void (*)(void))py_backward, METH_FASTCALL, "The recurrence's gradient."},
+  METHOD(forward, "The layer, or the recurrence on given gi."),
+  METHOD(backward, "The recurrence's gradient."),
+  METHOD(products, "The gradients of the input and the weights, from the recurrence's."),
   {NULL, NULL, 0, NULL},
 };
 #define JOIN_(a, b) a##_##b

@@ -30,14 +30,6 @@ static void compare(const real *actual, const double *expected, size_t count) {
   if (!(error <= worst)) worst = error == error ? error : INFINITY; // NaN is the worst
 }
 
-static void run_on_two_threads(struct job job, size_t (*bytes)(const void *, intptr_t)) {
-  job.rows = block_rows(job.B, 2);
-  job.scratch_bytes = bytes(job.call, job.rows);
-  if (run(&job, 2)) exit(2);
-}
-static size_t bytes_forward(const void *call, intptr_t rows) { return forward_bytes(call, rows); }
-static size_t bytes_backward(const void *call, intptr_t rows) { return backward_bytes(call, rows); }
-
 // Sequence b of B has T steps, or, if `ragged`, so many of them, the longest first.
 static intptr_t length(intptr_t T, intptr_t B, intptr_t b, int ragged) { return ragged ? T - b * (T - 1) / B : T; }
 
@@ -59,12 +51,20 @@ static void check(intptr_t T, intptr_t B, intptr_t I, intptr_t H, int ragged) {
   g.dh_n = numbers(states, 1), g.y = f.y = numbers(rows * H, NAN), g.gates = f.gates = numbers(rows * 4 * H, NAN);
   f.h_n = numbers(states, NAN), g.dgi = numbers(rows * 3 * H, NAN), g.dq = numbers(rows * H, NAN);
   g.dh0 = numbers(states, NAN), g.before = numbers(rows * H, NAN);
-  run_on_two_threads((struct job){.program = forward, .call = &f, .B = B}, bytes_forward);
-  run_on_two_threads((struct job){.program = backward, .call = &g, .B = B}, bytes_backward);
+  struct products m = {.x = f.x, .y = f.y, .h0 = f.h0, .dgi = g.dgi, .dq = g.dq, .table = f.table, .P = P, .T = T, .B = B,
+                       .I = I, .H = H, .x_t = f.x_t, .x_b = I, .dx = numbers(P * I, NAN)};
+  for (int d = 0; d < 2; d++) {
+    // In one piece, and compared as one: sums of a few numbers that cancel would show the last digits of those.
+    real *dw = numbers(3 * H * (I + H + 2), NAN);
+    m.w_ih[d] = f.w_ih[d], m.dw_ih[d] = dw, m.dw_hh[d] = dw += 3 * H * I, m.db_ih[d] = dw += 3 * H * H;
+    m.db_hh[d] = dw + 3 * H;
+  }
+  if (run_forward(&f, 2) || run_backward(&g, 2) || run_products(&m, 2)) exit(2);
 
   real *gi = numbers(rows * 3 * H, 0);
   double *y = calloc(rows * H, 8), *gates = calloc(rows * 4 * H, 8), *before = calloc(rows * H, 8);
   double *dgi = calloc(rows * 3 * H, 8), *dq = calloc(rows * H, 8), *h_n = calloc(states, 8), *dh0 = calloc(states, 8);
+  double *dx = calloc(P * I, 8);
   for (int d = 0; d < 2; d++) {
     const real *w_ih = f.w_ih[d], *w = f.w_hh[d], *b_ih = f.b_ih[d], *b_hh = f.b_hh[d];
     for (intptr_t b = 0; b < B; b++) {
@@ -106,13 +106,26 @@ static void check(intptr_t T, intptr_t B, intptr_t I, intptr_t H, int ragged) {
                      dq[at * H + j] * w[(2 * H + j) * H + i];
       }
     }
+    double *dw_ih = calloc(3 * H * (I + H + 2), 8), *dw_hh = dw_ih + 3 * H * I, *db_ih = dw_hh + 3 * H * H;
+    double *db_hh = db_ih + 3 * H;
+    for (intptr_t p = 0; p < P; p++)
+      for (intptr_t j = 0; j < 3 * H; j++) {
+        double da = dgi[(p * 2 + d) * 3 * H + j], da_h = j < 2 * H ? da : dq[(p * 2 + d) * H + j - 2 * H];
+        db_ih[j] += da, db_hh[j] += da_h;
+        for (intptr_t i = 0; i < I; i++) {
+          dw_ih[j * I + i] += da * ((const real *)f.x)[p * I + i];
+          dx[p * I + i] += da * w_ih[j * I + i];
+        }
+        for (intptr_t i = 0; i < H; i++) dw_hh[j * H + i] += da_h * before[(p * 2 + d) * H + i];
+      }
+    compare(m.dw_ih[d], dw_ih, 3 * H * (I + H + 2));
     f.b_hn[d] = b_hh + 2 * H, f.w_ih[d] = f.b_ih[d] = f.b_hh[d] = NULL;
   }
   compare(f.y, y, rows * H), compare(f.gates, gates, rows * 4 * H), compare(f.h_n, h_n, states);
   compare(g.dgi, dgi, rows * 3 * H), compare(g.dq, dq, rows * H), compare(g.dh0, dh0, states);
-  compare(g.before, before, rows * H);
+  compare(g.before, before, rows * H), compare(m.dx, dx, P * I);
   f.x = gi, f.y = numbers(rows * H, NAN), f.gates = NULL;
-  run_on_two_threads((struct job){.program = forward, .call = &f, .B = B}, bytes_forward);
+  if (run_forward(&f, 2)) exit(2);
   compare(f.y, y, rows * H);
 }
 
