@@ -75,16 +75,16 @@ def _dot(w, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product(w, x, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _product(w, x, unscale, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     # w as `_load_weights` returns it.
+    x_high, x_low = _parts(x, SPLIT)
+    zero = tl.zeros([w[0].shape[0], x.shape[1]], tl.float32)
+    acc = _dot(w[0], x_high.to(w[0].dtype), zero, PRECISION)
     if SPLIT:
-        # fp16x3: the product of the two low parts is below the rounding of the others.
-        x_high, x_low = _parts(x, SPLIT)
-        acc = _dot(w[1], x_high, acc, PRECISION)
-        acc = _dot(w[0], x_low, acc, PRECISION)
-        acc = _dot(w[0], x_high, acc, PRECISION)
-    else:
-        acc = _dot(w[0], x.to(w[0].dtype), acc, PRECISION)
+        # fp16x3: the product of the two low parts is below the rounding of the others. Small terms have an accumulator
+        # of their own, so that MMAs need not wait for one another.
+        unscale *= w[2] * (1.0 / 1024.0)
+        acc = acc * unscale + _dot(w[0], x_low, _dot(w[1], x_high, zero, PRECISION), PRECISION) * unscale
     return acc
 
 

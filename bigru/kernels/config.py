@@ -16,7 +16,7 @@ OLDEST = (8, 0)
 ONE_PROCESSOR = 128
 """Largest H whose recurrent weights one multiprocessor holds: the registers of one program, or its shared memory."""
 PTXAS_LIMIT = {"maxnreg": 255}
-"""Left to itself, ptxas stops at 64, 80, 128 or 168 registers in some of the kernels and spills."""
+"""Left to itself, ptxas stops at 64, 80, 128 or 168 registers: some of the kernels spill, in others loads wait."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,10 @@ class TritonConfig:
             return {"HP": self.block_hidden, "N": self.rows, "SPLIT": self.split, "PRECISION": self.dot}
         return {"BH": self.block_hidden, "N": self.rows, "PRECISION": self.dot}
 
-    def options(self, varlen: bool = False) -> dict[str, int | bool]:
-        """Returns the compiler's options, also for sequences of different lengths."""
+    def options(self) -> dict[str, int | bool]:
+        """Returns the compiler's options."""
         # Fusion of multiply and add is the default; triton 3.9 warns where it is not asked for by name.
-        options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-        return options | PTXAS_LIMIT if varlen or not self.persistent else options
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True} | PTXAS_LIMIT
 
 
 @functools.lru_cache
@@ -201,7 +200,7 @@ class ResidentConfig:
         """Returns the kernels' compile-time arguments that follow from the configuration."""
         return {"HP": self.padded, "N": self.rows, "SPLIT": self.split}
 
-    def options(self, varlen: bool = False) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool]:
         """Returns the compiler's options."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         # Told nothing, ptxas stops near 170 registers with 16-bit storage, and has loads wait for one another.
@@ -258,7 +257,7 @@ class CooperativeConfig:
         """Returns the kernels' compile-time arguments that follow from the configuration."""
         return {"S": self.units, "N": self.rows, "CHUNK": self.chunk, "SPLIT": self.split, "MAX_POLLS": self.max_polls}
 
-    def options(self, varlen: bool = False) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool]:
         """Returns the compiler's options."""
         # With one program a processor, all registers are the program's.
         options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}

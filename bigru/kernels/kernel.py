@@ -130,7 +130,7 @@ def launch_forward(function: Any, operands: Forward, config: Any, **constants: A
     function[-(-batch // config.rows), directions](
         gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, table, steps, batch, H=hidden,
         HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, **constants, **config.constants(),
-        **config.options(varlen is not None),
+        **config.options(),
     )  # fmt: skip
 
 
@@ -140,5 +140,5 @@ def launch_backward(function: Any, operands: Backward, config: Any) -> None:
     directions, batch, hidden = operands.h0.shape
     steps, table = steps_and_table(operands.y, varlen)
     function[-(-batch // config.rows), directions](
-        *tensors, table, h_prev, steps, batch, H=hidden, **config.constants(), **config.options(varlen is not None)
+        *tensors, table, h_prev, steps, batch, H=hidden, **config.constants(), **config.options()
     )

@@ -51,17 +51,55 @@ from bigru.kernels.varlen import steps_and_table
 
 
 @triton.jit
-def _tile(UNITS: tl.constexpr, N: tl.constexpr):
+def _block(UNITS: tl.constexpr, N: tl.constexpr):
     """Returns a program's first batch row and its direction; hidden units as rows and as columns, and batch rows."""
     units = tl.arange(0, UNITS)
     return tl.program_id(0) * N, tl.program_id(1), units[:, None], units[None, :], tl.arange(0, N)[None, :]
 
 
 @triton.jit
-def _load_gates_weights(w, mask, H: tl.constexpr, SPLIT: tl.constexpr):
-    w_r = _load_weights(w, mask, SPLIT)
-    w_z = _load_weights(w + H * H, mask, SPLIT)
-    return w_r, w_z, _load_weights(w + 2 * H * H, mask, SPLIT)
+def _tile(HP: tl.constexpr, N: tl.constexpr):
+    """Returns hidden units and batch rows of a tile (4, 8, HP / 16, 2, N / 8, 2).
+
+    In its order the threads of an NVIDIA GPU hold an MMA's result: thread 4g + c of warp w has rows g and g + 8 of the
+    warp's 16 and columns 2c and 2c + 1 of each eight. The weights are in such an order that these rows are units 2g and
+    2g + 1, neighbours in memory. Triton gives what is loaded in this shape to the same threads, so that neither loads
+    nor stores take a way through shared memory and its barriers, of which (HP, N) takes two each.
+    """
+    columns = tl.arange(0, 4)[:, None, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, :, None, None]
+    columns += tl.arange(0, N // 8)[None, None, None, None, :, None] * 8
+    units = tl.arange(0, 8)[None, :, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, None, None, :]
+    units += tl.arange(0, HP // 16)[None, None, :, None, None, None] * 16
+    return units, columns
+
+
+@triton.jit
+def _to_tile(x, HP: tl.constexpr, N: tl.constexpr):
+    """A product (HP, N) as a tile."""
+    return x.reshape([HP // 16, 2, 8, N // 8, 4, 2]).permute([4, 2, 0, 5, 3, 1])
+
+
+@triton.jit
+def _from_tile(x, HP: tl.constexpr, N: tl.constexpr):
+    """A tile as (HP, N), by unit and batch row."""
+    return x.permute([2, 1, 5, 4, 0, 3]).reshape([HP, N])
+
+
+@triton.jit
+def _load_ordered(w, mask, HP: tl.constexpr, SPLIT: tl.constexpr):
+    """One gate's weights, with rows in the order that `_to_tile` undoes."""
+    high, low, peak = _load_weights(w, mask, SPLIT)
+    high = high.reshape([HP // 16, 8, 2, HP]).permute([0, 2, 1, 3]).reshape([HP, HP])
+    if SPLIT:
+        low = low.reshape([HP // 16, 8, 2, HP]).permute([0, 2, 1, 3]).reshape([HP, HP])
+    return high, low, peak
+
+
+@triton.jit
+def _load_gates_weights(w, mask, H: tl.constexpr, HP: tl.constexpr, SPLIT: tl.constexpr):
+    w_r = _load_ordered(w, mask, HP, SPLIT)
+    w_z = _load_ordered(w + H * H, mask, HP, SPLIT)
+    return w_r, w_z, _load_ordered(w + 2 * H * H, mask, HP, SPLIT)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,10 +108,11 @@ def gru_forward_kernel(
     N: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):  # fmt: skip
-    b0, d, j, k, b = _tile(HP, N)
+    b0, d, j, k, _ = _block(HP, N)
+    w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + j * H + k, (j < H) & (k < H), H, HP, SPLIT)
+    j, b = _tile(HP, N)
     mask = (j < H) & (b0 + b < B)
-    w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + j * H + k, (j < H) & (k < H), H, SPLIT)
-    b_hn = tl.zeros([HP, 1], tl.float32)
+    b_hn = 0.0
     if HAS_BIAS:
         b_hn = tl.load(b_hn_ptr + d * H + j, j < H, 0.0).to(tl.float32)
 
@@ -82,11 +121,12 @@ def gru_forward_kernel(
     offs_gates = b * (2 * 4 * H) + j
     offs_h = (d.to(tl.int64) * B + b0) * H + b * H + j
     h = tl.load(h0_ptr + offs_h, mask, 0.0).to(tl.float32)
+    scale, unscale = 1.0, 1.0
     if SPLIT:
         # Every state lies between its predecessor and n, so a row never exceeds its largest initial state or 1.
-        h_peak = tl.maximum(_peak(h, 0), 1.0)[None, :]
-        h_scale = 1024.0 / h_peak
-        unscale = h_peak * (1.0 / (1024.0 * 1024.0))
+        peak = tl.maximum(_peak(_from_tile(h, HP, N), 0), 1.0)[None, :]
+        scale = 1024.0 / peak
+        unscale = peak * (1.0 / 1024.0)
 
     extent, start = _extent(varlen_ptr, b0, b, T, B)
     t = d * (T - 1 - start)
@@ -106,18 +146,10 @@ def gru_forward_kernel(
         else:
             row_after = _row(varlen_ptr, t + 2 * step, b0, d, T, B)
         next_r, next_z, next_n = _load_gates_in(gi_ptr, row_next, offs_gi, mask_next, H)
-        zero = tl.zeros([HP, N], tl.float32)
-        x = h
-        if SPLIT:
-            x = h * h_scale
-        h_r = _product(w_r, x, zero, SPLIT, PRECISION)
-        h_z = _product(w_z, x, zero, SPLIT, PRECISION)
-        q = _product(w_n, x, zero, SPLIT, PRECISION)
-        if SPLIT:
-            h_r *= unscale * w_r[2]
-            h_z *= unscale * w_z[2]
-            q *= unscale * w_n[2]
-        q += b_hn
+        x = _from_tile(h, HP, N) * scale
+        h_r = _to_tile(_product(w_r, x, unscale, SPLIT, PRECISION), HP, N)
+        h_z = _to_tile(_product(w_z, x, unscale, SPLIT, PRECISION), HP, N)
+        q = _to_tile(_product(w_n, x, unscale, SPLIT, PRECISION), HP, N) + b_hn
         r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, ACCURATE)
         if varlen_ptr is None:
             h = h_new
@@ -140,18 +172,16 @@ def gru_backward_kernel(
     dy_ptr, dh_n_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dgi_ptr, dq_ptr, dh0_ptr, varlen_ptr, h_prev_ptr, T, B,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b0, d, i, k, b = _tile(HP, N)
-    mask = (i < H) & (b0 + b < B)
+    b0, d, i, k, _ = _block(HP, N)
     # Transposed: element (i, k) of the operand is w_hh[gate, k, i].
-    w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + k * H + i, (i < H) & (k < H), H, SPLIT)
+    w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + k * H + i, (i < H) & (k < H), H, HP, SPLIT)
+    i, b = _tile(HP, N)
+    mask = (i < H) & (b0 + b < B)
 
     offs_gi = b * (2 * 3 * H) + i
     offs_y = b * (2 * H) + i
     offs_h = (d.to(tl.int64) * B + b0) * H + b * H + i
     dh = tl.load(dh_n_ptr + offs_h, mask, 0.0).to(tl.float32)
-    w_peak = 1.0
-    if SPLIT:
-        w_peak = tl.maximum(tl.maximum(w_r[2], w_z[2]), w_n[2])
 
     extent, start = _extent(varlen_ptr, b0, b, T, B)
     t = (1 - d) * (T - 1 - start)
@@ -177,20 +207,17 @@ def gru_backward_kernel(
             dy_ptr, y_ptr, h0_ptr, gates_ptr, varlen_ptr, row_next, row_after, t + step, s + 1, T, b0, d, i, b,
             extent, B, H,
         )  # fmt: skip
+        x_r, x_z, x_n = _from_tile(da_r, HP, N), _from_tile(da_z, HP, N), _from_tile(dq, HP, N)
+        unscale = 1.0
         if SPLIT:
             # Gradients have no bound, so each batch row is scaled by its own largest one.
-            a_peak = _peak(tl.maximum(tl.maximum(tl.abs(da_r), tl.abs(da_z)), tl.abs(dq)), 0)[None, :]
-            # The three products add up in one accumulator, so all carry the scale 1024 / w_peak * 1024 / a_peak.
-            scale = 1024.0 / a_peak
-            acc = tl.zeros([HP, N], tl.float32)
-            acc = _product(w_r, da_r * (scale * (w_r[2] / w_peak)), acc, SPLIT, PRECISION)
-            acc = _product(w_z, da_z * (scale * (w_z[2] / w_peak)), acc, SPLIT, PRECISION)
-            acc = _product(w_n, dq * (scale * (w_n[2] / w_peak)), acc, SPLIT, PRECISION)
-            dh += acc * (a_peak * (w_peak * (1.0 / (1024.0 * 1024.0))))
-        else:
-            dh = _product(w_r, da_r, dh, SPLIT, PRECISION)
-            dh = _product(w_z, da_z, dh, SPLIT, PRECISION)
-            dh = _product(w_n, dq, dh, SPLIT, PRECISION)
+            peak = _peak(tl.maximum(tl.maximum(tl.abs(x_r), tl.abs(x_z)), tl.abs(x_n)), 0)[None, :]
+            scale = 1024.0 / peak
+            x_r, x_z, x_n = x_r * scale, x_z * scale, x_n * scale
+            unscale = peak * (1.0 / 1024.0)
+        dh += _to_tile(_product(w_r, x_r, unscale, SPLIT, PRECISION), HP, N)
+        dh += _to_tile(_product(w_z, x_z, unscale, SPLIT, PRECISION), HP, N)
+        dh += _to_tile(_product(w_n, x_n, unscale, SPLIT, PRECISION), HP, N)
         stored = _row(varlen_ptr, t, b0, d, T, B) if varlen_ptr is None else row
         _store_gate_gradients(dgi_ptr, dq_ptr, stored, offs_gi, offs_y, present, da_r, da_z, da_n, dq, H)
         if varlen_ptr is not None:
@@ -211,7 +238,7 @@ def gru_forward_streamed_kernel(
     BH: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):  # fmt: skip
-    b0, d, rows, columns, b = _tile(BH, N)
+    b0, d, rows, columns, b = _block(BH, N)
     mask_b = b0 + b < B
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     state_ptr += (d.to(tl.int64) * B + b0) * H
@@ -260,7 +287,7 @@ def gru_backward_streamed_kernel(
     dy_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dh_ptr, dgi_ptr, dq_ptr, varlen_ptr, h_prev_ptr, T, B, hidden,
     H: tl.constexpr, BH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b0, d, rows, columns, b = _tile(BH, N)
+    b0, d, rows, columns, b = _block(BH, N)
     mask_b = b0 + b < B
     w_ptr = w_hh_ptr + d.to(tl.int64) * (3 * H * H)
     dh_ptr += (d.to(tl.int64) * B + b0) * H + b * H
@@ -337,7 +364,7 @@ class TritonKernel(Kernel):
         gru_forward_streamed_kernel[-(-batch // config.rows), 2](
             gi, w_hh, gi if b_hn is None else b_hn, state, y, gates, table, steps, batch, hidden, H=hidden,
             HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, ACCURATE=config.accurate, **config.constants(),
-            **config.options(varlen is not None),
+            **config.options(),
         )  # fmt: skip
         h_n.copy_(state[steps % 2])
 
@@ -351,7 +378,7 @@ class TritonKernel(Kernel):
         dh = dh_n.to(torch.float32, copy=True)
         gru_backward_streamed_kernel[-(-batch // config.rows), 2](
             dy, y, gates, h0, w_hh, dh, dgi, dq, table, h_prev, steps, batch, hidden, H=hidden, **config.constants(),
-            **config.options(varlen is not None),
+            **config.options(),
         )  # fmt: skip
         dh0.copy_(dh)
 

@@ -114,8 +114,11 @@ class TestBudget:
         assert resources.budget(self.case(), (3, 6)) == (310, 1)
         assert resources.budget(self.case(), (3, 10)) == (356, 1)
 
+    def test_of_the_portable_kernel(self):
+        assert resources.budget(CASE, (3, 6)) == (470, 2)
+
     def test_only_where_it_is_stated(self):
-        assert resources.budget(CASE) is None
+        assert resources.budget(replace(CASE, save=False)) is None
         assert resources.budget(self.case(arch="sm_80")) is None
         assert resources.budget(self.case(hidden=64)) is None
         wide = choose_resident(replace(FULL, dtype=torch.bfloat16), 4096)
