@@ -38,6 +38,9 @@
 #define CHUNK_ROWS 64  /* rows whose input product is made at once: as many steps as they hold, at least one */
 #define MOST_UNITS 128 /* of a gate whose weights' gradients a program computes: so many rows of dgi fit the L2 cache */
 #define INPUT_ROWS 256 /* whose gradient a program computes, at most: they repay reading W_ih */
+#ifndef THREAD_WORK
+#define THREAD_WORK 500000 /* multiplications that repay a thread */
+#endif
 
 // Every field is one word, so that Python passes a list of integers.
 struct forward {
@@ -420,7 +423,7 @@ static void products(const struct job *job, intptr_t program, char *scratch) {
   }
 }
 
-static void *work(void *argument) {
+static void *do_programs(void *argument) {
   struct job *job = argument;
   char *scratch = job->scratch + atomic_fetch_add(&job->threads, 1) * job->scratch_bytes;
   for (intptr_t i; (i = atomic_fetch_add(&job->next, 1)) < job->programs;) job->program(job, i, scratch);
@@ -436,9 +439,11 @@ static intptr_t block_rows(intptr_t B, intptr_t threads) {
   return rows < MAX_ROWS ? rows : (rows + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
 }
 
-static int run(struct job *job, intptr_t threads) {
+// `work` counts multiplications: a thread that would do few of them costs more than it saves.
+static int run(struct job *job, intptr_t threads, intptr_t work) {
   pthread_t others[64];
   int started = 0;
+  if (threads > 1 + work / THREAD_WORK) threads = 1 + work / THREAD_WORK;
   if (threads > job->programs) threads = job->programs;
   if (threads > 65) threads = 65;
   void *memory;
@@ -455,9 +460,9 @@ static int run(struct job *job, intptr_t threads) {
   }
 #endif
   // Where the system refuses a thread the others do its work.
-  while (started < threads - 1 && !pthread_create(&others[started], &attributes, work, job)) started++;
+  while (started < threads - 1 && !pthread_create(&others[started], &attributes, do_programs, job)) started++;
   pthread_attr_destroy(&attributes);
-  work(job);
+  do_programs(job);
   while (started) pthread_join(others[--started], NULL);
   free(memory);
   return 0;
@@ -470,7 +475,7 @@ static int run_forward(const void *call, intptr_t threads) {
   intptr_t rows = block_rows(c->B, threads), blocks = (c->B + rows - 1) / rows;
   struct job job = {forward, call, .rows = rows, .programs = 2 * blocks};
   job.scratch_bytes = lay_out_forward(&s, c, rows, NULL);
-  return run(&job, threads);
+  return run(&job, threads, c->T * c->B * 6 * c->H * (c->I + c->H));
 }
 static int run_backward(const void *call, intptr_t threads) {
   const struct backward *c = call;
@@ -478,7 +483,7 @@ static int run_backward(const void *call, intptr_t threads) {
   intptr_t rows = block_rows(c->B, threads), blocks = (c->B + rows - 1) / rows;
   struct job job = {backward, call, .rows = rows, .programs = 2 * blocks};
   job.scratch_bytes = lay_out_backward(&s, c, rows, NULL);
-  return run(&job, threads);
+  return run(&job, threads, c->T * c->B * 6 * c->H * c->H);
 }
 static int run_products(const void *call, intptr_t threads) {
   const struct products *c = call;
@@ -490,7 +495,7 @@ static int run_products(const void *call, intptr_t threads) {
   job.rows = rows < INPUT_ROWS ? rows : INPUT_ROWS;
   job.programs = 6 * job.parts + (c->dx ? (c->P + job.rows - 1) / job.rows : 0);
   job.scratch_bytes = lay_out_products(&s, NULL);
-  return run(&job, threads);
+  return run(&job, threads, c->P * 6 * c->H * (c->I + c->H));
 }
 
 #ifdef MODULE

@@ -3,6 +3,7 @@
 // Exit code 0 if y, h_n, the gates and every gradient of many shapes are right, of sequences of one length and of several,
 // and y for a given input product.
 
+#define THREAD_WORK 1 /* two threads for every shape */
 #include "../../bigru/kernels/cpu_recurrence.c"
 #include <math.h>
 #include <stdio.h>

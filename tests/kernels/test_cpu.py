@@ -177,7 +177,8 @@ def test_special_values_go_aten_s_way(instructions, dtype, value, where):
 
 @built
 @every_set
-@pytest.mark.parametrize("shape", [(7, 1, 3, 20), (5, 11, 3, 20), (3, 130, 3, 20), (2, 3, 1, 150)], ids=str)
+# With enough work for more than one thread.
+@pytest.mark.parametrize("shape", [(60, 1, 3, 64), (30, 11, 3, 64), (3, 130, 3, 64), (2, 9, 1, 150)], ids=str)
 def test_the_same_bits_for_any_number_of_threads(instructions, shape, threads):
     inputs = layer_inputs(shape, torch.float32)
 
@@ -200,7 +201,7 @@ def test_a_sequence_s_bits_do_not_depend_on_the_batch():
 @built
 def test_eight_python_threads(threads):
     threads(2)
-    calls = [layer_inputs((9, 1 + 5 * i, 3, 20), torch.float32, seed=i) for i in range(8)]
+    calls = [layer_inputs((60, 1 + 5 * i, 3, 64), torch.float32, seed=i) for i in range(8)]
 
     def run(inputs):
         return [KERNEL.layer(inputs[0], inputs[1], inputs[2:])[0] for _ in range(20)]
@@ -218,8 +219,8 @@ import os, torch
 from bigru.kernels.cpu import KERNEL
 torch.set_num_threads(2)
 torch.manual_seed(0)
-x, h0 = torch.randn(5, 9, 3), torch.randn(2, 9, 4)
-weights = [torch.randn(12, 3), torch.randn(12, 4), torch.randn(12), torch.randn(12)] * 2
+x, h0 = torch.randn(60, 9, 3), torch.randn(2, 9, 64)
+weights = [torch.randn(192, 3), torch.randn(192, 64), torch.randn(192), torch.randn(192)] * 2
 y, _ = KERNEL.layer(x, h0, weights)
 child = os.fork()
 if child == 0:
