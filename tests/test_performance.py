@@ -1,25 +1,23 @@
 """The performance document: what its first screen says of a record, and records of every broken kind."""
 
-from __future__ import annotations
-
 import json
-import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 # The benchmarks are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from report.documents import tables
+
 from benchmarks import plots, report
 from bigru.kernels.record import Check, Record, RecordError, Row, read_record, read_records
 from bigru.report.__main__ import main as bigru_report
 
 
-def row(mode: str = "forward", batch: int = 64, ours: float = 40.0, theirs: float = 50.0, **changes: Any) -> Row:
+def row(mode="forward", batch=64, ours=40.0, theirs=50.0, **changes):
     """A row of the main workload; the ratio's quartiles lie 10 % around it."""
     ratio = theirs / ours
     figures = {"ours_ms": ours, "rival_ms": theirs, "ratio": ratio, "low": 0.9 * ratio, "high": 1.1 * ratio}
@@ -27,29 +25,23 @@ def row(mode: str = "forward", batch: int = 64, ours: float = 40.0, theirs: floa
     return Row(**{"group": "layer", "mode": mode, "batch": batch, "steps": 60, "hidden": 128} | about | changes)
 
 
-def record(rows: list[Row], date: str = "2026-12-01T10:20:30+00:00", **changes: Any) -> Record:
-    about: dict[str, Any] = {"command": "python -m benchmarks.cpu", "machine": {"name": "Test CPU", "cores": 2}}
+def record(rows, date="2026-12-01T10:20:30+00:00", **changes):
+    about = {"command": "python -m benchmarks.cpu", "machine": {"name": "Test CPU", "cores": 2}}
     about |= {"kind": "cpu", "versions": {"torch": "9.9.9", "triton": None}, "date": date, "rows": rows}
     return Record(**about | changes)
 
 
-def gpu_record(rows: list[Row], **changes: Any) -> Record:
+def gpu_record(rows, **changes):
     return record(rows, kind="gpu", machine={"name": "Test Card", "capability": [9, 0]}, **changes)
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    found = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    cells = [[re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in table.splitlines()] for table in found]
-    return [[[cell.strip() for cell in line] for line in (lines[0], *lines[2:])] for lines in cells]
-
-
 @pytest.fixture
-def write(tmp_path: Path):
+def write(tmp_path):
     """Writes records and the document of them; returns its text."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
 
-    def write(*records: Record) -> str:
+    def write(*records):
         for one in records:
             one.write(results)
         report.write_performance(results, tmp_path / "PERFORMANCE.md")
@@ -59,7 +51,7 @@ def write(tmp_path: Path):
     return write
 
 
-def test_the_first_screen_says_where_and_by_how_much(write) -> None:
+def test_the_first_screen_says_where_and_by_how_much(write):
     rows = [
         row("forward", 1, 2.0, 6.0),
         row("training", 1, 6.0, 36.0),
@@ -89,7 +81,8 @@ def test_the_first_screen_says_where_and_by_how_much(write) -> None:
     assert "- layer, forward, B=64 T=60 H=128 fp32, cpu beside nn.GRU, 1 thread: 0.95" in text
 
 
-def test_no_heading_without_a_figure_and_few_rows_first(write) -> None:
+@pytest.mark.usefixtures("blank_pictures")
+def test_no_heading_without_a_figure_and_few_rows_first(write):
     text = write(record([row(mode, batch) for mode in ("forward", "training") for batch in (1, 2, 8, 16, 64, 256)]))
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# Performance",
@@ -99,13 +92,14 @@ def test_no_heading_without_a_figure_and_few_rows_first(write) -> None:
     assert [line[1] for line in tables(text)[0][1:]] == ["1", "16", "64", "256"] * 2
 
 
-def test_without_any_record(write) -> None:
+def test_without_any_record(write):
     text = write()
     assert text.startswith(f"# Performance\n\n{report.NO_GPU}\n\nNothing has been measured yet.\n\n<sub>")
     assert "##" not in text
 
 
-def test_a_gpu_comes_first_by_its_own_time_with_checks_and_reasons(write) -> None:
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_gpu_comes_first_by_its_own_time_with_checks_and_reasons(write):
     about = {"candidate": "triton", "threads": None}
     rows = [row(ours=1.0, theirs=2.0, **about, clock="gpu"), row(ours=2.0, theirs=1.0, **about)]
     refused = Row("layer", "forward", "resident", "nn.GRU", 64, 60, 512, status="refused", message="a | too wide")
@@ -123,7 +117,8 @@ def test_a_gpu_comes_first_by_its_own_time_with_checks_and_reasons(write) -> Non
         assert len({len(line) for line in table}) == 1
 
 
-def test_records_by_date(write) -> None:
+@pytest.mark.usefixtures("blank_pictures")
+def test_records_by_date(write):
     old, new = record([row(ours=80.0)], "2026-11-01T00:00:00+00:00"), record([row()])
     text = write(old, new)
     assert tables(text)[1] == [
@@ -143,7 +138,7 @@ def test_records_by_date(write) -> None:
     assert "5.00 times as fast in forward" in text
 
 
-def test_the_plot_draws_the_ratios(write) -> None:
+def test_the_plot_draws_the_ratios(write):
     rows = [row("forward", batch, 10.0, 10.0 * batch) for batch in (8, 1, 64)] + [row("training", 8, threads=2)]
     forward, training = plots.speed_up(record(rows)).axes
     drawn = [
@@ -170,7 +165,8 @@ def test_the_plot_draws_the_ratios(write) -> None:
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_a_broken_record_is_named_beside_sound_ones(write, capsys, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_broken_record_is_named_beside_sound_ones(write, capsys, changes, message):
     write(record([row()]))
     broken = write.results / "broken.json"
     sound = json.loads(next(write.results.iterdir()).read_text())
@@ -184,7 +180,7 @@ def test_a_broken_record_is_named_beside_sound_ones(write, capsys, changes: dict
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"{}"])
-def test_broken_records_alone_write_nothing(write, capsys, content: bytes) -> None:
+def test_broken_records_alone_write_nothing(write, capsys, content):
     (write.results / "a.json").write_bytes(content)
     out = write.results / "PERFORMANCE.md"
     assert report.main(["--results", str(write.results), "--out", str(out)]) == 2
@@ -193,7 +189,7 @@ def test_broken_records_alone_write_nothing(write, capsys, content: bytes) -> No
     assert report.main(["--results", str(out)]) == 2
 
 
-def test_a_record_comes_back_as_it_was_and_a_second_replaces_none(tmp_path: Path) -> None:
+def test_a_record_comes_back_as_it_was_and_a_second_replaces_none(tmp_path):
     first = record([row()], checks=[Check("a", "b", "passed")])
     path = first.write(tmp_path)
     assert asdict(read_record(path)) == asdict(first)
@@ -204,7 +200,7 @@ def test_a_record_comes_back_as_it_was_and_a_second_replaces_none(tmp_path: Path
     assert [one.date[17:19] for one in read_records(tmp_path)[0]] == ["30", "31"]
 
 
-def test_the_documents_in_the_repository_are_their_records(tmp_path: Path) -> None:
+def test_the_documents_in_the_repository_are_their_records(tmp_path):
     root = Path(__file__).resolve().parents[1]
     records, broken = read_records(root / "benchmarks" / "results")
     assert broken == {}
@@ -212,6 +208,6 @@ def test_the_documents_in_the_repository_are_their_records(tmp_path: Path) -> No
     assert report.document(records, {}, "benchmarks/results", drawn) == (root / "PERFORMANCE.md").read_text()
 
 
-def test_numbers_keep_their_digits() -> None:
+def test_numbers_keep_their_digits():
     values = (0.0123456, 9.996, 12.345, 1234.6, None, float("nan"))
     assert [report.significant(value) for value in values] == ["0.0123", "10.0", "12.3", "1,235", "-", "-"]

@@ -1,30 +1,25 @@
 """Fabricates run folders as the trainer writes them."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from bigru.config import TrainConfig
 
-CONFIG: dict[str, dict[str, Any]] = TrainConfig().as_dict()
+CONFIG = TrainConfig().as_dict()
 
 
-def scores(mpjpe: float, ade: float, fde: float, joint_error: float, windows: int = 123) -> dict[str, float]:
+def scores(mpjpe, ade, fde, joint_error, windows=123):
     named = {"mpjpe": mpjpe, "ade": ade, "fde": fde, "joint_error": joint_error}
     return named | {"joint_error_px": joint_error * 700, "windows": windows}
 
 
-def series(joint_error: list[float]) -> dict[str, list[float]]:
+def series(joint_error):
     return {"joint_error": joint_error, "joint_error_px": [700 * error for error in joint_error]}
 
 
-def fabricate_summary(stamp: str, epochs: int, predicted: int = 60) -> dict[str, Any]:
+def fabricate_summary(stamp, epochs, predicted=60):
     ahead = np.arange(1, predicted + 1) / predicted
     day, time = stamp.split("_")
     started = f"{day[:4]}-{day[4:6]}-{day[6:]} {time[:2]}:{time[2:4]}:{time[4:]}"
@@ -82,13 +77,13 @@ def fabricate_summary(stamp: str, epochs: int, predicted: int = 60) -> dict[str,
     }
 
 
-def fabricate_metrics(epochs: int, seed: int = 0) -> list[dict[str, float]]:
+def fabricate_metrics(epochs, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
     for epoch in range(1, epochs + 1):
         level = 0.8 + 8 * np.exp(-epoch / 3)
         wobble = rng.lognormal(0, 0.12, size=2)
-        row: dict[str, float] = {"epoch": epoch}
+        row = {"epoch": epoch}
         for name, scale in (("mpjpe", 1.0), ("ade", 0.035), ("fde", 0.04), ("joint_error", 0.11), ("loss", 0.02)):
             row[f"tr_{name}"] = scale * level * wobble[0]
             row[f"va_{name}"] = 1.25 * scale * level * wobble[1]
@@ -97,33 +92,19 @@ def fabricate_metrics(epochs: int, seed: int = 0) -> list[dict[str, float]]:
     return rows
 
 
-def hand(size: float, curl: np.ndarray, mirror: float) -> np.ndarray:
-    """A hand seen from above, fingers up the image, in half image heights from its wrist: (T, 21, 2)."""
-    angles = np.radians([-50.0, -20.0, -3.0, 13.0, 30.0]) * mirror
-    reaches = ([0.28, 0.55, 0.78, 0.98], *([0.9, 1.25, 1.48, 1.68 - 0.15 * abs(finger - 1)] for finger in range(4)))
-    joints = np.zeros((len(curl), 21, 2))
-    for finger, (angle, reach) in enumerate(zip(angles, reaches, strict=True)):
-        for joint, length in enumerate(reach):
-            bent = np.asarray(length * (1 - 0.12 * joint * curl * (finger > 0)))
-            # Fingers fan out less than the bones of the palm.
-            turn = angle * (1 - 0.12 * joint)
-            joints[:, 1 + 4 * finger + joint] = size * bent[:, None] * np.array([np.sin(turn), -np.cos(turn)])
-    return joints
-
-
-def fabricate_samples(windows: int = 3, observed: int = 60, predicted: int = 60) -> dict[str, np.ndarray]:
-    """Two hands that swing towards each other while the fingers bend; the forecast drifts from the truth."""
+def fabricate_samples(windows=3, observed=60, predicted=60):
+    """Two hands that swing towards each other; the forecast drifts from the truth."""
     time = np.linspace(0, 2, observed + predicted)
     rng = np.random.default_rng(3)
+    # Of no hand's looks, around the wrist.
+    joints = rng.uniform(-0.2, 0.2, size=(2, 21, 2))
+    joints[:, 0] = 0
     poses, drifts = [], []
     for window in range(windows):
         half_gap = 0.20 + 0.06 * np.sin(1.5 * time + window)
         midpoint = np.stack([half_gap, 0.10 * np.sin(time + window)], axis=-1)
-        curl = 0.5 + 0.4 * np.sin(2 * time + window)
-        # x counts half image widths, y half image heights.
-        left = hand(0.21, curl, 1.0) * [0.5625, 1] - midpoint[:, None]
-        right = hand(0.21, curl, -1.0) * [0.5625, 1] + midpoint[:, None]
-        poses.append(np.stack([left, right], axis=1).reshape(len(time), 84))
+        wrists = np.stack([-midpoint, midpoint], axis=1)
+        poses.append((wrists[:, :, None] + joints).reshape(len(time), 84))
         steps = np.linspace(0, 1, predicted)[:, None, None] * rng.normal(0, 0.03 * (window + 1), size=(1, 2, 2))
         drifts.append(np.repeat(steps[:, :, None], 21, axis=2).reshape(predicted, 84))
     truth, drift = np.array(poses, dtype=np.float32), np.array(drifts, dtype=np.float32)
@@ -144,18 +125,18 @@ def fabricate_samples(windows: int = 3, observed: int = 60, predicted: int = 60)
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
+def no_figures(blank_pictures, monkeypatch):
+    """For what is asked of the document and of its files alone: not even figures are made."""
+    names = "figures.learning_curves figures.forecasts breakdown_figures.horizon breakdown_figures.joints"
+    for name in (*names.split(), "comparison_figures.comparison"):
+        monkeypatch.setattr(f"bigru.report.{name}", lambda *_: None)
+
+
+@pytest.fixture
+def make_run(tmp_path):
     """Writes `<tmp_path>/runs/<stamp>`; keywords replace the metrics, entries of the summary, config or samples."""
 
-    def make(
-        stamp: str = "20261123_224500",
-        epochs: int = 30,
-        metrics: list[dict[str, float]] | None = None,
-        summary: dict[str, Any] | None = None,
-        config: dict[str, dict[str, Any]] | None = None,
-        samples: dict[str, np.ndarray] | None = None,
-        windows: int = 1,
-    ) -> Path:
+    def make(stamp="20261123_224500", epochs=30, metrics=None, summary=None, config=None, samples=None, windows=1):
         run = tmp_path / "runs" / stamp
         run.mkdir(parents=True)
         rows = fabricate_metrics(epochs) if metrics is None else metrics

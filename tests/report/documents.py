@@ -1,17 +1,13 @@
 """What the tests of the document share: its headings, and how its text and tables are read."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
+import re
 
 from bigru.report import comparison, document
 from bigru.report.record import read_run
 
 STAMP, LATER = "20261123_224500", "20261124_101112"
 PLOTS = ("learning_curves", "forecasts", "horizon", "joints")
-MakeRun = Callable[..., Path]
 
 # Typed from the published document, the parts of which must not drift.
 PUBLISHED_HEAD = """\
@@ -45,28 +41,28 @@ RUN_HEADINGS = [
 ]
 
 
-def report(run: Path) -> str:
+def report(run):
     """Returns the document of a folder of runs, without drawing its pictures."""
     read_run(run)
     return document.text(*comparison.runs_in(run.parent), run.parent)
 
 
-def headings(text: str) -> list[str]:
+def headings(text):
     return [line for line in text.splitlines() if line.startswith("#")]
 
 
-def table_under(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table after a heading, rule left out."""
-    lines = text[text.index(f"\n{heading}\n") :].splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = []
-    for line in lines[first:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return [rows[0], *rows[2:]]
+def tables(text):
+    """The cells of each table, rules left out."""
+    found = re.findall(r"(?:^\|.*\n)+", f"{text}\n", re.MULTILINE)
+    # An escaped bar is text, not the end of a cell.
+    cells = [[re.split(r"(?<!\\)\|", line[1:].rstrip("|")) for line in table.splitlines()] for table in found]
+    return [[[cell.strip() for cell in line] for line in (lines[0], *lines[2:])] for lines in cells]
 
 
-def edit_summary(run: Path, **changes: object) -> None:
+def table_under(text, heading):
+    return tables(text[text.index(f"\n{heading}\n") :])[0]
+
+
+def edit_summary(run, **changes):
     path = run / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,7 +1,5 @@
 """The document of a folder: several runs and copies, broken ones, odd paths, an older document, two reports at once."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -20,7 +18,6 @@ from report.documents import (
     PUBLISHED_HEAD,
     RUN_HEADINGS,
     STAMP,
-    MakeRun,
     edit_summary,
     headings,
     report,
@@ -30,10 +27,10 @@ from report.documents import (
 from bigru.report import RunError, write_report
 from bigru.report.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-def test_a_second_run_has_its_section_and_the_comparison_follows(make_run: MakeRun) -> None:
+def test_a_second_run_has_its_section_and_the_comparison_follows(make_run):
     first = report(make_run(epochs=2))
     assert "All runs" not in first
     both = report(make_run(LATER, epochs=2))
@@ -61,8 +58,8 @@ def test_a_second_run_has_its_section_and_the_comparison_follows(make_run: MakeR
     assert both.endswith("\n<!-- end of all runs -->\n")
 
 
-def test_another_model_is_described_in_its_own_section(make_run: MakeRun) -> None:
-    make_run()
+def test_another_model_is_described_in_its_own_section(make_run):
+    make_run(epochs=2)
     modules = [{"module": "encoder.core", "params": 1_234_567}, {"module": "pose_head.1", "params": 0}]
     text = report(make_run(LATER, summary={"total_params": 1_234_567, "modules": modules}))
     assert text.startswith(PUBLISHED_HEAD)
@@ -72,9 +69,7 @@ def test_another_model_is_described_in_its_own_section(make_run: MakeRun) -> Non
     assert text.count("Model parameter breakdown") == 2
 
 
-def test_other_runs_that_are_broken_are_named_and_harm_nothing(
-    make_run: MakeRun, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_runs_that_are_broken_are_named_and_harm_nothing(make_run, caplog):
     run = make_run(epochs=2)
     alone = report(run)
     broken = make_run(LATER, epochs=2)
@@ -91,7 +86,7 @@ def test_other_runs_that_are_broken_are_named_and_harm_nothing(
     assert [LATER in caplog.messages[0], "best run" in caplog.messages[1], len(caplog.messages)] == [True, True, 2]
 
 
-def test_a_path_that_is_not_utf_8(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_that_is_not_utf_8(make_run, capsys):
     source = os.fsdecode(b"d\xe4ta|x")
     run = make_run(epochs=2, config={"data": {"data_root": source}})
     data = json.loads((run / "summary.json").read_text())["data"]
@@ -115,9 +110,7 @@ def test_a_path_that_is_not_utf_8(make_run: MakeRun, capsys: pytest.CaptureFixtu
     ("content", "why"),
     [("Grüße\n".encode("latin-1"), "was not written by bigru.report"), (b"<!-- run gone -->\n", "no longer there (1)")],
 )
-def test_an_old_document_that_says_more_is_kept(
-    make_run: MakeRun, caplog: pytest.LogCaptureFixture, content: bytes, why: str
-) -> None:
+def test_an_old_document_that_says_more_is_kept(make_run, caplog, content, why):
     run = make_run(epochs=2)
     (run.parent / "results_bigru.md").write_bytes(content)
     path = write_report(run)
@@ -128,7 +121,7 @@ def test_an_old_document_that_says_more_is_kept(
     assert path.with_name("results_bigru.md.old").read_bytes() == content
 
 
-def test_a_run_that_finishes_while_another_waits_to_report_is_in_the_document(make_run: MakeRun) -> None:
+def test_a_run_that_finishes_while_another_waits_to_report_is_in_the_document(make_run):
     run = make_run(STAMP, epochs=2)
     with (run.parent / ".results_bigru.md.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -144,15 +137,15 @@ def test_a_run_that_finishes_while_another_waits_to_report_is_in_the_document(ma
     assert [text.count(f"\n<!-- run {stamp} -->\n") for stamp in (STAMP, LATER)] == [1, 1]
 
 
-def test_a_file_system_without_locks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+def test_a_file_system_without_locks(make_run, monkeypatch):
+    def refuse(*_):
         raise OSError("Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
     assert f"<!-- run {STAMP} -->" in write_report(make_run(epochs=2)).read_text()
 
 
-def test_a_copy_of_a_run_has_its_own_section_and_pictures(make_run: MakeRun) -> None:
+def test_a_copy_of_a_run_has_its_own_section_and_pictures(make_run):
     run = make_run(epochs=2)
     copy = shutil.copytree(run, run.with_name(f"{STAMP}_copy"))
     text = write_report(copy).read_text()
@@ -163,14 +156,14 @@ def test_a_copy_of_a_run_has_its_own_section_and_pictures(make_run: MakeRun) -> 
 
 
 @pytest.mark.parametrize("name", ["best run", "20261123_224500-->", "läufe"])
-def test_a_name_that_the_document_cannot_use(make_run: MakeRun, name: str) -> None:
+def test_a_name_that_the_document_cannot_use(make_run, name):
     run = make_run()
     with pytest.raises(RunError, match=r"a run folder's name should be letters, digits and underscores, got '"):
         write_report(run.rename(run.with_name(name)))
     assert not (run.parent / "results_bigru.md").exists()
 
 
-def test_out_folder(make_run: MakeRun, tmp_path: Path) -> None:
+def test_out_folder(make_run, tmp_path):
     run = make_run(epochs=2)
     path = write_report(run, tmp_path / "new" / "place")
     assert path == tmp_path / "new" / "place" / "results_bigru.md"

@@ -1,21 +1,16 @@
 """A run folder's files against everything that can break in them, and what the command says of it."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from report.documents import PLOTS
 
 from bigru.report import RunError, write_report
 from bigru.report.__main__ import main
 from bigru.report.record import read_run
 
-PLOTS = ("learning_curves", "forecasts", "horizon", "joints")
-MakeRun = Callable[..., Path]
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
         pytest.param(3, "", r"metrics\.jsonl:3: not valid JSON", id="blank"),
     ],
 )
-def test_broken_metrics_are_named_with_their_line(make_run: MakeRun, line: int, broken: str, message: str) -> None:
+def test_broken_metrics_are_named_with_their_line(make_run, line, broken, message):
     run = make_run(epochs=6)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[line - 1] = broken
@@ -39,7 +34,7 @@ def test_broken_metrics_are_named_with_their_line(make_run: MakeRun, line: int, 
         read_run(run)
 
 
-def test_run_without_an_epoch(make_run: MakeRun) -> None:
+def test_run_without_an_epoch(make_run):
     with pytest.raises(RunError, match="no complete epoch"):
         read_run(make_run(metrics=[]))
 
@@ -64,7 +59,7 @@ def test_run_without_an_epoch(make_run: MakeRun) -> None:
         pytest.param({"environment": None}, r"summary\.json: ", id="no object"),
     ],
 )
-def test_broken_summary_is_named(make_run: MakeRun, changes: dict[str, object], message: str) -> None:
+def test_broken_summary_is_named(make_run, changes, message):
     with pytest.raises(RunError, match=message):
         read_run(make_run(epochs=6, summary=changes))
 
@@ -79,21 +74,21 @@ def test_broken_summary_is_named(make_run: MakeRun, changes: dict[str, object], 
         pytest.param({"stem": np.array([None])}, "Object arrays cannot be loaded", id="pickled"),
     ],
 )
-def test_broken_samples_are_named(make_run: MakeRun, samples: dict[str, np.ndarray], message: str) -> None:
+def test_broken_samples_are_named(make_run, samples, message):
     with pytest.raises(RunError, match=rf"samples\.npz: {message}"):
         read_run(make_run(samples=samples))
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "samples.npz"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"[]", b'{"data": 1}', b"\xff\xfe", b"[" * 9999])
-def test_any_file_of_other_content_is_named(make_run: MakeRun, name: str, content: bytes) -> None:
+def test_any_file_of_other_content_is_named(make_run, name, content):
     run = make_run()
     (run / name).write_bytes(content)
     with pytest.raises(RunError, match=rf"{re.escape(name)}\b"):
         read_run(run)
 
 
-def test_command_prints_the_paths(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_paths(make_run, capsys):
     run = make_run()
     assert main([str(run)]) == 0
     pictures = [str(run.parent / "plots" / f"{run.name}_bigru_{name}.png") for name in PLOTS]
@@ -101,9 +96,7 @@ def test_command_prints_the_paths(make_run: MakeRun, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "config.json", "metrics.jsonl", None])
-def test_command_refuses_in_one_line(
-    make_run: MakeRun, capsys: pytest.CaptureFixture[str], missing: str | None
-) -> None:
+def test_command_refuses_in_one_line(make_run, capsys, missing):
     run = make_run()
     if missing:
         (run / missing).unlink()
@@ -115,7 +108,7 @@ def test_command_refuses_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["summary.json", "samples.npz"])
-def test_unfinished_run_says_how_to_resume(make_run: MakeRun, name: str) -> None:
+def test_unfinished_run_says_how_to_resume(make_run, name):
     run = make_run()
     (run / name).unlink()
     with pytest.raises(RunError, match=rf"no {name}: .*python -m bigru\.train --resume {re.escape(str(run))}"):
