@@ -1,7 +1,7 @@
 """Settings of a run, and runs that several tests only read or go on with."""
 
 import pytest
-from training.runs import killed_run, make_up, stop_in, train
+from training.runs import killed_run, main, make_up, stop_in, train
 
 
 @pytest.fixture
@@ -13,6 +13,20 @@ def config(tmp_path):
 def whole(tmp_path_factory):
     """The folder of a run that nothing stopped, to be read only."""
     return train(make_up(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Asserts that the command ends with 2 and these words; returns all that it said."""
+
+    def refused(words, *argv, **parts):
+        assert main([*argv], **parts) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert "Traceback" not in said
+        return said
+
+    return refused
 
 
 @pytest.fixture

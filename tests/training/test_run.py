@@ -12,26 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.runs import (
-    COLUMNS,
-    FRAMES,
-    assert_same,
-    change,
-    checkpoint_of,
-    dataset,
-    killed_run,
-    main,
-    make_up,
-    network_of,
-    only_run,
-    options,
-    rows,
-    same_weights,
-    stop_in,
-    summary_of,
-    timeless,
-    train,
-)
+from training import runs
 
 from bigru.config import OptimConfig
 from bigru.data.windows import NoWindowsError, Windows
@@ -45,24 +26,24 @@ from bigru.training.trainer import Trainer, learning_rate
 def test_a_run_leaves_a_whole_folder(whole):
     names = "config.json data.json metrics.jsonl train.log skipped.tsv checkpoint.pt weights.safetensors"
     assert {file.name for file in whole.iterdir()} == {*names.split(), "summary.json", "samples.npz", "run.lock"}
-    assert json.loads((whole / "config.json").read_text()) == make_up(whole.parents[1]).as_dict()
+    assert json.loads((whole / "config.json").read_text()) == runs.make_up(whole.parents[1]).as_dict()
     assert (whole / "skipped.tsv").read_text().splitlines() == [
         "stem\treason\tdetail",
         "p01-x\tshort\t3 frames, 8 needed in all",
         "p02-y\tmissing\tno file",
     ]
-    assert [row["epoch"] for row in rows(whole)] == [1, 2, 3, 4, 5, 6]
-    assert all(set(row) == COLUMNS for row in rows(whole))
-    assert rows(whole)[-1]["tr_loss"] < 0.9 * rows(whole)[0]["tr_loss"]
+    assert [row["epoch"] for row in runs.rows(whole)] == [1, 2, 3, 4, 5, 6]
+    assert all(set(row) == runs.COLUMNS for row in runs.rows(whole))
+    assert runs.rows(whole)[-1]["tr_loss"] < 0.9 * runs.rows(whole)[0]["tr_loss"]
     text = (whole / "train.log").read_text()
     assert all(words in text for words in ("epoch   6/6", "constant velocity", "CPU ("))
 
 
 def test_the_summary_is_what_the_best_weights_do(config):
     # So fast that validation gets worse again.
-    config = change(config, "optim", lr=0.3, min_lr=0.3)
-    folder = train(config)
-    summary, model, data, history = summary_of(folder), network_of(folder), dataset(), rows(folder)
+    config = runs.change(config, "optim", lr=0.3, min_lr=0.3)
+    folder = runs.train(config)
+    summary, model, data, history = runs.summary_of(folder), runs.network_of(folder), runs.dataset(), runs.rows(folder)
     assert summary["test"] == pytest.approx(summarise(evaluate(model, data.test.batches(5))).scores(), rel=1e-6)
     assert summary["test"]["windows"] == 12
     best = min(history, key=lambda row: row["va_mpjpe"])
@@ -101,7 +82,7 @@ def test_the_summary_is_what_the_best_weights_do(config):
 def test_samples_are_best_median_bad_and_worst(whole):
     with np.load(whole / "samples.npz", allow_pickle=False) as stored:
         samples = dict(stored)
-    model, test = network_of(whole), dataset().test
+    model, test = runs.network_of(whole), runs.dataset().test
     errors = [summarise(evaluate(model, [test.batch(torch.tensor([number]))])).joint_error_px for number in range(12)]
     order = np.argsort(errors)[[0, round(0.5 * 11), round(0.95 * 11), 11]]
     assert list(samples["label"]) == ["best", "median", "95th percentile", "worst"]
@@ -112,9 +93,9 @@ def test_samples_are_best_median_bad_and_worst(whole):
     np.testing.assert_allclose(samples["predicted"], model(batch.x).detach(), atol=1e-6)
     for place, number in enumerate(order):
         start = int(test.starts[number])
-        np.testing.assert_array_equal(samples["observed_present"][place], test.present[start : start + FRAMES])
+        np.testing.assert_array_equal(samples["observed_present"][place], test.present[start : start + runs.FRAMES])
         np.testing.assert_array_equal(
-            samples["target_present"][place], test.present[start + FRAMES : start + 2 * FRAMES]
+            samples["target_present"][place], test.present[start + runs.FRAMES : start + 2 * runs.FRAMES]
         )
         assert samples["stem"][place] == test.stems[test.clip[number]]
         assert samples["fps"][place] == test.fps[number]
@@ -122,26 +103,28 @@ def test_samples_are_best_median_bad_and_worst(whole):
 
 def test_two_runs_are_the_same_to_the_bit(config, whole):
     torch.rand(17)
-    assert_same(train(config), whole)
-    assert not same_weights(train(change(config, "run", seed=43)), whole)
+    runs.assert_same(runs.train(config), whole)
+    assert not runs.same_weights(runs.train(runs.change(config, "run", seed=43)), whole)
 
 
 def test_a_relative_data_root_is_found_from_any_folder(config, monkeypatch, tmp_path):
     (tmp_path / "clips").mkdir()
     monkeypatch.chdir(tmp_path)
-    folder = killed_run(change(config, "data", data_root=Path("clips")), loss=stop_in(2))
+    folder = runs.killed_run(runs.change(config, "data", data_root=Path("clips")), loss=runs.stop_in(2))
     assert json.loads((folder / "config.json").read_text())["data"]["data_root"] == str(tmp_path / "clips")
 
 
-def test_runs_of_one_second_get_folders_of_their_own(config):
-    config = change(config, "optim", epochs=1)
-    assert len({train(config) for _ in range(3)}) == 3
+def test_runs_of_one_second_get_folders_of_their_own_and_leave_no_log_handlers(config):
+    config = runs.change(config, "optim", epochs=1)
+    assert len({runs.train(config) for _ in range(3)}) == 3
+    runs.main(["--resume", "none"])
+    assert logging.getLogger("bigru.train").handlers == []
 
 
 def test_training_stops_when_validation_stalls(config):
-    config = change(config, "optim", epochs=50, patience=3, min_delta=0.05, lr=0.05)
-    folder = train(config)
-    history, summary = rows(folder), summary_of(folder)
+    config = runs.change(config, "optim", epochs=50, patience=3, min_delta=0.05, lr=0.05)
+    folder = runs.train(config)
+    history, summary = runs.rows(folder), runs.summary_of(folder)
     assert summary["stopped_early"]
     assert len(history) < 50
     (line,) = [line for line in (folder / "train.log").read_text().splitlines() if line.startswith("stopped early")]
@@ -160,10 +143,8 @@ def test_training_stops_when_validation_stalls(config):
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_what_a_run_says_fits_a_terminal_and_its_log_tells_the_time_left(config, capsys):
-    main(
-        [*options(config), "--epochs", "2", "--warmup-epochs", "3", "--amp", "bf16", "--threads", "1"],
-        write_report=write_report,
-    )
+    more = "--epochs 2 --warmup-epochs 3 --amp bf16 --threads 1"
+    runs.main([*runs.options(config), *more.split()], write_report=write_report)
     lines = capsys.readouterr().err.splitlines()
     assert max(len(line) for line in lines if line.startswith("epoch ")) <= 100
     assert re.search(r"s, 00:00 left", next(line for line in lines if line.startswith("epoch   2/2")))
@@ -197,9 +178,9 @@ def test_the_rate_of_each_step_reaches_the_optimiser(config):
             used.append(self.step.optimizer.param_groups[0]["lr"])
             super().learn(indices)
 
-    folder = train(config, trainer=Noted)
+    folder = runs.train(config, trainer=Noted)
     assert used == [learning_rate(step, 5, config.optim) for step in range(30)]
-    assert [row["lr"] for row in rows(folder)] == used[4::5]
+    assert [row["lr"] for row in runs.rows(folder)] == used[4::5]
 
 
 def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config):
@@ -211,10 +192,10 @@ def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config):
             return super().batch(indices)
 
     def load(_):
-        made = dataset()
+        made = runs.dataset()
         return dataclasses.replace(made, train=Recorded(**vars(made.train)), val=Recorded(**vars(made.val)))
 
-    train(change(config, "optim", epochs=2), load=load)
+    runs.train(runs.change(config, "optim", epochs=2), load=load)
     # The first batch is looked at before training, for the backend.
     seen = [indices for count, indices in orders if count == 21][1:]
     assert [len(indices) for indices in seen] == [4] * 10
@@ -225,9 +206,11 @@ def test_every_epoch_sees_other_windows_first_and_validation_sees_all(config):
     assert validation == [[0, 1, 2, 3], [4, 5, 6, 7], [8]] * 2
 
 
-def test_fewer_windows_than_a_batch_holds(config):
-    folder = train(change(config, "optim", batch_size=64))
-    assert len(rows(folder)) == 6
+def test_the_optimiser_is_the_published_one_also_with_fewer_windows_than_a_batch_holds(config):
+    folder = runs.train(runs.change(config, "optim", batch_size=64, epochs=2, weight_decay=0.25))
+    assert len(runs.rows(folder)) == 2
+    (group,) = runs.checkpoint_of(folder)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.25, (0.9, 0.999), 1e-8)
 
 
 @pytest.mark.parametrize("mask", [True, False], ids=["masked", "unmasked"])
@@ -238,10 +221,13 @@ def test_missing_hands_are_learnt_and_scored_only_without_the_mask(config, mask)
         seen.append(arguments[2])
         return masked_mse(*arguments)
 
-    folder = train(change(change(config, "optim", epochs=1), "data", mask_missing=mask), loss=loss)
+    folder = runs.train(runs.change(runs.change(config, "optim", epochs=1), "data", mask_missing=mask), loss=loss)
     assert len(seen) == 5
-    assert all(given.shape == (4, FRAMES, 42) and not given.all() for given in seen) if mask else seen == [None] * 5
-    model, data, (row,), summary = network_of(folder), dataset(), rows(folder), summary_of(folder)
+    if mask:
+        assert all(given.shape == (4, runs.FRAMES, 42) and not given.all() for given in seen)
+    else:
+        assert seen == [None] * 5
+    model, data, (row,), summary = runs.network_of(folder), runs.dataset(), runs.rows(folder), runs.summary_of(folder)
     validation = {name: row[f"va_{name}"] for name in ("loss", "joint_error", "joint_error_px")}
     written = [(data.val, model, validation), (data.test, model, summary["test"])]
     written += [(data.test, BASELINES[name], scores) for name, scores in summary["baselines"].items()]
@@ -253,46 +239,45 @@ def test_missing_hands_are_learnt_and_scored_only_without_the_mask(config, mask)
         assert scores["joint_error"] != pytest.approx(other["joint_error"], rel=1e-3)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_a_run_starts_from_given_weights(config, tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "optim", "moved"),
+    [
+        # A rate so small that the weights stay where they were.
+        ("safetensors", {"lr": 1e-12, "min_lr": 0.0}, 1e-9),
+        # A gradient clipped to far below AdamW's eps moves nothing.
+        ("pt", {"weight_decay": 0.0, "grad_clip": 1e-14}, 1e-6),
+    ],
+)
+def test_a_run_starts_from_given_weights(config, tmp_path, suffix, optim, moved):
     torch.manual_seed(5)
     model, path = HandForecaster(hidden_size=8), tmp_path / f"start.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(model.state_dict(), path)
-    # A rate so small that the weights stay where they were.
-    config = change(change(config, "run", weights=path), "optim", epochs=1, lr=1e-12, min_lr=0.0)
-    trained = load_file(train(config) / "weights.safetensors")
-    assert all(torch.allclose(trained[name], value, atol=1e-9) for name, value in model.state_dict().items())
-
-
-def test_the_optimiser_is_the_published_one(config, tmp_path):
-    folder = train(change(config, "optim", epochs=1, weight_decay=0.25))
-    (group,) = checkpoint_of(folder)["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.25, (0.9, 0.999), 1e-8)
-    # A gradient clipped to far below AdamW's eps moves nothing.
-    torch.manual_seed(5)
-    model, path = HandForecaster(hidden_size=8), tmp_path / "start.pt"
-    torch.save(model.state_dict(), path)
-    config = change(change(config, "run", weights=path), "optim", epochs=1, weight_decay=0.0, grad_clip=1e-14)
-    trained = load_file(train(config) / "weights.safetensors")
-    assert all(torch.allclose(trained[name], value, atol=1e-6) for name, value in model.state_dict().items())
+    config = runs.change(runs.change(config, "run", weights=path), "optim", epochs=1, **optim)
+    trained = load_file(runs.train(config) / "weights.safetensors")
+    assert all(torch.allclose(trained[name], value, atol=moved) for name, value in model.state_dict().items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu_learns_as_on_the_cpu(config):
-    on_cpu = train(change(config, "model", dropout=0.0))
-    on_gpu = train(change(change(config, "run", device="cuda"), "model", dropout=0.0))
-    for row, expected in zip(timeless(on_gpu), timeless(on_cpu), strict=True):
+    on_cpu = runs.train(runs.change(config, "model", dropout=0.0))
+    on_gpu = runs.train(runs.change(runs.change(config, "run", device="cuda"), "model", dropout=0.0))
+    for row, expected in zip(runs.timeless(on_gpu), runs.timeless(on_cpu), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
     pytest.importorskip("triton")
     # Two steps; dropout stays on, since both draw the same numbers.
-    config = change(change(config, "optim", batch_size=10, epochs=1), "run", device=str(kernel_device))
-    on_aten = train(change(config, "run", backend="torch"))
-    on_kernels = train(change(config, "run", backend="triton"))
-    assert summary_of(on_kernels)["environment"]["backend"] == "triton"
-    for row, expected in zip(rows(on_kernels), rows(on_aten), strict=True):
+    config = runs.change(runs.change(config, "optim", batch_size=6, epochs=1), "run", device=str(kernel_device))
+    few = dict(zip(("train", "val", "test"), map(runs.windows, (4, 2, 2), (0, 1, 2)), strict=True))
+
+    def load(config):
+        return dataclasses.replace(runs.dataset(), **few)
+
+    on_aten = runs.train(runs.change(config, "run", backend="torch"), load=load)
+    on_kernels = runs.train(runs.change(config, "run", backend="triton"), load=load)
+    assert runs.summary_of(on_kernels)["environment"]["backend"] == "triton"
+    for row, expected in zip(runs.rows(on_kernels), runs.rows(on_aten), strict=True):
         for name in ("tr_loss", "va_loss", "va_mpjpe"):
             assert row[name] == pytest.approx(expected[name], rel=1e-5), name
 
@@ -306,33 +291,23 @@ def test_the_fused_kernels_train_as_aten_does(config, kernel_device):
         (["--device", "meta"], "device: expected auto, cpu or cuda, got 'meta'"),
     ],
 )
-def test_the_users_errors_end_with_2_and_a_sentence(config, capsys, extra, message):
-    assert main([*options(config), *extra]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert "Traceback" not in captured.err
+def test_the_users_errors_end_with_2_and_a_sentence(config, refused, extra, message):
+    refused(message, *runs.options(config), *extra)
     # Nothing is left of a run that did not begin.
     assert not config.run.out.exists()
 
 
 @pytest.mark.parametrize("error", [NoWindowsError("no window"), FileNotFoundError("no index"), ValueError("line 3")])
-def test_data_that_cannot_be_used_end_with_2(config, capsys, error):
+def test_data_that_cannot_be_used_end_with_2(config, refused, error):
     def broken(config):
         raise error
 
-    assert main(options(config), load=broken) == 2
-    assert f"bigru.train: {error}" in capsys.readouterr().err
+    refused(f"bigru.train: {error}", *runs.options(config), load=broken)
 
 
 def test_an_interrupted_run_says_how_to_go_on(config, capsys):
-    assert main(options(config), loss=stop_in(1)) == 130
-    assert f"--resume {only_run(config)}" in capsys.readouterr().err
-
-
-def test_log_handlers_are_not_left_behind(config):
-    train(config)
-    main(["--resume", "none"])
-    assert logging.getLogger("bigru.train").handlers == []
+    assert runs.main(runs.options(config), loss=runs.stop_in(1)) == 130
+    assert f"--resume {runs.only_run(config)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -355,7 +330,7 @@ def test_a_gpu_without_a_proof_gets_one_first(config, changes, device, asked, fa
             raise RuntimeError("exit code 1")
 
     caplog.set_level(logging.INFO)
-    config = change(change(config, "model", hidden_size=128), "run", **changes)
+    config = runs.change(runs.change(config, "model", hidden_size=128), "run", **changes)
     prove_first(config, torch.empty(4, 60, 84, device=device), prove)
     assert calls == [asked] * (asked is not None)
     assert ("python -m bigru.prove` comes first (--no-prove leaves it out)" in caplog.text) == (asked is not None)

@@ -6,21 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from training.runs import (
-    PARTS,
-    assert_same,
-    at_step,
-    change,
-    checkpoint_of,
-    dataset,
-    killed,
-    killed_run,
-    main,
-    resume,
-    rows,
-    timeless,
-    train,
-)
+from training import runs
 
 from bigru.config import ConfigError, RunConfig
 from bigru.model.forecaster import HandForecaster
@@ -28,25 +14,17 @@ from bigru.model.metrics import masked_mse
 from bigru.training import step as steps
 from bigru.training.distributed import Team
 from bigru.training.run import prepare
-from bigru.training.step import (
-    TrainStep,
-    capture_training,
-    get_random_state,
-    make_optimizer,
-    set_random_state,
-    set_rate,
-)
 from bigru.training.trainer import Trainer
 
 
 def make_step(amp="none", dropout=0.0, **options):
     torch.manual_seed(0)
     model = HandForecaster(hidden_size=8, dropout=dropout)
-    return TrainStep(model, make_optimizer(model, 1e-2, 1e-5), 1.0, amp=amp, **options)
+    return steps.TrainStep(model, steps.make_optimizer(model, 1e-2, 1e-5), 1.0, amp=amp, **options)
 
 
 def batch():
-    return dataset().train.batch(torch.arange(6))
+    return runs.dataset().train.batch(torch.arange(6))
 
 
 def test_a_step_is_forward_loss_backward_clipping_adamw():
@@ -98,10 +76,10 @@ def test_what_reduces_gradients_does_so_before_they_are_clipped():
 def test_set_rate_of_a_number_and_of_a_tensor():
     step = make_step()
     rate = torch.tensor(0.5)
-    set_rate(step.optimizer, 0.25)
+    steps.set_rate(step.optimizer, 0.25)
     assert step.optimizer.param_groups[0]["lr"] == 0.25
     step.optimizer.param_groups[0]["lr"] = rate
-    set_rate(step.optimizer, 0.125)
+    steps.set_rate(step.optimizer, 0.125)
     # In place: a captured step reads this very tensor.
     assert step.optimizer.param_groups[0]["lr"] is rate
     assert rate == 0.125
@@ -130,20 +108,20 @@ def test_an_overflown_fp16_gradient_costs_a_step_and_no_run(config):
             super().__init__(*arguments)
             self.step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
 
-    config = change(change(config, "run", amp="fp16"), "optim", epochs=1)
-    folder = train(config, trainer=Overscaled)
-    saved = checkpoint_of(folder)
+    config = runs.change(runs.change(config, "run", amp="fp16"), "optim", epochs=1)
+    folder = runs.train(config, trainer=Overscaled)
+    saved = runs.checkpoint_of(folder)
     assert saved["scaler"]["scale"] < 2.0**40
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_a_mixed_run_goes_on_to_the_bit(config, amp, tmp_path):
-    config = change(config, "run", amp=amp)
-    whole = train(change(config, "run", out=tmp_path / "whole"))
-    assert rows(whole)[-1]["tr_loss"] < 0.9 * rows(whole)[0]["tr_loss"]
-    folder = killed_run(config, loss=at_step(8, killed))
-    assert_same(resume(folder), whole)
+    config = runs.change(config, "run", amp=amp)
+    whole = runs.train(runs.change(config, "run", out=tmp_path / "whole"))
+    assert runs.rows(whole)[-1]["tr_loss"] < 0.9 * runs.rows(whole)[0]["tr_loss"]
+    folder = runs.killed_run(config, loss=runs.at_step(8, runs.killed))
+    runs.assert_same(runs.resume(folder), whole)
     assert f"fp32, {amp} autocast" in (folder / "train.log").read_text()
 
 
@@ -164,7 +142,7 @@ def test_a_capture_leaves_no_trace(begun):
         untouched(data.x, data.target, data.present)
     held = [parameter.data_ptr() for parameter in step.model.parameters()]
     torch.manual_seed(5)
-    replay = capture_training(lambda: step(data.x, data.target, data.present), step, warmed_up)
+    replay = steps.capture_training(lambda: step(data.x, data.target, data.present), step, warmed_up)
     assert torch.rand(1) == (torch.manual_seed(5), torch.rand(1))[1]
     # A graph holds addresses.
     assert held == [parameter.data_ptr() for parameter in step.model.parameters()]
@@ -188,44 +166,40 @@ def test_a_graphed_run_is_the_eager_one(config, whole):
             super().__init__(*arguments)
             self.graph = True
 
-    assert_same(train(config, trainer=Graphed), whole)
+    runs.assert_same(runs.train(config, trainer=Graphed), whole)
 
 
-def test_a_graph_needs_a_gpu(config, capsys):
+def test_a_graph_needs_a_gpu(config, refused):
     with pytest.raises(ConfigError, match="graph: expected a GPU to run the graph on, got cpu"):
-        train(change(config, "run", graph=True))
+        runs.train(runs.change(config, "run", graph=True))
     with pytest.raises(ConfigError, match="graph: expected amp none or bf16 with it, got fp16"):
         RunConfig(graph=True, amp="fp16")
-    assert (
-        main(["--graph", "--device", "cpu", "--data-root", str(config.data.data_root), "--out", str(config.run.out)])
-        == 2
-    )
-    assert "graph: expected a GPU" in capsys.readouterr().err
+    refused("graph: expected a GPU", *runs.options(config), "--graph")
     assert not config.run.out.exists()
 
 
 def test_the_random_state_comes_back():
-    state = get_random_state(torch.device("cpu"))
+    state = steps.get_random_state(torch.device("cpu"))
     drawn = torch.rand(3)
     # One saved on a GPU's machine is longer.
-    set_random_state(torch.cat([state, torch.zeros(16, dtype=torch.uint8)]), torch.device("cpu"))
+    steps.set_random_state(torch.cat([state, torch.zeros(16, dtype=torch.uint8)]), torch.device("cpu"))
     assert torch.equal(torch.rand(3), drawn)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_a_graph_on_a_gpu_trains_as_without(config, amp):
-    config = change(change(config, "run", device="cuda", amp=amp), "model", dropout=0.0)
-    eager, graphed = train(config), train(change(config, "run", graph=True))
-    for row, expected in zip(timeless(graphed), timeless(eager), strict=True):
+    config = runs.change(runs.change(config, "run", device="cuda", amp=amp), "model", dropout=0.0)
+    eager, graphed = runs.train(config), runs.train(runs.change(config, "run", graph=True))
+    for row, expected in zip(runs.timeless(graphed), runs.timeless(eager), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_does_not_wait_for_the_gpu(config):
-    config = change(config, "run", device="cuda")
+    config = runs.change(config, "run", device="cuda")
     device = torch.device("cuda")
-    trainer, _ = prepare(config, Team(), PARTS)
+    trainer, _ = prepare(config, Team(), runs.PARTS)
     indices = torch.arange(4, device=device)
     trainer.learn(indices)
     try:

@@ -27,9 +27,8 @@ class Runs:
         self.began, self.resumed, self.failures, self.digest = [], [], {}, "a"
 
     def finish(self, folder):
-        write_json(
-            folder / "summary.json", {"test": dict.fromkeys((metric.name for metric in METRICS), 0.5) | {"windows": 7}}
-        )
+        scores = dict.fromkeys((metric.name for metric in METRICS), 0.5)
+        write_json(folder / "summary.json", {"test": scores | {"windows": 7}})
 
     def train(self, config):
         folder = config.run.out / f"20261123_22450{len(self.began)}"

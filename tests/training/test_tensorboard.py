@@ -4,7 +4,7 @@ import builtins
 
 import numpy as np
 import pytest
-from training.runs import assert_same, change, killed_run, main, make_up, options, resume, rows, train
+from training.runs import assert_same, change, killed_run, make_up, options, resume, rows, train
 
 from bigru.config import ConfigError
 from bigru.training import tensorboard as board
@@ -45,6 +45,7 @@ def test_a_watched_run_is_the_same_to_the_bit_and_shows_all(config):
     assert picture.width == 1296
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_on_the_board(config):
     pytest.importorskip("tensorboard")
 
@@ -61,7 +62,7 @@ def test_a_resumed_run_goes_on_on_the_board(config):
     assert [scalar.step for scalar in events(folder).Scalars("mpjpe/validation")] == [2, 3]
 
 
-def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
+def test_without_tensorboard_nothing_begins(config, monkeypatch, refused):
     real = builtins.__import__
 
     def without(name, *rest):
@@ -72,8 +73,8 @@ def test_without_tensorboard_nothing_begins(config, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'bigru\[tensorboard\]'"):
         board.require(config.run.out)
-    assert main([*options(config), "--tensorboard"]) == 2
-    assert "tensorboard: expected the package tensorboard, which is not installed" in capsys.readouterr().err
+    words = "tensorboard: expected the package tensorboard, which is not installed"
+    refused(words, *options(config), "--tensorboard")
     assert not config.run.out.exists()
 
 
