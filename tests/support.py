@@ -11,14 +11,24 @@ MODES = dict(zip(("fp32", "tf32", "bf16", "fp16"), TOLERANCE, strict=True))
 """Storage dtype and precision by the names that users know."""
 
 
-def matches_reference(run, inputs, upstream, tolerance):
-    """Asserts that outputs and gradients of a recurrence are the fp64 reference's, in the inputs' dtype."""
-    results = zip(NAMES, outputs_and_gradients(run, inputs, upstream), expected(inputs, upstream), strict=True)
-    for name, value, wanted in results:
+def named(results):
+    """Outputs and gradients of a recurrence by name."""
+    return dict(zip(NAMES, results, strict=True))
+
+
+def assert_near(results, inputs, upstream, tolerance):
+    """Asserts that outputs and gradients by name are the fp64 reference's, in the inputs' dtype."""
+    for name, wanted in named(expected(inputs, upstream)).items():
+        value = results[name]
         assert (value is None) == (wanted is None), name
         if value is not None:
             assert value.dtype == inputs[0].dtype, name
             assert error(value, wanted) < tolerance, name
+
+
+def matches_reference(run, inputs, upstream, tolerance):
+    """Asserts that a recurrence gives what the fp64 reference does."""
+    assert_near(named(outputs_and_gradients(run, inputs, upstream)), inputs, upstream, tolerance)
 
 
 def opcheck(kernel, device, bias=True):

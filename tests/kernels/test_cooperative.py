@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import MODES, NAMES, TOLERANCE, error, expected, make_inputs, run_kernel
+from support import MODES, TOLERANCE, assert_near, make_inputs, run_kernel
 
 pytest.importorskip("triton")
 
@@ -32,11 +32,9 @@ def call(hidden, mode="fp32", device=H100):
 
 
 class TestRefusal:
-    def test_sizes_that_one_multiprocessor_holds(self):
+    def test_sizes_that_one_multiprocessor_holds_and_that_no_gpu_holds(self):
         reason = OF_3_6.refusal(call(128))
         assert reason == "hidden_size is 128, and the cooperative kernels serve 129 and more"
-
-    def test_sizes_that_no_gpu_holds(self):
         reason = OF_3_6.refusal(call(4096, "bf16"))
         assert "hidden_size is 4096" in reason
         assert "the 132 processors at once, 227 KiB each" in reason
@@ -100,17 +98,15 @@ def test_every_choice_fits_at_once_and_serves_everything_once(hidden, device, mo
 
 
 class TestChoice:
-    def test_a_batch_that_fits_takes_one_launch(self):
+    def test_a_batch_that_fits_takes_one_launch_and_an_empty_one_none(self):
         for hidden in (192, 256, 384, 512):
             assert len(list(OF_3_6.choose(call(hidden), 64).launches(64))) == 1
+        assert list(OF_3_6.choose(call(256), 0).launches(0)) == []
 
-    def test_a_small_batch_takes_the_narrowest_slices(self):
-        config = OF_3_6.choose(call(512), 16)
-        assert (config.units, config.rows, config.programs, config.blocks) == (16, 16, 32, 2)
-
-    def test_wider_slices_where_more_would_not_fit(self):
-        config = OF_3_6.choose(call(512), 64)
-        assert (config.units, config.rows, config.programs, config.blocks) == (32, 16, 16, 4)
+    @pytest.mark.parametrize(("batch", "expected"), [(16, (16, 16, 32, 2)), (64, (32, 16, 16, 4))])
+    def test_the_narrowest_slices_that_fit(self, batch, expected):
+        config = OF_3_6.choose(call(512), batch)
+        assert (config.units, config.rows, config.programs, config.blocks) == expected
 
     def test_one_direction_at_a_time_where_two_do_not_fit(self):
         config = OF_3_6.choose(call(1024, "bf16", replace(H100, processors=32)), 16)
@@ -120,9 +116,6 @@ class TestChoice:
     def test_chunks_pad_as_little_as_can_be(self):
         for hidden, padded in ((192, 256), (384, 384), (512, 512), (640, 640), (768, 768)):
             assert OF_3_6.choose(call(hidden, "bf16"), 1).padded == padded
-
-    def test_an_empty_batch_takes_no_launch(self):
-        assert list(OF_3_6.choose(call(256), 0).launches(0)) == []
 
 
 COMPILE = """
@@ -179,20 +172,16 @@ def run(config, inputs, upstream, **given):
     return run_kernel(KERNEL, inputs, upstream, config=config, **given)
 
 
-class TestOneProgramAGroup:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("mode", "hidden", "rows"), [("fp32", 16, 16), ("tf32", 13, 16), ("bf16", 16, 32), ("fp16", 7, 16)]
+)
+def test_one_program_a_group_matches_fp64_reference(mode, hidden, rows, kernel_device):
     """The arithmetic, with nobody to wait for: so it runs in the interpreter too."""
-
-    @pytest.mark.usefixtures("poisoned")
-    @pytest.mark.parametrize(
-        ("mode", "hidden", "rows"), [("fp32", 16, 16), ("tf32", 13, 16), ("bf16", 16, 32), ("fp16", 7, 16)]
-    )
-    def test_matches_fp64_reference(self, mode, hidden, rows, kernel_device):
-        dtype, precision = MODES[mode]
-        inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
-        config = CooperativeConfig(16, rows, 128, 1, blocks=1, directions=2, split=mode == "fp32")
-        wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
-        for name, value in run(config, inputs, upstream)[0].items():
-            assert error(value, wanted[name]) < TOLERANCE[dtype, precision], name
+    dtype, precision = MODES[mode]
+    inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
+    config = CooperativeConfig(16, rows, 128, 1, blocks=1, directions=2, split=mode == "fp32")
+    assert_near(run(config, inputs, upstream)[0], inputs, upstream, TOLERANCE[dtype, precision])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, programs run at once, and none waits in vain")
@@ -226,9 +215,7 @@ class TestOnGpu:
         dtype, precision = MODES[mode]
         inputs, upstream = make_inputs((5, 35, 200), dtype, kernel_device)
         config = CooperativeConfig(units, rows, 256, -(-200 // units), blocks, directions, split=mode == "fp32")
-        wanted = dict(zip(NAMES, expected(inputs, upstream), strict=True))
-        for name, value in run(config, inputs, upstream)[0].items():
-            assert error(value, wanted[name]) < TOLERANCE[dtype, precision], name
+        assert_near(run(config, inputs, upstream)[0], inputs, upstream, TOLERANCE[dtype, precision])
 
     def test_long_sequences_bit_for_bit(self, kernel_device):
         """Many exchanges: a read that came too early would differ from run to run."""

@@ -51,14 +51,10 @@ def in_onnxruntime(tmp_path):
     return load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "bias", "exported"),
-    [
-        ("triton", True, False),
-        pytest.param("triton", True, True, marks=pytest.mark.slow),
-        pytest.param("torch", False, True, marks=pytest.mark.slow),
-        pytest.param("reference", False, False, marks=pytest.mark.slow),
-    ],
+    [("triton", True, False), ("triton", True, True), ("torch", False, True), ("reference", False, False)],
 )
 def test_onnx_gets_its_own_operator(backend, bias, exported, in_onnxruntime):
     model, x = whole(backend, bias=bias), (torch.randn(4, 2, 3),)
@@ -75,7 +71,8 @@ def test_onnx_gets_its_own_operator(backend, bias, exported, in_onnxruntime):
     check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model)
 
 
-@pytest.mark.parametrize("batch_first", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_are_an_input_of_the_onnx_graph(batch_first, in_onnxruntime):
     model = whole("triton", batch_first=batch_first)
     x = torch.randn(4, 2, 3)

@@ -24,24 +24,23 @@ def gpu_kernel(name):
 
 
 class TestRefusal:
-    def test_an_old_gpu(self):
-        old = replace(SINGLE, device=replace(A100, capability=(7, 5)))
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"device": replace(A100, capability=(7, 5))}, "compute capability is 7.5, and the kernels need 8.0"),
+            ({"device": Device("hip")}, "the GPU is not one of NVIDIA's"),
+            ({"dtype": torch.float64}, "float64"),
+        ],
+    )
+    def test_by_every_kernel_of_a_gpu(self, change, words):
         for kernel in kernels():
-            assert "compute capability is 7.5, and the kernels need 8.0" in kernel.refusal(old)
-
-    def test_a_gpu_of_another_maker(self):
-        assert {kernel.refusal(replace(SINGLE, device=Device("hip"))) for kernel in kernels()} == {
-            "the GPU is not one of NVIDIA's"
-        }
-
-    def test_a_dtype(self):
-        for kernel in kernels():
-            assert "float64" in kernel.refusal(replace(SINGLE, dtype=torch.float64))
+            assert words in kernel.refusal(replace(SINGLE, **change))
 
     def test_sizes(self):
         assert gpu_kernel("resident").refusal(SINGLE) is None
         assert "hidden_size is 129" in gpu_kernel("resident").refusal(replace(SINGLE, hidden=129))
         assert gpu_kernel("triton").refusal(replace(SINGLE, hidden=4096)) is None
+        assert gpu_kernel("cooperative").refusal(replace(SINGLE, hidden=256, varlen=True)) is None
 
     def test_a_cpu_without_the_interpreter(self):
         on_cpu = replace(SINGLE, device=CPU)
@@ -49,9 +48,6 @@ class TestRefusal:
         assert "the input is on cpu, and the kernel runs on a GPU (or with TRITON" in compiled.refusal(on_cpu)
         assert replace(compiled, interpreted=True).refusal(on_cpu) is None
         assert "the input is on cpu" in gpu_kernel("resident").refusal(on_cpu)
-
-    def test_sequences_of_different_lengths(self):
-        assert gpu_kernel("cooperative").refusal(replace(SINGLE, hidden=256, varlen=True)) is None
 
     @pytest.mark.parametrize(
         ("hidden", "dtype", "precision", "served"),
@@ -126,10 +122,8 @@ class TestChooseResident:
     def test_small_batches_are_spread_and_large_ones_take_wider_blocks(self, hidden, dtype, precision, batch, expected):
         assert choose_resident(Call(H100, dtype, hidden, precision), batch) == expected
 
-    def test_a_warp_for_every_16_units(self):
+    def test_a_warp_for_every_16_units_and_all_registers_where_one_program_fits(self):
         assert choose_resident(Call(B200, torch.float32, 3), 1).options()["num_warps"] == 1
         assert choose_resident(Call(B200, torch.float32, 128), 1).options()["num_warps"] == 8
-
-    def test_the_compiler_is_told_to_use_all_registers_where_one_program_fits(self):
         assert choose_resident(Call(H100, torch.bfloat16, 128), 1).options()["maxnreg"] == 255
         assert "maxnreg" not in choose_resident(Call(H100, torch.bfloat16, 64), 1).options()

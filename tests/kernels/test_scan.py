@@ -27,5 +27,6 @@ def test_empty_batch():
     assert not dw_hh.any()
 
 
-def test_opcheck():
-    opcheck("scan", "cpu")
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias):
+    opcheck("scan", "cpu", bias)
