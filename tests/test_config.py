@@ -222,6 +222,8 @@ def test_a_missing_file(tmp_path):
     [
         (DataConfig, {"observed": 0, "predicted": 0}, "observed: expected at least 1, got 0"),
         (DataConfig, {"observed": 10}, "predicted: expected 10 as in observed .* got 60; set both"),
+        (DataConfig, {"predicted": -1}, "predicted: expected at least 1, got -1"),
+        (DataConfig, {"resample": 1001}, "resample: expected 1 to 1000"),
         (DataConfig, {"stride": 0}, "stride: expected at least 1"),
         (DataConfig, {"resample": 0.5}, "resample: expected 1 to 1000 frames per second, got 0.5"),
         (DataConfig, {"resample": float("nan")}, "resample: expected 1 to 1000"),

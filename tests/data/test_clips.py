@@ -128,13 +128,10 @@ def test_assumed_frame_rate_is_called_so(tmp_path, timestamps, assumed):
 
 
 def test_frame_numbers_tell_which_frames_are_lacking(path):
+    assert [published_frame_rate(p) for p in (1, 28, 29, 70)] == [23.0, 23.0, 59.0, 59.0]
     numbers = np.array([0, 1, 2, 3, 9, 10, 11, 12])
     write(path, timestamps=numbers)
     np.testing.assert_allclose(read_clip(path, SHORT).seconds, numbers / 23)
-
-
-def test_published_frame_rate_changes_after_participant_28():
-    assert [published_frame_rate(p) for p in (1, 28, 29, 70)] == [23.0, 23.0, 59.0, 59.0]
 
 
 @pytest.mark.parametrize(
@@ -165,10 +162,6 @@ def test_other_floating_point_types_are_read_as_float32(path):
     assert_holds(read_clip(path, ALL), {name: values.astype(np.float32) for name, values in arrays.items()})
 
 
-def test_missing_file(path):
-    assert refusal(path)[0] == "missing"
-
-
 @pytest.mark.parametrize(("frames", "usable"), [(0, False), (3, False), (4, True)])
 def test_short_clip(path, frames, usable):
     write_clip(path, clip_arrays(frames))
@@ -179,7 +172,8 @@ def test_short_clip(path, frames, usable):
 
 
 @pytest.mark.parametrize("keep", [0, 20, 0.5, 0.99, None])
-def test_truncated_file_or_one_that_is_not_hdf5(path, keep):
+def test_missing_or_truncated_file_or_one_that_is_not_hdf5(path, keep):
+    assert refusal(path)[0] == "missing"
     write(path)
     content = path.read_bytes() if keep is not None else b"participant\tcamera\n" * 1000
     path.write_bytes(content[: keep if isinstance(keep, int) else int((keep or 1) * len(content))])

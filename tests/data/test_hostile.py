@@ -80,12 +80,19 @@ def test_chunks_that_were_never_written_hold_the_fill_value(path, fill, expected
     np.testing.assert_array_equal(gaze[4:], arrays["norm_gaze"][4:])
 
 
-def write_with_chunk(path, content, shape=(FRAMES, 2), chunks=(FRAMES, 2), **packing):
-    """A clip whose gaze is one chunk of these bytes."""
+@contextlib.contextmanager
+def without_gaze(path):
+    """A clip that lacks its gaze, to be written into."""
     arrays = arrays_with_times()
     del arrays["norm_gaze"]
     write_clip(path, arrays)
     with h5py.File(path, "a") as file:
+        yield file
+
+
+def write_with_chunk(path, content, shape=(FRAMES, 2), chunks=(FRAMES, 2), **packing):
+    """A clip whose gaze is one chunk of these bytes."""
+    with without_gaze(path) as file:
         gaze = file.create_dataset("norm_gaze", shape, "f4", chunks=chunks, **packing)
         if content is not None:
             gaze.id.write_direct_chunk((0,) * len(shape), content)
@@ -155,10 +162,7 @@ def test_other_filters_are_refused(path, packing):
 
 
 def test_gzip_twice_over_is_refused(path):
-    arrays = arrays_with_times()
-    del arrays["norm_gaze"]
-    write_clip(path, arrays)
-    with h5py.File(path, "a") as file:
+    with without_gaze(path) as file:
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_chunk((FRAMES, 2))
         plan.set_deflate(9)
@@ -170,13 +174,10 @@ def test_gzip_twice_over_is_refused(path):
 
 
 def test_floating_point_type_of_no_machine_is_refused(path):
-    arrays = arrays_with_times()
-    del arrays["norm_gaze"]
-    write_clip(path, arrays)
     odd = h5py.h5t.IEEE_F32LE.copy()
     odd.set_fields(31, 24, 7, 0, 24)
     odd.set_ebias(63)
-    with h5py.File(path, "a") as file:
+    with without_gaze(path) as file:
         h5py.h5d.create(file.id, b"norm_gaze", odd, h5py.h5s.create_simple((FRAMES, 2)))
     assert refusal(path)[0] == "wrong dtype"
 

@@ -90,12 +90,14 @@ def test_frames_next_to_missing_ones_survive_where_they_are_hit():
     np.testing.assert_array_equal(resampled(clip, 30.0).hands, clip.hands[::2])
 
 
-def test_boxes_are_those_of_the_nearest_frame():
+def test_boxes_are_those_of_the_nearest_frame_and_modalities_that_are_off_stay_off():
     clip = clip_at(np.arange(FRAMES) / 20)
     again = resampled(clip, 50.0)
     nearest = np.floor(np.arange(len(again.objects)) * 20 / 50 + 0.5).astype(int)
     np.testing.assert_array_equal(again.objects, clip.objects[nearest])
     np.testing.assert_array_equal(again.surrogate, clip.surrogate[nearest])
+    again = resampled(Clip(clip.fps, clip.hands, None, None, None, clip.seconds), 30.0)
+    assert (again.gaze, again.objects, again.surrogate) == (None, None, None)
 
 
 def test_hole_in_the_timestamps_is_not_bridged():
@@ -134,13 +136,6 @@ def test_very_short_clips(frames):
     assert resampled_length(clip.seconds, 40.0) == 2 * frames - 1
 
 
-def test_modalities_that_are_off_stay_off():
-    clip = clip_at(np.arange(FRAMES) / 20)
-    bare = Clip(clip.fps, clip.hands, None, None, None, clip.seconds)
-    again = resampled(bare, 30.0)
-    assert (again.gaze, again.objects, again.surrogate) == (None, None, None)
-
-
 def read_at(path, rate, frames=FRAMES, **more):
     write_clip(path, clip_arrays(frames) | more)
     return read_clip(path, DataConfig(observed=4, predicted=4, resample=rate))
@@ -154,6 +149,8 @@ def test_length_counts_after_resampling(tmp_path):
     assert len(read_at(path, 30.0, frames=15).hands) == 8
     # 7 frames are too few at their own rate, and enough at twice that.
     assert len(read_at(path, 118.0, frames=7).hands) == 13
+    with pytest.raises(ClipError, match="short: 0 frames, 8 needed"):
+        read_at(path, 30.0, frames=0)
 
 
 def test_timestamps_that_span_days_are_refused(tmp_path):
@@ -161,11 +158,6 @@ def test_timestamps_that_span_days_are_refused(tmp_path):
     seconds[-1] += 86_400
     with pytest.raises(ClipError, match=r"too long: its timestamps span 2,592,00\d frames at 30 per second"):
         read_at(tmp_path / f"{stem_of(50)}.h5", 30.0, timestamps=seconds)
-
-
-def test_empty_clip(tmp_path):
-    with pytest.raises(ClipError, match="short: 0 frames, 8 needed"):
-        read_at(tmp_path / f"{stem_of(50)}.h5", 30.0, frames=0)
 
 
 def test_all_windows_of_a_dataset_run_at_the_one_rate(tmp_path):

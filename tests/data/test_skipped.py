@@ -63,19 +63,16 @@ def test_strict_stops_at_the_first_unusable_clip(tmp_path, reason):
     assert caught.value.reason == reason
 
 
-def test_strict_refuses_an_index_that_repeats_itself(three_clips):
+def test_strict_reads_a_sound_dataset_and_refuses_an_index_that_repeats_itself(three_clips):
     root, clips = three_clips
+    dataset = load_dataset(config_for(root, strict=True))
+    assert [len(windows) for windows in (dataset.train, dataset.val, dataset.test)] == [1, 2, 5]
+    assert dataset.skipped == ()
+    assert "skipped" not in dataset.describe()
     write_index(root, [*clips, stem_of(48)])
     assert load_dataset(config_for(root)).skip_counts() == {"duplicate": 1}
     with pytest.raises(ClipError, match="line 5 repeats line 2"):
         load_dataset(config_for(root, strict=True))
-
-
-def test_strict_reads_a_sound_dataset(three_clips):
-    dataset = load_dataset(config_for(three_clips[0], strict=True))
-    assert [len(windows) for windows in (dataset.train, dataset.val, dataset.test)] == [1, 2, 5]
-    assert dataset.skipped == ()
-    assert "skipped" not in dataset.describe()
 
 
 def test_description_stays_short_with_thousands_of_missing_clips(tmp_path):

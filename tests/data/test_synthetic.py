@@ -7,19 +7,8 @@ import numpy as np
 import pytest
 
 from bigru.config import DataConfig
+from bigru.data import synthetic
 from bigru.data.index import CLIP_NAME, INDEX_NAME, SUBTASKS, read_index
-from bigru.data.synthetic import (
-    EMBEDDED,
-    FORMAT,
-    MARKER_NAME,
-    PARTICIPANTS,
-    clip_arrays,
-    ensure_synthetic,
-    main,
-    plan_clips,
-    write_clip,
-    write_synthetic,
-)
 from bigru.data.windows import load_dataset
 
 SHAPES = {
@@ -34,7 +23,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("synthetic") / "clips", 12, 3)
+    return synthetic.write_synthetic(tmp_path_factory.mktemp("synthetic") / "clips", 12, 3)
 
 
 def read_all(root):
@@ -48,16 +37,16 @@ def read_all(root):
 
 def moving_hands(plan):
     """Draw a clip and return both hands' landmarks, (F, 42, 2), if they are seen throughout."""
-    arrays = clip_arrays(plan, 0)
+    arrays = synthetic.clip_arrays(plan, 0)
     joints = np.concatenate([arrays["left_landmarks"], arrays["right_landmarks"]], axis=1)
     return joints[..., :2].astype(np.float64) if joints.any(axis=2).all() else None
 
 
-def test_layout(written):
+def test_layout_and_index_are_the_published_ones(written):
     index = read_index(written / INDEX_NAME)
     assert len(index.clips) == 12
     assert not index.skipped
-    assert {path.name for path in written.iterdir() if path.is_file()} == {INDEX_NAME, MARKER_NAME}
+    assert {path.name for path in written.iterdir() if path.is_file()} == {INDEX_NAME, synthetic.MARKER_NAME}
     assert len(list(written.rglob("*.h5"))) == 12
     for clip in index.clips:
         assert CLIP_NAME.fullmatch(f"{clip.stem}.mp4")
@@ -68,9 +57,6 @@ def test_layout(written):
             assert {file[name].dtype for name in file} == {np.dtype(np.float32)}
             assert not file.attrs
             assert all(np.isfinite(file[name][:]).all() for name in file)
-
-
-def test_index_text_is_the_published_one(written):
     header, first, *_ = (written / INDEX_NAME).read_text().splitlines()
     assert header == "participant\tcamera\ttask\tsubtask\tstart_time\tend_time\tfilename"
     fields = first.split("\t")
@@ -81,16 +67,15 @@ def test_index_text_is_the_published_one(written):
 @pytest.mark.parametrize("clips", [3, 12])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_even_small_datasets_have_windows_in_every_split(tmp_path, clips, seed):
-    dataset = load_dataset(
-        DataConfig(data_root=write_synthetic(tmp_path / "clips", clips, seed), gaze=True, objects=True, surrogate=True)
-    )
+    root = synthetic.write_synthetic(tmp_path / "clips", clips, seed)
+    dataset = load_dataset(DataConfig(data_root=root, gaze=True, objects=True, surrogate=True))
     assert min(len(dataset.train), len(dataset.val), len(dataset.test)) >= 3
     assert set(dataset.skip_counts()) <= {"short"}
 
 
 def test_embedded_dataset_has_the_intended_size():
     config = DataConfig()
-    plans = plan_clips(**EMBEDDED)
+    plans = synthetic.plan_clips(**synthetic.EMBEDDED)
     counts = dict.fromkeys(("train", "val", "test"), 0)
     rates = set()
     for plan in plans:
@@ -108,26 +93,26 @@ def test_embedded_dataset_has_the_intended_size():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_lengths_follow_the_published_quantiles(seed):
-    frames = np.array([plan.frames for plan in plan_clips(2000, seed)])
+    frames = np.array([plan.frames for plan in synthetic.plan_clips(2000, seed)])
     np.testing.assert_allclose(np.quantile(frames, [0.5, 0.75, 0.95]), [82, 124, 232], rtol=0.06)
     assert frames.min() >= 2
     assert frames.max() <= 1591
 
 
 def test_participants_and_frame_rates():
-    plans = plan_clips(300, 0)
-    assert {plan.participant for plan in plans} == set(PARTICIPANTS)
-    assert 16 not in PARTICIPANTS
+    plans = synthetic.plan_clips(300, 0)
+    assert {plan.participant for plan in plans} == set(synthetic.PARTICIPANTS)
+    assert 16 not in synthetic.PARTICIPANTS
     assert all(plan.fps == (23 if plan.participant <= 28 else 59) for plan in plans)
-    assert {plan.fps for plan in plan_clips(12, 0)} == {23.0, 59.0}
+    assert {plan.fps for plan in synthetic.plan_clips(12, 0)} == {23.0, 59.0}
     assert len({plan.stem for plan in plans}) == 300
 
 
 def test_hands_go_missing_in_runs_and_sometimes_throughout():
-    plans = [plan for plan in plan_clips(200, 0) if plan.frames >= 40]
+    plans = [plan for plan in synthetic.plan_clips(200, 0) if plan.frames >= 40]
     fractions, runs = [], []
     for plan in plans:
-        seen = clip_arrays(plan, 0)["right_landmarks"].any(axis=(1, 2))
+        seen = synthetic.clip_arrays(plan, 0)["right_landmarks"].any(axis=(1, 2))
         fractions.append(1 - seen.mean())
         if 0 < fractions[-1] < 1:
             runs.append(np.count_nonzero(np.diff(seen.astype(int)) == -1) + (not seen[0]))
@@ -142,8 +127,8 @@ def test_hands_go_missing_in_runs_and_sometimes_throughout():
 
 def test_gaze_and_boxes_are_coded_as_published():
     gaze_missing, object_counts, surrogate_absent = [], set(), []
-    for plan in plan_clips(120, 0):
-        arrays = clip_arrays(plan, 0)
+    for plan in synthetic.plan_clips(120, 0):
+        arrays = synthetic.clip_arrays(plan, 0)
         gaze_missing.append((arrays["norm_gaze"] == 0).all(axis=1).mean())
         used = arrays["rec_bboxes"].any(axis=(0, 2))
         object_counts.add(int(used.sum()))
@@ -159,8 +144,9 @@ def test_gaze_and_boxes_are_coded_as_published():
 
 def test_hands_look_like_hands_and_time_goes_by_the_frame_rate():
     """Fingers are chains: neighbours within a hand's length, fingertips on the far side of the wrist."""
-    for plan in plan_clips(12, 0):
-        np.testing.assert_allclose(clip_arrays(plan, 0)["timestamps"], np.arange(plan.frames) / plan.fps, rtol=1e-6)
+    for plan in synthetic.plan_clips(12, 0):
+        seconds = synthetic.clip_arrays(plan, 0)["timestamps"]
+        np.testing.assert_allclose(seconds, np.arange(plan.frames) / plan.fps, rtol=1e-6)
         joints = moving_hands(plan)
         if joints is None:
             continue
@@ -175,7 +161,7 @@ def test_hands_look_like_hands_and_time_goes_by_the_frame_rate():
 
 
 def test_motion_is_smooth_and_lies_in_the_relative_position_of_the_hands():
-    for plan in plan_clips(30, 0):
+    for plan in synthetic.plan_clips(30, 0):
         joints = moving_hands(plan)
         if joints is None or plan.frames < 120:
             continue
@@ -188,7 +174,7 @@ def test_motion_is_smooth_and_lies_in_the_relative_position_of_the_hands():
 def test_motion_can_be_forecast_where_last_frame_and_velocity_fail():
     """A sinusoid with its harmonic, fitted to 60 observed frames, must forecast the wrists' distance far better."""
     last_error, velocity_error, fit_error = [], [], []
-    for plan in plan_clips(60, 0):
+    for plan in synthetic.plan_clips(60, 0):
         joints = moving_hands(plan)
         if joints is None or plan.frames < 120:
             continue
@@ -211,33 +197,22 @@ def test_motion_can_be_forecast_where_last_frame_and_velocity_fail():
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, written):
-    again = write_synthetic(tmp_path / "again", 12, 3)
+    again = synthetic.write_synthetic(tmp_path / "again", 12, 3)
     assert read_all(again) == read_all(written)
     assert (again / INDEX_NAME).read_bytes() == (written / INDEX_NAME).read_bytes()
-    other = write_synthetic(tmp_path / "other", 12, 4)
+    other = synthetic.write_synthetic(tmp_path / "other", 12, 4)
     assert not set(read_all(other)) & set(read_all(written))
-
-
-def test_complete_dataset_is_not_written_over_unless_asked(tmp_path):
-    root = write_synthetic(tmp_path / "clips", 4, 0)
-    before = read_all(root)
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        write_synthetic(root, 3, 1)
-    assert read_all(root) == before
-    write_synthetic(root, 3, 1, overwrite=True)
-    assert len(read_all(root)) == 3
-    assert not set(read_all(root)) & set(before)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_folder_with_other_files_is_left_alone(tmp_path, overwrite):
     clip = tmp_path / "BHO" / "p01-CAM_AV-BIAH_RB-BHO-0_1.h5"
-    write_clip(clip, {"left_landmarks": np.zeros((2, 21, 3), np.float32)})
+    synthetic.write_clip(clip, {"left_landmarks": np.zeros((2, 21, 3), np.float32)})
     before = clip.read_bytes()
     with pytest.raises(FileExistsError, match="not generated here"):
-        write_synthetic(tmp_path, 3, 0, overwrite=overwrite)
+        synthetic.write_synthetic(tmp_path, 3, 0, overwrite=overwrite)
     with pytest.raises(FileExistsError, match="not generated here"):
-        ensure_synthetic(tmp_path, 3, 0)
+        synthetic.ensure_synthetic(tmp_path, 3, 0)
     assert clip.read_bytes() == before
     assert not (tmp_path / INDEX_NAME).exists()
 
@@ -246,87 +221,93 @@ def test_folder_with_other_files_is_left_alone(tmp_path, overwrite):
 def test_interrupted_write_leaves_no_index_and_is_taken_up_again(tmp_path, rewriting):
     root = tmp_path / "clips"
     if rewriting:
-        write_synthetic(root, 3, 1)
+        synthetic.write_synthetic(root, 3, 1)
     calls = []
 
     def stop_at_third(path, arrays):
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        write_clip(path, arrays)
+        synthetic.write_clip(path, arrays)
 
     with pytest.raises(KeyboardInterrupt):
-        write_synthetic(root, 4, 0, overwrite=True, write=stop_at_third)
+        synthetic.write_synthetic(root, 4, 0, overwrite=True, write=stop_at_third)
     assert not (root / INDEX_NAME).exists()
     assert len(read_all(root)) == 2
-    ensure_synthetic(root, 4, 0)
+    synthetic.ensure_synthetic(root, 4, 0)
     assert len(read_all(root)) == len(read_index(root / INDEX_NAME).clips) == 4
 
 
 def test_failed_clip_leaves_nothing_behind(tmp_path):
     path = tmp_path / "clip.h5"
-    write_clip(path, {"a": np.zeros(3)})
+    synthetic.write_clip(path, {"a": np.zeros(3)})
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write_clip(path, {"a": np.ones(3), "b": object()})
+        synthetic.write_clip(path, {"a": np.ones(3), "b": object()})
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
 
 
 def test_ensure_reuses_the_same_and_rebuilds_another(tmp_path):
     root = tmp_path / "cache" / "clips"
-    assert ensure_synthetic(root, 4, 0) == root
+    assert synthetic.ensure_synthetic(root, 4, 0) == root
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    ensure_synthetic(root, 4, 0)
+    synthetic.ensure_synthetic(root, 4, 0)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == stamps
     first = read_all(root)
-    ensure_synthetic(root, 4, 1)
+    synthetic.ensure_synthetic(root, 4, 1)
     assert not set(read_all(root)) & set(first)
-    ensure_synthetic(root, 3, 1)
+    synthetic.ensure_synthetic(root, 3, 1)
     assert len(read_all(root)) == 3
 
 
 @pytest.mark.parametrize("damage", ["other", "version", "garbage", "index"])
 def test_ensure_rebuilds_what_it_cannot_trust(tmp_path, damage):
-    root = ensure_synthetic(tmp_path / "clips", 3, 0)
+    root = synthetic.ensure_synthetic(tmp_path / "clips", 3, 0)
     before = read_all(root)
-    marker = root / MARKER_NAME
+    marker = root / synthetic.MARKER_NAME
     match damage:
         case "other":
             marker.write_text(json.dumps(json.loads(marker.read_text()) | {"clips": 4}))
         case "version":
-            marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": FORMAT - 1}))
+            marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": synthetic.FORMAT - 1}))
         case "garbage":
             marker.write_bytes(b"\xff{")
         case "index":
             (root / INDEX_NAME).unlink()
     next(root.rglob("*.h5")).write_bytes(b"stale")
-    ensure_synthetic(root, 3, 0)
+    synthetic.ensure_synthetic(root, 3, 0)
     assert read_all(root) == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [((2, 0), "clips: expected at least 3"), ((3, -1), "seed: expected 0 or more")]
+    ("arguments", "words"),
+    [
+        ({"clips": 2}, "clips: expected at least 3"),
+        ({"seed": -1}, "seed: expected 0 or more"),
+        ({"participants": (0, 80)}, "participants: expected numbers from 1 to 70"),
+    ],
 )
 def test_bad_arguments(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
-        write_synthetic(tmp_path / "clips", *arguments)
+        synthetic.write_synthetic(tmp_path / "clips", **{"clips": 4, "seed": 0} | arguments)
     assert not (tmp_path / "clips").exists()
 
 
 def test_participants_can_be_chosen(tmp_path):
-    root = write_synthetic(tmp_path / "clips", 4, 0, participants=(2, 50))
+    root = synthetic.write_synthetic(tmp_path / "clips", 4, 0, participants=(2, 50))
     assert {clip.participant for clip in read_index(root / INDEX_NAME).clips} == {2, 50}
-    with pytest.raises(ValueError, match="participants: expected numbers from 1 to 70"):
-        plan_clips(4, 0, participants=(0, 80))
 
 
-def test_command_line(tmp_path, capsys):
+def test_the_command_does_not_write_over_a_complete_dataset_unless_asked(tmp_path, capsys):
     root = tmp_path / "clips"
-    main([str(root), "--clips", "4", "--seed", "1"])
+    synthetic.main([str(root), "--clips", "4", "--seed", "1"])
     assert capsys.readouterr().out.startswith("4 clips of 4 participants, ")
-    assert len(read_all(root)) == 4
-    assert main([str(root), "--clips", "4", "--seed", "1"]) == 2
+    before = read_all(root)
+    assert len(before) == 4
+    assert synthetic.main([str(root), "--clips", "3", "--seed", "2"]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    main([str(root), "--clips", "3", "--overwrite"])
+    assert read_all(root) == before
+    synthetic.main([str(root), "--clips", "3", "--seed", "2", "--overwrite"])
     assert len(read_all(root)) == 3
+    assert not set(read_all(root)) & set(before)
