@@ -10,6 +10,11 @@ import pytest
 from bigru import __main__
 from bigru.command import COMMANDS, FORECASTER, CommandError, ending, prepare_console, training_line
 
+
+def python(code, *argv):
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+
+
 WITHOUT = """
 import sys
 # To Python these are not installed.
@@ -36,7 +41,7 @@ except RuntimeError as error:
 
 @pytest.mark.slow
 def test_the_layer_needs_neither_extra_nor_triton_and_commands_name_theirs():
-    result = subprocess.run([sys.executable, "-c", WITHOUT, *FORECASTER], capture_output=True, text=True)
+    result = python(WITHOUT, *FORECASTER)
     assert result.returncode == 0, result.stderr
     # What takes long to import is not needed either: torch alone takes longer.
     first, codes, shapes, imported, refusal = result.stdout.splitlines()
@@ -75,7 +80,7 @@ print("torch" in sys.modules)
 
 
 def test_no_help_waits_for_torch():
-    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    result = python(HELP)
     assert result.stdout.count("usage: python -m bigru.") == len(COMMANDS), result.stderr
     assert result.stdout.splitlines()[-1] == "False"
     # Nor does it show how an option is typed here.

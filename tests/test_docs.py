@@ -1,5 +1,6 @@
 """The documents' links lead somewhere, the tests that they name exist, and their Python runs when pasted."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -76,7 +77,8 @@ def test_the_first_hour_from_an_empty_folder(tmp_path, monkeypatch):
             if module == "pip":
                 continue
             # A tenth of the epochs: what is tested is that each command does what the text says.
-            arguments = [f"{int(word) // 10}" if before == "--epochs" else word for before, word in pairs(arguments)]
+            pairs = itertools.pairwise(["", *arguments])
+            arguments = [f"{int(word) // 10}" if before == "--epochs" else word for before, word in pairs]
             assert run(module.removeprefix("bigru."), arguments) == 0, command
             done.append(module)
     assert done == [*["bigru.data"] * 2, *["bigru.train"] * 4, "bigru.predict"]
@@ -84,10 +86,6 @@ def test_the_first_hour_from_an_empty_folder(tmp_path, monkeypatch):
     assert document.count("- **Trained on:** after epoch 3") == 1
     assert "## All runs in this folder" in document
     assert len(list((tmp_path / "predictions").iterdir())) == 4 * 6
-
-
-def pairs(words):
-    return zip(["", *words], words, strict=False)
 
 
 def test_the_page_of_names_is_current():

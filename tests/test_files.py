@@ -7,26 +7,17 @@ import subprocess
 
 import pytest
 
-from bigru.files import (
-    as_json,
-    printable,
-    remove_partials,
-    replacing,
-    shell_line,
-    write_atomically,
-    write_json,
-    write_lines,
-)
+from bigru import files
 
 NOT_UTF8 = os.fsdecode(b"d\xe4ta")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def fail(error):
-        with replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             temporary.write_bytes(b"new and")
             raise error
 
@@ -35,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: .*checkpoint\.pt'"):
         fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert path.read_bytes() == b"old"
-    write_atomically(path, b"newer")
+    files.write_atomically(path, b"newer")
     assert path.read_bytes() == b"newer"
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -45,39 +36,39 @@ def test_the_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypat
     fsync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), fsync(handle)))
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), rename(*paths)))
-    write_atomically(tmp_path / "file", b"content")
+    files.write_atomically(tmp_path / "file", b"content")
     assert events[:2] == ["sync", "rename"]
 
 
 def test_what_a_kill_left_is_removed(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f".{name}.0123abcd.partial").touch()
-    remove_partials(tmp_path, "a", age_s=3600)
+    files.remove_partials(tmp_path, "a", age_s=3600)
     assert len(list(tmp_path.iterdir())) == 2
-    remove_partials(tmp_path, "a")
+    files.remove_partials(tmp_path, "a")
     assert [file.name for file in tmp_path.iterdir()] == [".b.0123abcd.partial"]
-    remove_partials(tmp_path)
+    files.remove_partials(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_longest_name_can_be_written(tmp_path):
     path = tmp_path / ("x" * 255)
-    write_atomically(path, b"content")
+    files.write_atomically(path, b"content")
     assert path.read_bytes() == b"content"
 
 
 def test_json_has_no_nan(tmp_path):
-    assert as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "x")}) == (
+    assert files.as_json({"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "x")}) == (
         '{"a": null, "b": [1.5, null], "c": [1, "x"]}'
     )
-    write_json(tmp_path / "a.json", {"a": float("nan")})
+    files.write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None}
 
 
 def test_a_path_that_is_not_utf8_can_be_written_and_comes_back_from_json(tmp_path):
-    write_json(tmp_path / "a.json", {"path": NOT_UTF8})
+    files.write_json(tmp_path / "a.json", {"path": NOT_UTF8})
     assert os.fsencode(json.loads((tmp_path / "a.json").read_text())["path"]) == b"d\xe4ta"
-    write_lines(tmp_path / "b", [NOT_UTF8])
+    files.write_lines(tmp_path / "b", [NOT_UTF8])
     assert (tmp_path / "b").read_text() == "d\\xe4ta\n"
 
 
@@ -91,13 +82,13 @@ def test_a_path_that_is_not_utf8_can_be_written_and_comes_back_from_json(tmp_pat
     ],
 )
 def test_any_path_can_be_printed(name, shown):
-    assert printable(os.fsdecode(name)) == shown
+    assert files.printable(os.fsdecode(name)) == shown
     shown.encode()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="asks a shell")
 @pytest.mark.parametrize("name", [b"plain", b"two words", b"it's d\xe4ta\n\\", b"\xffab"])
 def test_a_shell_reads_the_command_line_as_it_was_meant(name):
-    line = shell_line(["printf", "%s", os.fsdecode(name)])
+    line = files.shell_line(["printf", "%s", os.fsdecode(name)])
     assert line.isprintable()
     assert subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout == name

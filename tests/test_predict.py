@@ -54,9 +54,8 @@ def weights(folder, model, name="weights.safetensors"):
 
 
 def run(path, *clips, out, extra=()):
-    return main(
-        ["--weights", str(path), "--out", str(out), "--observed", str(T), "--device", "cpu", *extra, *map(str, clips)]
-    )
+    options = ["--weights", str(path), "--out", str(out), "--observed", str(T), "--device", "cpu"]
+    return main([*options, *extra, *map(str, clips)])
 
 
 def centred(arrays):
@@ -91,9 +90,8 @@ def test_a_chosen_start_with_half_a_future(tmp_path):
     result = forecast(network(), clip, DataConfig(observed=T, predicted=T), start=3)
     np.testing.assert_allclose(result.target[:1], centred(arrays)[7:8], atol=1e-6)
     assert np.isnan(result.target[2:]).all()
-    np.testing.assert_allclose(
-        result.last_origin, (arrays["left_landmarks"][6, 0, :2] + arrays["right_landmarks"][6, 0, :2]) / 2, rtol=1e-6
-    )
+    wrists = arrays["left_landmarks"][6, 0, :2] + arrays["right_landmarks"][6, 0, :2]
+    np.testing.assert_allclose(result.last_origin, wrists / 2, rtol=1e-6)
 
 
 def test_centred_on_the_last_frame_the_hands_are_placed_in_the_image(tmp_path):
@@ -121,7 +119,8 @@ def test_a_clip_is_resampled_as_the_run_was(tmp_path):
 
 def test_what_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(animation, "DPI", 30)
+    for drawing in (animation, figures):
+        monkeypatch.setattr(drawing, "DPI", 30)
     clip, _ = write(tmp_path, 9)
     assert run(weights(tmp_path, network()), clip, out=tmp_path / "out", extra=["--start", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -195,29 +194,20 @@ def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, capsys):
 
 def test_no_two_joints_share_a_name():
     assert len(set(JOINT_NAMES)) == 21
-    assert (JOINT_NAMES[0], JOINT_NAMES[4], JOINT_NAMES[8], JOINT_NAMES[20]) == (
-        "WRIST",
-        "THUMB_TIP",
-        "INDEX_FINGER_TIP",
-        "PINKY_TIP",
-    )
+    assert [JOINT_NAMES[n] for n in (0, 4, 8, 20)] == ["WRIST", "THUMB_TIP", "INDEX_FINGER_TIP", "PINKY_TIP"]
 
 
 def test_the_true_future_is_drawn_where_there_is_one(tmp_path):
+    def drawn_in(axes):
+        lines = [line for line in axes.lines if len(line.get_xdata()) > 1]
+        return sum(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in lines)
+
     drawn = []
     for frames in (9, 4):
         clip, _ = write(tmp_path, frames)
         result = forecast(network(), clip, DataConfig(observed=T, predicted=T), start=min(2, frames - T))
         figure = figures.forecasts(result.samples())
-        lines = [
-            [
-                line
-                for line in axes.lines
-                if np.isfinite(np.asarray(line.get_ydata(), float)).any() and len(line.get_xdata()) > 1
-            ]
-            for axes in figure.axes
-        ]
-        drawn.append([len(panel) for panel in lines])
+        drawn.append([drawn_in(axes) for axes in figure.axes])
         names = [text.get_text() for text in figure.legends[0].get_texts()]
         assert ("true" in names) == (frames == 9)
     # Both predicted hands in every panel; the true ones while the clip lasts, the right one not in its last frame.
@@ -293,31 +283,22 @@ def test_clips_without_names_of_their_own(tmp_path, capsys):
     assert f"got twice: {clip.stem}" in capsys.readouterr().err
 
 
+IH, HH = "encoder.core.weight_ih_l0", "encoder.core.weight_hh_l0"
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("shapes", "message"),
     [
-        ({"a": torch.zeros(2)}, "no forecaster's state dict: no encoder.core.weight_ih_l0, encoder.core.weight_hh_l0"),
-        (
-            {"encoder.core.weight_ih_l0": torch.zeros(18), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
-            "expected a dense floating-point matrix in encoder.core.weight_ih_l0",
-        ),
-        (
-            {"encoder.core.weight_ih_l0": torch.zeros(18, 90), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
-            "is for 90 features, expected 84 for hands",
-        ),
-        (
-            {"encoder.core.weight_ih_l0": torch.zeros(1, 84), "encoder.core.weight_hh_l0": torch.zeros(1, 1_000_000)},
-            "expected 3000000 rows in encoder.core.weight_ih_l0 and encoder.core.weight_hh_l0",
-        ),
-        (
-            {"encoder.core.weight_ih_l0": torch.zeros(18, 84), "encoder.core.weight_hh_l0": torch.zeros(18, 6)},
-            "does not fit the network: missing encoder.core.bias_hh_l0",
-        ),
+        ({"a": (2,)}, f"no forecaster's state dict: no {IH}, {HH}"),
+        ({IH: (18,), HH: (18, 6)}, f"expected a dense floating-point matrix in {IH}"),
+        ({IH: (18, 90), HH: (18, 6)}, "is for 90 features, expected 84 for hands"),
+        ({IH: (1, 84), HH: (1, 1_000_000)}, f"expected 3000000 rows in {IH} and {HH}"),
+        ({IH: (18, 84), HH: (18, 6)}, "does not fit the network: missing encoder.core.bias_hh_l0"),
     ],
 )
-def test_weights_that_are_none(tmp_path, capsys, content, message):
+def test_weights_that_are_none(tmp_path, capsys, shapes, message):
     clip, _ = write(tmp_path, 8)
-    torch.save(content, tmp_path / "odd.pt")
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "odd.pt")
     assert run(tmp_path / "odd.pt", clip, out=tmp_path / "out") == 2
     assert message in capsys.readouterr().err
 

@@ -104,31 +104,20 @@ def test_settings_of_another_network_are_refused():
         ForecastStream(model, DataConfig(gaze=True))
 
 
-def test_load_reads_weights_and_settings(tmp_path, clip):
-    model, config = build()
-    save_weights(tmp_path / "weights.safetensors", model.state_dict())
-    run = TrainConfig(data=config, model=ModelConfig(hidden_size=8))
-    (tmp_path / "config.json").write_text(json.dumps(run.as_dict()))
-    loaded = ForecastStream.load(tmp_path / "weights.safetensors")
-    assert loaded.config.observed == LENGTH
-    expected = ForecastStream(model, config)
-    for hands in read_clip(clip, config).hands[:LENGTH]:
-        ours, theirs = loaded.push(hands), expected.push(hands)
-    np.testing.assert_array_equal(ours.positions, theirs.positions)
-
-
 def test_the_command_replays_a_clip_and_prints_its_latency(tmp_path, clip, capsys):
     model, config = build()
-    save_weights(tmp_path / "weights.safetensors", model.state_dict())
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights, model.state_dict())
     run = TrainConfig(data=config, model=ModelConfig(hidden_size=8))
     (tmp_path / "config.json").write_text(json.dumps(run.as_dict()))
-    arguments = ["--weights", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path), "--stream", str(clip)]
-    assert main(arguments) == 0
-    assert re.search(
-        r"15 forecasts of 7 frames on \d+ threads? of the CPU, latency median [\d.]+ ms, 99th", capsys.readouterr().out
-    )
+    loaded = ForecastStream.load(weights)
+    ours = [loaded.push(hands) for hands in read_clip(clip, config).hands[:LENGTH]]
+    assert main(["--weights", str(weights), "--out", str(tmp_path), "--stream", str(clip)]) == 0
+    words = r"15 forecasts of 7 frames on \d+ threads? of the CPU, latency median [\d.]+ ms, 99th"
+    assert re.search(words, capsys.readouterr().out)
     with np.load(tmp_path / f"{clip.stem}.stream.npz") as written:
         assert written["frame"].tolist() == list(range(LENGTH - 1, 3 * LENGTH))
         assert (written["latency_s"] > 0).all()
+        np.testing.assert_allclose(written["predicted"][0], ours[-1].positions, rtol=0, atol=1e-6)
         expected = forecast(model.eval(), clip, config, start=5)
         np.testing.assert_allclose(written["predicted"][5], expected.in_image(expected.predicted), rtol=0, atol=1e-6)
