@@ -40,7 +40,7 @@ def choice_of(gru: BiGRU, input: Tensor | PackedSequence) -> Choice:
         return Choice("torch")  # which has a derivative in forward mode
     dtype = dtype_of_call(data.dtype, data.device.type)
     steps, batch = None, None
-    if not torch.compiler.is_compiling():
+    if gru.backend == "auto" and not torch.compiler.is_compiling():
         if isinstance(input, PackedSequence):
             steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
         elif data.dim() == 2:
@@ -69,8 +69,8 @@ def _choose(
     steps: int | None,
     batch: int | None,
 ) -> tuple[Any, ...]:
-    # On a CPU a call may take microseconds, and the answer depends on nothing but these.
-    asked = _on_a_cpu if device.type == "cpu" and backend == "auto" else _ask
+    # A call may take microseconds. On a GPU "auto" heeds torch.backends too; else the answer depends on these alone.
+    asked = _ask if device.type != "cpu" and backend == "auto" else _remembered
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return tuple(asked(backend, device, dtype, hidden, precision, varlen, steps, batch, threads))
 
@@ -79,10 +79,10 @@ def _ask(backend: str, device: torch.device, *about: Any) -> Choice:
     return choose(backend, Call(describe(device), *about[:-1]))
 
 
-_on_a_cpu = functools.lru_cache(maxsize=1024)(_ask)
+_remembered = functools.lru_cache(maxsize=1024)(_ask)
 
 
 def forget() -> None:
     """Forgets what was read and chosen, as after a new proof."""
-    for function in (proven.proofs, proven.known, _on_a_cpu):
+    for function in (proven.proofs, proven.known, _remembered):
         function.cache_clear()

@@ -74,7 +74,7 @@ from bigru.kernels.exchange import (
     _state_product,
     _wait,
 )
-from bigru.kernels.kernel import Backward, Forward, Kernel
+from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher
 from bigru.kernels.varlen import steps_and_table
 
 SIZES = ("T", "B", "first_b", "first_d")
@@ -261,6 +261,9 @@ def gru_backward_cooperative_kernel(
     tl.store(dh0_ptr + offs_h, dh, mask)
 
 
+FORWARD, BACKWARD = Launcher(gru_forward_cooperative_kernel), Launcher(gru_backward_cooperative_kernel)
+
+
 @dataclass(frozen=True)
 class CooperativeKernel(Kernel):
     """Serves H from 129, as far as W_hh of one direction fits the GPU's multiprocessors."""
@@ -296,16 +299,16 @@ class CooperativeKernel(Kernel):
         gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
         _, batch, hidden = h0.shape
         steps, table = steps_and_table(y, varlen)
+        tensors = gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, y if gates is None else gates
         operand = torch.float16 if gi.dtype == torch.float32 else gi.dtype
         # Zeroed once: what lies past the last hidden unit is read and never written.
         state = gi.new_zeros(
             config.groups(batch), 2, 2 if config.split else 1, config.rows, config.padded, dtype=operand
         )
         for arrivals, first_b, first_d, grid in _launches(config, h0):
-            gru_forward_cooperative_kernel[grid](
-                gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, gates, state, arrivals, table, steps, batch,
-                first_b, first_d, H=hidden, WARPS=config.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0,
-                **config.constants(), **config.options(),
+            FORWARD(
+                config, varlen, grid, (*tensors, state, arrivals, table), steps, batch, first_b, first_d, H=hidden,
+                WARPS=config.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates is not None,
             )  # fmt: skip
 
     def backward(self, operands: Backward, config: CooperativeConfig) -> None:
@@ -315,10 +318,8 @@ class CooperativeKernel(Kernel):
         shape = config.groups(batch), 2, config.programs, config.rows, config.padded
         shares = torch.empty(shape, dtype=torch.float32, device=operands.y.device)
         for arrivals, first_b, first_d, grid in _launches(config, operands.h0):
-            gru_backward_cooperative_kernel[grid](
-                *tensors, shares, arrivals, table, h_prev, steps, batch, first_b, first_d, H=hidden,
-                **config.constants(), **config.options(),
-            )  # fmt: skip
+            exchanged = shares, arrivals, table, h_prev
+            BACKWARD(config, varlen, grid, (*tensors, *exchanged), steps, batch, first_b, first_d, H=hidden)
 
     def functions(self, config: CooperativeConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         # The state is exchanged in the products' dtype.

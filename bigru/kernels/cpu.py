@@ -56,7 +56,7 @@ class CpuKernel(Kernel):
     def forward(self, operands: Forward, config: None) -> None:
         gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
         weights = [(None, None), w_hh, (None, None), (None, None), (None, None) if b_hn is None else b_hn]
-        self._forward(gi, (0, 0), weights, h0, y, h_n, gates if gates.numel() else None, varlen)
+        self._forward(gi, (0, 0), weights, h0, y, h_n, gates, varlen)
 
     def backward(self, operands: Backward, config: None) -> None:
         dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev = operands

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from bigru.kernels.backends import KERNELS
 from bigru.kernels.choice import choice_of
 from bigru.kernels.compiling import not_compiled
 from bigru.kernels.config import autocasts, dtype_of_call
 from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
-from bigru.kernels.layer import fused_gru_layer
+from bigru.kernels.layer import fused_gru_layer, makes_states, wants_gradient
 from bigru.kernels.reference import gru_recurrence, layer_operands
 from bigru.kernels.registry import check_options
 from bigru.kernels.twin import own_callable, twin, unlike_bigru
@@ -164,13 +165,14 @@ class BiGRU(nn.RNNBase):
             hx = hx.unsqueeze(1)
         weights = self._weights()
         steps, batch = x.shape[:2] if time_first else (x.shape[1], x.shape[0])
-        hx = self._checked_state(x, hx, weights, batch)
+        self._check(x, hx, weights, batch)
         if torch.compiler.is_compiling():
             # A length may be data, of which a graph can be told but not ask.
             torch._check(steps != 0, lambda: "input: expected at least one time step")
         elif steps == 0:
             raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
         backend = self._backend_that_serves(input)
+        hx = self._states(x, hx, batch, backend)
         # A compiler would unroll ATen's GRU over time, and again for every length.
         if backend == "torch" and not torch.compiler.is_compiling():
             y, h_n = torch._VF.gru(
@@ -247,8 +249,15 @@ class BiGRU(nn.RNNBase):
         names = self._flat_weights_names
         return [getattr(self, name) if (weight := own.get(name)) is None else weight for name in names]
 
-    def _checked_state(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], batch: int | Tensor) -> Tensor:
-        """`hx`, or zeros, once it, the input and the weights as computed with are seen to go together."""
+    def _states(self, x: Tensor, hx: Tensor | None, batch: int | Tensor, backend: str) -> Any:
+        """`hx`, or zeros; or None, if the backend makes them."""
+        if hx is not None or (backend in KERNELS and makes_states(backend)):
+            return hx
+        shape: tuple[Any, ...] = (2 * self.num_layers, batch, self.hidden_size)
+        return x.new_zeros(shape)  # of x's class too
+
+    def _check(self, x: Tensor, hx: Tensor | None, weights: list[Tensor], batch: int | Tensor) -> None:
+        """Raises unless the input, the initial states and the weights as computed with go together."""
         wanted, device, autocast = weights[0].dtype, weights[0].device, autocasts(x.device.type)
         if autocast and not x.dtype.is_floating_point:
             raise RuntimeError(f"input: expected a floating dtype under autocast, got {x.dtype}")
@@ -257,7 +266,7 @@ class BiGRU(nn.RNNBase):
                 f"input: expected {wanted} like the weights, got {x.dtype}. RNN input dtype ({x.dtype}) does not match "
                 f"weight dtype ({wanted}). Convert input: input.to({wanted}), or convert model: model.to({x.dtype})"
             )
-        if not autocast and any(weight.dtype != wanted for weight in weights):
+        if not autocast and len({weight.dtype for weight in weights}) > 1:
             dtypes = {name: weight.dtype for name, weight in zip(self._flat_weights_names, weights, strict=True)}
             raise RuntimeError(f"weights: expected all of {wanted}, got {dtypes}")
         if x.device != device:
@@ -266,7 +275,7 @@ class BiGRU(nn.RNNBase):
             raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {x.shape[-1]}")
         shape: tuple[Any, ...] = (2 * self.num_layers, batch, self.hidden_size)
         if hx is None:
-            return x.new_zeros(shape)  # of x's class too
+            return
         if torch.compiler.is_compiling():
             for size, expected in zip(hx.shape, shape, strict=True):
                 torch._check(size == expected, lambda: "hx: expected shape (2 * num_layers, batch, hidden)")
@@ -276,12 +285,11 @@ class BiGRU(nn.RNNBase):
             raise RuntimeError(f"hx: expected a tensor on {x.device} like input, got one on {hx.device}")
         if not hx.dtype.is_floating_point or (hx.dtype != x.dtype and not autocast):
             raise RuntimeError(f"hx: expected {x.dtype} like input, got {hx.dtype}")
-        return hx
 
     def _forward_layers(
         self,
         x: Tensor,
-        hx: Tensor,
+        hx: Any,
         weights: list[Tensor],
         backend: str,
         varlen: Varlen | None = None,
@@ -296,11 +304,15 @@ class BiGRU(nn.RNNBase):
         dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
         inside: Any = torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
         sizes = None if varlen is None else varlen.batch_sizes.tolist()
-        states = []
+        states, out = [], None
+        if backend in KERNELS and makes_states(backend) and not wants_gradient(x, hx, weights):
+            batch = x.shape[1] if varlen is None else varlen.batch
+            out = x.new_empty((2 * self.num_layers, batch, self.hidden_size), dtype=dtype)
         with inside:
             for layer in range(self.num_layers):
                 last = layer == self.num_layers - 1
-                own, h0 = weights[layer * per_layer : (layer + 1) * per_layer], hx[2 * layer : 2 * layer + 2]
+                own = weights[layer * per_layer : (layer + 1) * per_layer]
+                h0: Any = None if hx is None else hx[2 * layer : 2 * layer + 2]
                 if backend == "onnx":
                     x, h_n = onnx_gru_layer(x, h0, own, lengths)
                     x = x.transpose(0, 1) if last and batch_first else x
@@ -312,12 +324,12 @@ class BiGRU(nn.RNNBase):
                     x = (x.transpose(0, 1) if batch_first else x).clone() if last else x
                 else:
                     kernel = "scan" if backend == "torch" else backend
-                    first = last and batch_first
-                    x, h_n = fused_gru_layer(x, h0, own, dtype, self.precision, kernel, varlen, first)
+                    how = self.hidden_size, dtype, self.precision, kernel, varlen, last and batch_first
+                    x, h_n = fused_gru_layer(x, h0, own, *how, None if out is None else out[2 * layer : 2 * layer + 2])
                 states.append(h_n)
                 if self.dropout and not last:
                     x = nn.functional.dropout(x, self.dropout, self.training)
-        return x, torch.cat(states)
+        return x, torch.cat(states) if out is None else out
 
     @not_compiled("the number of rows at each step of a PackedSequence is data")
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
@@ -329,8 +341,9 @@ class BiGRU(nn.RNNBase):
         if hx is not None and packed.sorted_indices is not None and hx.shape[1] == batch:
             hx = hx.index_select(1, packed.sorted_indices)
         weights = self._weights()
-        hx = self._checked_state(packed.data, hx, weights, batch)
+        self._check(packed.data, hx, weights, batch)
         backend = self._backend_that_serves(packed)
+        hx = self._states(packed.data, hx, batch, backend)
         if backend == "torch":
             y, h_n = torch._VF.gru(
                 packed.data, packed.batch_sizes, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
@@ -353,7 +366,8 @@ class BiGRU(nn.RNNBase):
         batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
         if writes_onnx():
             weights, x = self._weights(), input.transpose(0, 1) if self.batch_first else input
-            hx = self._checked_state(x, hx, weights, batch)
+            self._check(x, hx, weights, batch)
+            hx = self._states(x, hx, batch, "onnx")
             lengths = torch.as_tensor(lengths, device=x.device)
             return self._forward_layers(x, hx, weights, "onnx", batch_first=self.batch_first, lengths=lengths)
         lengths = checked_lengths(lengths, steps, batch)

@@ -5,6 +5,7 @@ mode a layer calls `run_forward` and `run_backward` directly; the operators are 
 and for whatever else records operators.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +36,7 @@ class How(NamedTuple):
 
 
 def run_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, how: How, save: bool, out: Tensor | None = None
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, how: How, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the forward recurrence in a kernel, outside autograd; the equations are in `bigru.kernels.reference`.
 
@@ -43,24 +44,27 @@ def run_forward(
         gi, w_hh, b_hn, h0: as in `bigru.kernels.kernel.Forward`, of one dtype; not yet contiguous.
         how: precision, kernel and layout.
         save: whether to keep what the backward pass needs.
-        out: (T, B, D, H) memory for y, contiguous.
 
     Returns:
         y (T, B, D, H), h_n (D, B, H) and the gates, which are the kernel's own affair and empty unless `save`.
     """
-    implementation = registry.get(how.kernel)
-    rows, (_, batch, hidden) = tuple(gi.shape[:-1]), h0.shape
+    rows, hidden = tuple(gi.shape[:-1]), h0.shape[2]
     gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
     b_hn = None if b_hn is None else b_hn.contiguous()
-    y = gi.new_empty(*rows, hidden) if out is None else out
-    gates = gi.new_empty(implementation.gates_shape(rows, hidden) if save else (0,))
-    h_n = torch.empty_like(h0)
-    if batch > 0:
-        call = Call(describe(gi.device), gi.dtype, hidden, how.precision, how.varlen is not None)
-        with _on_device_of(gi):
-            operands = Forward(gi, w_hh, b_hn, h0, y, h_n, gates, how.varlen)
-            implementation.forward(operands, implementation.choose(call, batch))
+    y, h_n = gi.new_empty(*rows, hidden), torch.empty_like(h0)
+    gates = gi.new_empty(registry.get(how.kernel).gates_shape(rows, hidden) if save else (0,))
+    with on_device_of(gi):
+        start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, how.varlen), how)
     return y, h_n, gates
+
+
+def start_forward(operands: Forward, how: How) -> None:
+    """Runs the forward recurrence into memory, on the current device."""
+    _, batch, hidden = operands.h0.shape
+    if batch > 0:
+        y = operands.y
+        config = _config(how.kernel, how.precision, y.device, y.dtype, hidden, how.varlen is not None, batch)
+        registry.get(how.kernel).forward(operands, config)
 
 
 def run_backward(
@@ -78,7 +82,6 @@ def run_backward(
     Returns:
         dgi, dq and dh0, as in `bigru.kernels.kernel.Backward`.
     """
-    implementation = registry.get(how.kernel)
     batch, hidden = h0.shape[1:]
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
@@ -86,10 +89,10 @@ def run_backward(
     dgi = y.new_empty(*y.shape[:-1], 3 * hidden)
     dq, dh0 = torch.empty_like(y), torch.empty_like(h0)
     if batch > 0:
-        call = Call(describe(y.device), y.dtype, hidden, how.precision, how.varlen is not None)
-        with _on_device_of(y):
+        with on_device_of(y):
             operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, how.varlen, h_prev)
-            implementation.backward(operands, implementation.choose(call, batch))
+            config = _config(how.kernel, how.precision, y.device, y.dtype, hidden, how.varlen is not None, batch)
+            registry.get(how.kernel).backward(operands, config)
     return dgi, dq, dh0
 
 
@@ -135,8 +138,21 @@ def parameter_gradients(
     return [None if gradient is None else gradient[d] for d in range(2) for gradient in gradients]
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+@functools.lru_cache(maxsize=1024)
+def _config(
+    kernel: str, precision: str, device: torch.device, dtype: torch.dtype, hidden: int, varlen: bool, batch: int
+) -> Any:
+    """Returns the launch configuration of a call."""
+    return registry.get(kernel).choose(Call(describe(device), dtype, hidden, precision, varlen), batch)
+
+
+_HERE = nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Returns a context in which a tensor's device is the current one."""
+    away = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if away else _HERE
 
 
 def fused_gru_recurrence(

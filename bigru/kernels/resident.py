@@ -36,9 +36,11 @@ from typing import Any
 import torch
 
 from bigru.kernels.config import ONE_PROCESSOR, Call, ResidentConfig, choose_resident, gpu_refusal, padded_to_power
-from bigru.kernels.kernel import Backward, Forward, Kernel, launch_backward, launch_forward
+from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher, launch_backward, launch_forward
 from bigru.kernels.resident_backward import gru_backward_resident_kernel
 from bigru.kernels.resident_forward import gru_forward_resident_kernel
+
+FORWARD, BACKWARD = Launcher(gru_forward_resident_kernel), Launcher(gru_backward_resident_kernel)
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class ResidentKernel(Kernel):
         return (*rows, hidden, 4)
 
     def forward(self, operands: Forward, config: ResidentConfig) -> None:
-        launch_forward(gru_forward_resident_kernel, operands, config)
+        launch_forward(FORWARD, operands, config)
 
     def backward(self, operands: Backward, config: ResidentConfig) -> None:
-        launch_backward(gru_backward_resident_kernel, operands, config)
+        launch_backward(BACKWARD, operands, config)
 
     def functions(self, config: ResidentConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         return {"forward": (gru_forward_resident_kernel, {}), "backward": (gru_backward_resident_kernel, {})}

@@ -27,7 +27,7 @@ class ScanKernel(Kernel):
         hidden = h.shape[2]
         bias = h.new_zeros(()) if b_hn is None else _wide(b_hn).unsqueeze(1)
         y_s = gi_s.new_empty(*gi_s.shape[:3], hidden)
-        gates_s = gi_s.new_empty(*gi_s.shape[:3], 4, hidden) if gates.numel() else None
+        gates_s = gi_s.new_empty(*gi_s.shape[:3], 4, hidden) if gates is not None else None
         for s, i in enumerate(gi_s.unbind()):
             gh = torch.bmm(h, w)
             rz = torch.sigmoid(i[..., : 2 * hidden] + gh[..., : 2 * hidden])
@@ -39,7 +39,7 @@ class ScanKernel(Kernel):
                 torch.stack((r, z, n, q), 2, out=gates_s[s])
         _in_time(y_s, y)
         h_n.copy_(h)
-        if gates_s is not None:
+        if gates is not None and gates_s is not None:
             _in_time(gates_s, gates)
 
     def backward(self, operands: Backward, config: None) -> None:

@@ -46,7 +46,7 @@ from bigru.kernels.cell import (
     _store_gates,
 )
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
-from bigru.kernels.kernel import Backward, Forward, Kernel, launch_backward, launch_forward
+from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher, launch_backward, launch_forward
 from bigru.kernels.varlen import steps_and_table
 
 
@@ -336,6 +336,10 @@ def gru_backward_streamed_kernel(
         t += 2 * d - 1
 
 
+FORWARD, BACKWARD = Launcher(gru_forward_kernel), Launcher(gru_backward_kernel)
+FORWARD_STREAMED, BACKWARD_STREAMED = Launcher(gru_forward_streamed_kernel), Launcher(gru_backward_streamed_kernel)
+
+
 @dataclass(frozen=True)
 class TritonKernel(Kernel):
     """Serves every H, sequences of different lengths, and CPU tensors in Triton's interpreter."""
@@ -354,32 +358,30 @@ class TritonKernel(Kernel):
 
     def forward(self, operands: Forward, config: TritonConfig) -> None:
         if config.persistent:
-            launch_forward(gru_forward_kernel, operands, config, ACCURATE=config.accurate)
+            launch_forward(FORWARD, operands, config, ACCURATE=config.accurate)
             return
         gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
         _, batch, hidden = h0.shape
         steps, table = steps_and_table(y, varlen)
         state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
         state.copy_(h0)
-        gru_forward_streamed_kernel[-(-batch // config.rows), 2](
-            gi, w_hh, gi if b_hn is None else b_hn, state, y, gates, table, steps, batch, hidden, H=hidden,
-            HAS_BIAS=b_hn is not None, SAVE=gates.numel() > 0, ACCURATE=config.accurate, **config.constants(),
-            **config.options(),
+        tensors = gi, w_hh, gi if b_hn is None else b_hn, state, y, y if gates is None else gates, table
+        FORWARD_STREAMED(
+            config, varlen, (-(-batch // config.rows), 2, 1), tensors, steps, batch, hidden, H=hidden,
+            HAS_BIAS=b_hn is not None, SAVE=gates is not None, ACCURATE=config.accurate,
         )  # fmt: skip
         h_n.copy_(state[steps % 2])
 
     def backward(self, operands: Backward, config: TritonConfig) -> None:
         if config.persistent:
-            launch_backward(gru_backward_kernel, operands, config)
+            launch_backward(BACKWARD, operands, config)
             return
         dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, varlen, h_prev = operands
         _, batch, hidden = h0.shape
         steps, table = steps_and_table(y, varlen)
         dh = dh_n.to(torch.float32, copy=True)
-        gru_backward_streamed_kernel[-(-batch // config.rows), 2](
-            dy, y, gates, h0, w_hh, dh, dgi, dq, table, h_prev, steps, batch, hidden, H=hidden, **config.constants(),
-            **config.options(),
-        )  # fmt: skip
+        tensors = dy, y, gates, h0, w_hh, dh, dgi, dq, table, h_prev
+        BACKWARD_STREAMED(config, varlen, (-(-batch // config.rows), 2, 1), tensors, steps, batch, hidden, H=hidden)
         dh0.copy_(dh)
 
     def functions(self, config: TritonConfig) -> dict[str, tuple[Any, dict[str, str]]]:

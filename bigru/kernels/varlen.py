@@ -40,7 +40,7 @@ class Varlen:
 
 def steps_and_table(y: Tensor, varlen: Varlen | None) -> tuple[int, Tensor | None]:
     """Returns T and `Varlen.table` of a call whose states are y."""
-    return (len(y), None) if varlen is None else (varlen.steps, varlen.table)
+    return (y.shape[0], None) if varlen is None else (varlen.steps, varlen.table)
 
 
 def varlen_of(packed: PackedSequence) -> Varlen:
