@@ -110,10 +110,10 @@ def gather(
     total = first_x + (x.numel() if copied else 0)
     out = x.new_empty(total, dtype=dtype)
     # A kernel would read anywhere.
-    if not all(weight.device == x.device and weight.data_ptr() for weight in weights):
+    if not all(map(Tensor.data_ptr, weights)) or {*map(Tensor.get_device, weights)} != {x.get_device()}:
         found = [str(weight.device) for weight in weights]
         raise RuntimeError(f"weights: expected all in memory on {x.device} like input, got {found}")
-    tensors = [weight if weight.is_contiguous() else weight.contiguous() for weight in weights]
+    tensors = weights if all(map(Tensor.is_contiguous, weights)) else [weight.contiguous() for weight in weights]
     if not biased:
         tensors = [*tensors[:2], out, out, *tensors[2:], out, out]
     columns, strides = (x.shape[1], x.stride()) if x.dim() == 3 else (1, (x.stride(0), 0, x.stride(1)))

@@ -308,6 +308,7 @@ class BiGRU(nn.RNNBase):
         if backend in KERNELS and makes_states(backend) and not wants_gradient(x, hx, weights):
             batch = x.shape[1] if varlen is None else varlen.batch
             out = x.new_empty((2 * self.num_layers, batch, self.hidden_size), dtype=dtype)
+        h_ns = [None] * self.num_layers if out is None else out.split_with_sizes([2] * self.num_layers)
         with inside:
             for layer in range(self.num_layers):
                 last = layer == self.num_layers - 1
@@ -325,7 +326,7 @@ class BiGRU(nn.RNNBase):
                 else:
                     kernel = "scan" if backend == "torch" else backend
                     how = self.hidden_size, dtype, self.precision, kernel, varlen, last and batch_first
-                    x, h_n = fused_gru_layer(x, h0, own, *how, None if out is None else out[2 * layer : 2 * layer + 2])
+                    x, h_n = fused_gru_layer(x, h0, own, *how, h_ns[layer])
                 states.append(h_n)
                 if self.dropout and not last:
                     x = nn.functional.dropout(x, self.dropout, self.training)

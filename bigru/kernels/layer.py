@@ -138,7 +138,7 @@ def _forward(
         start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates, how.varlen), how)
     if batch_first:
         y.transpose_(0, 1)
-    return y, h_n, gates, x, h0, w_ih, w_hh
+    return y, h_n, gates, x, h0, w_ih, w_hh[: 6 * hidden * hidden] if save else w_hh
 
 
 def _watched() -> bool:
