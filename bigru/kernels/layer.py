@@ -94,7 +94,7 @@ def makes_states(kernel: str) -> bool:
 
     Such kernels do not take whole layers, and nobody records what is done.
     """
-    return not torch.compiler.is_compiling() and not _watched() and registry.get(kernel).layer is None
+    return not torch.compiler.is_compiling() and registry.get(kernel).layer is None and not _watched()
 
 
 def wants_gradient(x: Tensor, h0: Tensor | None, weights: Sequence[Tensor]) -> bool:
