@@ -26,16 +26,20 @@ class Device:
     type: str
     """As torch.device's, but "hip" for a GPU that is not one of NVIDIA's."""
     capability: tuple[int, int] = (0, 0)
+    """On "hip", the first two numbers of the architecture: (9, 4) of gfx942."""
     shared_memory: int = 0
     """Shared memory that one program may use, in bytes."""
     processors: int = 0
-    """Streaming multiprocessors."""
+    """Streaming multiprocessors, or AMD's compute units."""
 
 
 # Limits from the CUDA C++ Programming Guide, "Compute Capabilities": 163, 227 and 227 KiB a block.
 A100 = Device("cuda", (8, 0), 163 * 1024, 108)
 H100 = Device("cuda", (9, 0), 227 * 1024, 132)
 B200 = Device("cuda", (10, 0), 227 * 1024, 148)
+# The kernels compile for AMD's gfx942 and gfx1100; none has run there.
+MI300 = Device("hip", (9, 4), 64 * 1024, 304)
+RDNA3 = Device("hip", (11, 0), 64 * 1024, 96)
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ def describe(device: torch.device) -> Device:
     """Returns the properties of a tensor's device."""
     if device.type != "cuda":
         return Device(device.type)
-    if torch.version.hip is not None:
-        return Device("hip")
     properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device("hip", (properties.major, properties.minor), 64 * 1024, properties.multi_processor_count)
     try:
         import triton
     except ModuleNotFoundError:
@@ -98,8 +102,11 @@ def gpu_refusal(call: Call, interpreted: bool | None = None) -> str | None:
     """
     device, dtype = call.device, call.dtype
     if device.type == "hip":
-        return "the GPU is not one of NVIDIA's"
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        if interpreted is None:
+            return "the GPU is not one of NVIDIA's"
+        if device.capability not in (MI300.capability, RDNA3.capability):
+            return "of AMD's GPUs the kernel is compiled for gfx942 and gfx1100 only"
+    elif device.type != "cuda" and not (interpreted and device.type == "cpu"):
         way_out = "" if interpreted is None else " (or with TRITON_INTERPRET=1)"
         return f"the input is on {device.type}, and the kernel runs on a GPU{way_out}"
     if device.type == "cuda" and device.capability < OLDEST:
@@ -130,6 +137,9 @@ class TritonConfig:
     dot: Literal["ieee", "tf32", "tf32x3"]
     """`input_precision` of tl.dot where operands are fp32 and not split."""
 
+    amd: bool = False
+    """True if it is compiled for a GPU of AMD's, where `PTXAS_LIMIT` is unknown."""
+
     @property
     def form(self) -> str:
         """Name of the kernels that this configuration is for."""
@@ -138,7 +148,7 @@ class TritonConfig:
     @property
     def accurate(self) -> bool:
         """True if products of fp32 numbers have fp32's accuracy."""
-        return self.split or self.dot == "tf32x3"
+        return self.split or self.dot in ("tf32x3", "ieee")
 
     def constants(self) -> dict[str, Any]:
         """Returns the kernels' compile-time arguments that follow from the configuration."""
@@ -149,20 +159,29 @@ class TritonConfig:
     def options(self) -> dict[str, int | bool]:
         """Returns the compiler's options."""
         # Fusion of multiply and add is the default; triton 3.9 warns where it is not asked for by name.
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True} | PTXAS_LIMIT
+        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        return options if self.amd else options | PTXAS_LIMIT
 
 
 @functools.lru_cache
 def choose_triton(call: Call, batch: int) -> TritonConfig:
     """Returns the configuration of the backend "triton" for B rows."""
     # Triton's interpreter takes the path of a large GPU.
-    device = call.device if call.device.type == "cuda" else H100
+    device = H100 if call.device.type == "cpu" else call.device
     wide, accurate = call.dtype == torch.float32, call.accurate
     padded = padded_to_power(call.hidden)
+    if device.type == "hip":
+        # Its matrix instructions take sixteen rows, and not everywhere TF32. With W_hh in registers gfx942 spills in
+        # fp32 at H=128, and gfx1100, which keeps it twice, from H=16 on.
+        if device.capability == MI300.capability and padded <= (64 if wide else ONE_PROCESSOR):
+            return TritonConfig(True, 16, padded, padded // 16, split=wide, dot="ieee", amd=True)
+        return TritonConfig(False, 16, min(32, padded), 8, split=False, dot="ieee", amd=True)
     # Eight rows a program spread a small batch over the most processors; sixteen halve the work per row once every
     # processor has a program. From compute capability 10 on, sixteen rows would go through tensor memory and spill.
     programs = 2 * -(-batch // 8)
     rows = 16 if programs > device.processors and device.capability < (10, 0) else 8
+    if call.varlen and padded == ONE_PROCESSOR:
+        rows = 8  # sixteen spill on sm_80 or sm_90, under triton 3.6 or 3.9
     # Compiled for sm_80, sm_90 and sm_100: W_hh, whole or as two fp16 halves, plus at most three tiles of the state.
     needed = 3 * padded * padded * (4 if wide else 2) + 3 * padded * rows * 4
     if padded <= ONE_PROCESSOR and needed <= device.shared_memory:

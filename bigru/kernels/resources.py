@@ -32,9 +32,9 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from bigru.kernels import registry
 from bigru.kernels.backends import PUBLIC
 from bigru.kernels.cell import INTERPRETED, TRITON_VERSION
-from bigru.kernels.config import A100, B200, H100, Call, CooperativeConfig, ResidentConfig, TritonConfig
+from bigru.kernels.config import A100, B200, H100, MI300, RDNA3, Call, CooperativeConfig, ResidentConfig, TritonConfig
 
-DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
+DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200, "gfx942": MI300, "gfx1100": RDNA3}
 MODES = ((torch.float32, "fp32"), (torch.float32, "tf32"), (torch.bfloat16, "fp32"), (torch.float16, "fp32"))
 """Storage and precision."""
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -67,7 +67,8 @@ N: batch rows of one program. registers: of one thread; spilled: its stack. shar
 step: instructions and barriers of the largest loop in the machine code, one time step; of a streamed kernel this is the
 body of the time loop as it is written, with each inner loop over blocks counted once. Sizes, not times.
 Forward kernels as in training, with bias and gates saved, unless they say "inference". budget: most instructions and
-barriers a step. B and T are any numbers, pointers are aligned."""
+barriers a step. B and T are any numbers, pointers are aligned. Of AMD's code (gfx),
+which has never run, no step is read."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ def measure(case: Case) -> Usage:
     """Compiles a case and reads its machine code; a failure to compile is the finding, not an error."""
     try:
         compiled = compile_case(case)
+        if "amdgcn" in compiled.asm:
+            return Usage(*read_amd_usage(compiled.asm["amdgcn"]), compiled.metadata.shared)
         text = dump(compiled.asm["cubin"])
         registers, spilled = read_usage(text)
         instructions, barriers = read_step(text)
@@ -207,7 +210,7 @@ def compile_case(case: Case) -> Any:
     """Compiles as a launch would, for a GPU that need not be there."""
     config = case.config
     function, types = registry.get(case.kernel).functions(config)[case.direction]
-    accurate = case.storage == "fp32" and case.precision == "fp32"
+    accurate = isinstance(config, TritonConfig) and config.accurate
     values = {"H": case.hidden, "HAS_BIAS": True, "SAVE": case.save, "ACCURATE": accurate, "WARPS": config.num_warps}
     values |= config.constants()
     operand = "*fp16" if case.storage == "fp32" else f"*{case.storage}"
@@ -229,8 +232,11 @@ def compile_case(case: Case) -> Any:
             signature[parameter.name] = "i32"
     build = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
     source = build(function, signature, constants, aligned)
-    options = config.options()
-    return triton.compile(source, target=GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32), options=options)
+    if case.arch.startswith("gfx"):
+        target = GPUTarget("hip", case.arch, 64 if case.arch.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=config.options())
 
 
 def dump(cubin: bytes) -> str:
@@ -248,6 +254,13 @@ def read_usage(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError("cuobjdump prints no resource usage")
     return int(match[1]), int(match[2])
+
+
+def read_amd_usage(text: str) -> tuple[int, int]:
+    """Returns vector registers of a thread and the bytes that it spills, from an AMD kernel's assembly."""
+    found = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+    return found["vgpr_count"], max(spilled, found["private_segment_fixed_size"])
 
 
 def read_step(text: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigru.kernels import registry
-from bigru.kernels.config import A100, B200, H100, Call, Device, ResidentConfig, choose_resident
+from bigru.kernels.config import A100, B200, H100, MI300, Call, Device, ResidentConfig, choose_resident
 from bigru.kernels.cpu import CpuKernel
 
 CPU = Device("cpu")
@@ -28,13 +28,18 @@ class TestRefusal:
         ("change", "words"),
         [
             ({"device": replace(A100, capability=(7, 5))}, "compute capability is 7.5, and the kernels need 8.0"),
-            ({"device": Device("hip")}, "the GPU is not one of NVIDIA's"),
             ({"dtype": torch.float64}, "float64"),
         ],
     )
     def test_by_every_kernel_of_a_gpu(self, change, words):
         for kernel in kernels():
             assert words in kernel.refusal(replace(SINGLE, **change))
+
+    def test_a_gpu_of_another_maker(self):
+        mi300, older = replace(SINGLE, device=MI300), replace(SINGLE, device=replace(MI300, capability=(9, 0)))
+        assert [kernel.refusal(mi300) for kernel in kernels()] == ["the GPU is not one of NVIDIA's"] * 2 + [None]
+        assert "compiled for gfx942 and gfx1100 only" in gpu_kernel("triton").refusal(older)
+        assert registry.choose("auto", mi300).backend == "torch"
 
     def test_sizes(self):
         assert gpu_kernel("resident").refusal(SINGLE) is None

@@ -55,6 +55,13 @@ def test_usage_that_is_missing_raises():
         resources.read_usage("Fatbin elf code:")
 
 
+def test_usage_of_an_amd_gpu():
+    text = "  - .private_segment_fixed_size: {}\n    .sgpr_spill_count: 0\n"
+    text += "    .vgpr_count:     64\n    .vgpr_spill_count: {}\n"
+    assert resources.read_amd_usage(text.format(0, 0)) == (64, 0)
+    assert resources.read_amd_usage(text.format(20, 4)) == (64, 20)
+
+
 def test_step_is_the_largest_loop_before_the_last_exit():
     assert resources.read_step(LISTING) == (6, 2)
 
@@ -66,7 +73,7 @@ def test_code_without_a_loop_has_no_step():
 def test_every_choice_is_listed_once():
     cases = resources.shipped(resources.DEVICES)
     assert len(cases) == len(set(cases))
-    assert {case.arch for case in cases} == {"sm_80", "sm_90", "sm_100"}
+    assert {case.arch for case in cases} == set(resources.DEVICES)
     both = ("triton persistent", "triton streamed", "resident", "cooperative")
     forms = [form + ending for form in both for ending in ("", ", varlen")]
     kernels = {f"{way} {form}" for way in ("forward", "backward") for form in forms}
