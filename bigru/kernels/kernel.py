@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bigru.kernels.config import Call
@@ -154,7 +155,8 @@ class Launcher:
             constants: compile-time arguments beside those of the configuration.
         """
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        aligned = not (self._odd and functools.reduce(operator.or_, filter(None, addresses), 0) & self._odd)
+        odd = self._odd and functools.reduce(operator.or_, filter(None, addresses), 0) & self._odd
+        aligned = not odd and torch.version.hip is None  # for AMD Triton compiles anew for large tensors too
         first: Any = tensors[0]
         key = config, varlen is None, grid, first.dtype, first.get_device(), *constants.values()
         if aligned and (found := self._compiled.get(key)):
