@@ -313,7 +313,7 @@ def read_settings(path: Path) -> TrainConfig:
     """Reads the config.json of a run; raises ConfigError where it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{printable(path)} is not JSON: {error}") from error
     return from_mapping(content, printable(path))
 

@@ -25,7 +25,7 @@ def horizon(record: RunRecord, picture: str) -> str:
         f"The per-joint error in pixels at each predicted frame; frame {predicted} is {reach}.",
         f"![Error against horizon]({picture})",
         table(["Forecast", *(f"frame {frame}" for frame in frames)], rows, left=1),
-        *([not_beaten] if (not_beaten := unbeaten(record.horizon)) else []),
+        *filter(None, [unbeaten(record.horizon)]),
     )
 
 
@@ -59,7 +59,7 @@ def _ranges(frames: list[int]) -> str:
     return f"frame{'s' if len(frames) > 1 else ''} {several}"
 
 
-def joints(record: RunRecord, picture: str) -> str:
+def joints(picture: str) -> str:
     """Returns the error of each joint, on a picture of both hands."""
     return blocks(
         "The mean over all predicted frames, in pixels; hands as seen from their backs.",

@@ -84,7 +84,6 @@ def joints(record: RunRecord) -> Figure:
     """Draws the mean error in pixels of each joint, as its colour and a number, on a left and a right hand."""
     figure = Figure(figsize=(WIDTH_IN, 3.6), dpi=DPI)
     errors = record.by_joint
-    assert errors is not None
     finite = errors[np.isfinite(errors)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     norm = Normalize(low, high if high > low else low + 1)

@@ -33,8 +33,8 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     looks: list[dict[str, Any]] = [{"color": color, "linestyle": style} for style in STYLES for color in COLORS]
     order = np.argsort([record.test.joint_error_px for record in records], kind="stable")[:MOST]
     drawn = [records[i] for i in sorted(order)]
-    recorded = [record.horizon for record in drawn if record.horizon and same_test_windows(records)]
-    baselines = {name: errors for horizon in recorded[:1] for name, errors in horizon.items() if name != NETWORK}
+    recorded = drawn[0].horizon if same_test_windows(records) else {}
+    baselines = {name: errors for name, errors in recorded.items() if name != NETWORK}
     below = 0.45 + LEGEND_ROW_IN * (len(drawn) + len(baselines))
     total = 2.45 + below
     figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI)
@@ -42,9 +42,8 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
     handles = []
     for name, settings, record, look in zip(names(drawn), differing_settings(drawn), drawn, looks, strict=False):
         _draw(epochs, record.metrics["epoch"], record.metrics["va_joint_error_px"], **look)
-        if record.horizon:
-            values = record.horizon[NETWORK]
-            _draw(frames, range(1, len(values) + 1), values, **look)
+        values = record.horizon[NETWORK]
+        _draw(frames, range(1, len(values) + 1), values, **look)
         words = f"{name}   {inputs(record)}   {settings.strip('` ')}"
         handles.append(Line2D([], [], linewidth=1.5, label=_shortened(words), **look))
     for (name, errors), style in zip(baselines.items(), ((0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 3))), strict=False):
@@ -55,13 +54,8 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
         axes.set_title(title, loc="left")
         axes.set_xlabel(x)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-        scale = scale_values(
-            axes, np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.empty(0)])
-        )
+        scale = scale_values(axes, np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines]))
         axes.set_ylabel(f"per-joint error (px){scale}")
-    if not frames.lines:
-        frames.set_xticks([])
-        frames.texts[0].set_text("not recorded by these runs")
     figure.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0.06, 0.0), fontsize=7.5, handlelength=2.6, labelspacing=0.35
     )

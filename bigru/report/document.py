@@ -75,12 +75,10 @@ def _draw(record: RunRecord) -> dict[str, bytes]:
     """Returns the pictures of one run, as PNG, by their paths from the document."""
     drawn = {
         "learning_curves": figures.learning_curves(record),
-        "forecasts": figures.forecasts(record.samples, record.config["data"].get("centre", "frame")),
+        "forecasts": figures.forecasts(record.samples, record.config["data"]["centre"]),
+        "horizon": breakdown_figures.horizon(record),
+        "joints": breakdown_figures.joints(record),
     }
-    if record.horizon:
-        drawn["horizon"] = breakdown_figures.horizon(record)
-    if record.by_joint is not None:
-        drawn["joints"] = breakdown_figures.joints(record)
     return {_picture(record, name): figures.png(figure) for name, figure in drawn.items()}
 
 
@@ -156,10 +154,14 @@ def section(record: RunRecord, out: Path, own_model: bool) -> str:
         _protocol(record),
         "### True per-joint error",
         _comparison(record),
-        *_breakdown_sections(record),
+        "### Error against horizon",
+        breakdown.horizon(record, _picture(record, "horizon")),
+        "### Error per joint",
+        breakdown.joints(_picture(record, "joints")),
         "### By frame rate",
         _by_frame_rate(record),
-        *(["### By subtask", _by_subtask(record)] if record.by_subtask else []),
+        "### By subtask",
+        _by_subtask(record),
         "### Forecasts",
         f"![Forecasts]({_picture(record, 'forecasts')})",
         "### Run details",
@@ -171,28 +173,19 @@ def section(record: RunRecord, out: Path, own_model: bool) -> str:
 def _protocol(record: RunRecord) -> str:
     """Lists from the run's options how its data differ from the published protocol's."""
     data = record.config["data"]
-    frames, published = [data.get(name) for name in PUBLISHED_WINDOWS], [*PUBLISHED_WINDOWS.values()]
+    frames, published = [data[name] for name in PUBLISHED_WINDOWS], [*PUBLISHED_WINDOWS.values()]
     said = {
         "missing hands left out of the loss and of the per-joint error": data["mask_missing"],
-        "each clip split in time order, not by participant": data.get("split") == "time",
+        "each clip split in time order, not by participant": data["split"] == "time",
         f"windows of {frames[0]} observed and {frames[1]} predicted frames, {frames[2]} apart": frames != published,
-        f"clips resampled to {data.get('resample')} frames per second": data.get("resample") is not None,
-        "hands centred on the last observed frame, not on each frame's own wrists": data.get("centre") == "last",
-        "displacements from the last observed frame predicted, not the hands": record.config["model"].get("residual"),
+        f"clips resampled to {data['resample']} frames per second": data["resample"] is not None,
+        "hands centred on the last observed frame, not on each frame's own wrists": data["centre"] == "last",
+        "displacements from the last observed frame predicted, not the hands": record.config["model"]["residual"],
     }
     on = [words for words, is_on in said.items() if is_on]
     if not on:
         return "**Protocol:** as published."
     return "**Protocol:** as published, but for:\n\n" + "\n".join(f"- {words}" for words in on)
-
-
-def _breakdown_sections(record: RunRecord) -> list[str]:
-    sections: list[str] = []
-    if record.horizon:
-        sections += ["### Error against horizon", breakdown.horizon(record, _picture(record, "horizon"))]
-    if record.by_joint is not None:
-        sections += ["### Error per joint", breakdown.joints(record, _picture(record, "joints"))]
-    return sections
 
 
 def _picture(record: RunRecord, name: str) -> str:
@@ -242,8 +235,6 @@ def _comparison(record: RunRecord) -> str:
 
 def verdict(test: Scores, baselines: dict[str, Scores]) -> str:
     """Says of each baseline which measures the network does not beat it on, if any; judged by figures as printed."""
-    if not baselines:
-        return "No baseline was recorded, so these figures stand alone."
     sentences = []
     for name, baseline in baselines.items():
         found: dict[str, list[str]] = {}
@@ -289,8 +280,6 @@ def _by_frame_rate(record: RunRecord) -> str:
         [f"{fps:g}", f"{predicted / fps:.2f}", f"{scores.windows:,}", *cells(scores)]
         for fps, scores in record.by_frame_rate
     ]
-    if not rows:
-        return "No test window was scored."
     headers = ["fps", "horizon (s)", "windows", *(metric.label for metric in METRICS)]
     texts = [
         f"The {predicted} predicted frames reach further ahead the lower the frame rate.",
@@ -320,7 +309,7 @@ def _details(record: RunRecord, out: Path) -> str:
         f"per-joint error {metrics['va_joint_error'][best]:.3f} ({metrics['va_joint_error_px'][best]:.1f} px)",
         "Device": plain(environment["device"]),
         "Backend, precision": f"{plain(environment['backend'])}, {plain(environment['precision'])}",
-        **({"Chosen as": plain(environment["why"])} if environment["why"] else {}),
+        "Chosen as": plain(environment["why"]),
         "Versions": plain(versions),
         "Platform": plain(environment["platform"]),
         "Data": f"{plain(record.source)}, split by {plain(record.split)}",
@@ -339,12 +328,6 @@ def _details(record: RunRecord, out: Path) -> str:
             f"after epoch {listed([*map(str, record.finished_before)])}, where it had finished by fewer epochs; from "
             "there on the learning rate is that of all its epochs, so that it rises there"
         )
-    if not record.horizon:
-        lines["Not recorded"] = (
-            "error against horizon, per joint and by subtask: the version that scored this run did not write them"
-        )
-    if record.torn_line is not None:
-        lines["Left out"] = f"line {record.torn_line} of metrics.jsonl, torn when the run was killed"
     return "\n".join(f"- **{name}:** {text}" for name, text in lines.items())
 
 
@@ -354,7 +337,7 @@ def _stop(record: RunRecord) -> str:
     optim = record.config["optim"]
     # Else a best epoch just before the last one looks like a fault.
     return (
-        f"stopped early: no gain of {optim.get('min_delta')} in validation MPJPE in {optim.get('patience')} epochs; "
+        f"stopped early: no gain of {optim['min_delta']} in validation MPJPE in {optim['patience']} epochs; "
         "the best epoch is that of the least MPJPE, however small its gain"
     )
 

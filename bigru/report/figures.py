@@ -97,17 +97,12 @@ def pixels(figure: Figure) -> np.ndarray:
 
 @styled
 def learning_curves(record: RunRecord) -> Figure:
-    """Draws MPJPE, ADE and FDE (published definitions), the loss and the learning rate against the epoch.
-
-    The last two are left out where a run did not record them.
-    """
+    """Draws MPJPE, ADE and FDE (published definitions), the loss and the learning rate against the epoch."""
     panels: list[tuple[str, str, tuple[str, ...]]] = [
         (metric.curve, metric.unit, (f"tr_{metric.name}", f"va_{metric.name}")) for metric in PUBLISHED
     ]
-    if record.metrics["lr"]:
-        panels += [("Loss", "squared error", ("tr_loss", "va_loss")), ("Learning rate", "", ("lr",))]
-    rows = math.ceil(len(panels) / 3)
-    total = 0.45 + 2.3 * rows
+    panels += [("Loss", "squared error", ("tr_loss", "va_loss")), ("Learning rate", "", ("lr",))]
+    total = 0.45 + 2.3 * 2
     figure = Figure(figsize=(WIDTH_IN, total), dpi=DPI)
     for i, (title, unit, names) in enumerate(panels):
         top = total - 0.68 - 2.3 * (i // 3)
@@ -247,7 +242,7 @@ def clip_name(stem: str, longest: int) -> str:
 def row_title(samples: Samples, row: int, longest: int = 53) -> str:
     """Returns a window's label, clip and frame rate."""
     label = str(samples.label[row])
-    assumed = " (assumed)" if samples.fps_assumed is not None and samples.fps_assumed[row] else ""
+    assumed = " (assumed)" if samples.fps_assumed[row] else ""
     name = clip_name(str(samples.stem[row]), longest - len(label) - len(assumed))
     return f"{label}: " * bool(label) + f"{name}   {samples.fps[row]:g} fps{assumed}"
 

@@ -105,8 +105,8 @@ def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
     summary = read_summary(folder)
     log.info("%s", score_table({NETWORK: summary["test"], **summary["baselines"]}))
     # NaN where nothing was scored.
-    horizon = {name: np.array(errors["joint_error_px"]) for name, errors in summary.get("horizon", {}).items()}
-    if horizon and (sentences := unbeaten(horizon)):
+    horizon = {name: np.array(errors["joint_error_px"]) for name, errors in summary["horizon"].items()}
+    if sentences := unbeaten(horizon):
         log.info("%s", sentences.replace(". ", ".\n"))
     log.info("%s", printable(document))
 

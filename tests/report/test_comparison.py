@@ -114,15 +114,6 @@ def test_of_very_many_runs_the_best_are_drawn(runs):
     assert len(looks) == comparison_figures.MOST
 
 
-def test_runs_that_recorded_no_horizon(runs):
-    old = [replace(record, horizon={}) for record in records(runs)]
-    figure = comparison_figures.comparison(old)
-    assert [text.get_text() for text in figure.axes[1].texts] == ["not recorded by these runs"]
-    mixed = comparison_figures.comparison([old[0], replace(old[1], horizon={NETWORK: np.array([7.0])})])
-    assert len(mixed.axes[1].lines) == 1
-    figures.png(mixed)
-
-
 def test_runs_of_a_folder(runs):
     folder = runs[0].parent
     (folder / "20261125_000000").mkdir()

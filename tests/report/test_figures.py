@@ -88,8 +88,6 @@ def test_curves_are_the_metrics(make_run):
         unit, *scale = axes.get_ylabel().split(", ")
         assert (axes.get_xlabel(), unit) == ("epoch", "squared error" if metric == "loss" else "centred units")
         assert scale == ["log scale"] * (axes.get_yscale() == "log")
-    older = replace(record, metrics=record.metrics | {key: [] for key in ("tr_loss", "va_loss", "lr")})
-    assert len(figures.learning_curves(older).axes) == 3
 
 
 @pytest.mark.parametrize(("highest", "scale"), [(9.0, "linear"), (11.0, "log")])
@@ -194,6 +192,7 @@ def test_forecasts_with_nan_and_one_frame(make_run, coarse):
         "error_px": np.array([np.nan]),
         "stem": np.array(["x" * 300]),
         "label": np.array([""]),
+        "fps_assumed": np.zeros(1, bool),
     }
     figure = figures.forecasts(read_run(make_run(samples=samples)).samples)
     assert len(figure.axes) == 2
@@ -268,7 +267,7 @@ def few_frames(make_run, **changes):
     """One window of three frames observed and three to come."""
     whole = read_run(make_run()).samples
     names = ("observed", "predicted", "target", "observed_present", "target_present")
-    about = {"fps": [23.0], "error_px": [9.0], "stem": ["x" * 90], "label": ["best"]}
+    about = {"fps": [23.0], "error_px": [9.0], "stem": ["x" * 90], "label": ["best"], "fps_assumed": [False]}
     parts = {name: getattr(whole, name)[:1, :3] for name in names}
     return Samples(**parts | {name: np.array(value) for name, value in about.items()} | changes)
 

@@ -42,17 +42,9 @@ def test_run_without_an_epoch(make_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"format": 3}, r"summary\.json: format 3 is not known; .* reads 1 and 2", id="format"),
+        pytest.param({"format": 3}, r"summary\.json: format 3 is not known; .* reads 2", id="format"),
         pytest.param({"by_joint": {"joint_error": [1.0] * 42}}, r"joint_error_px is missing", id="by joint"),
-        pytest.param({"by_joint": {"joint_error_px": [1.0]}}, r"_px should hold 42 numbers, got 1", id="joints"),
-        pytest.param(
-            {"horizon": {"x": {"joint_error_px": ["2"] * 60}}},
-            r"joint_error_px should be a number, got '2'",
-            id="horizon",
-        ),
-        pytest.param({"horizon": {"x": {"joint_error_px": [1.0] * 60}}}, "this network", id="own"),
         pytest.param({"best_epoch": 7}, r"best_epoch is 7, but metrics\.jsonl holds epochs 1 to 6", id="best epoch"),
-        pytest.param({"total_params": True}, r"total_params should be a whole number", id="bool for a count"),
         pytest.param({"test": {"mpjpe": 1.0}}, r"summary\.json: ade is missing", id="score missing"),
         pytest.param({"by_frame_rate": [{"fps": 0}]}, r"summary\.json: mpjpe is missing", id="frame rate"),
         pytest.param({"modules": ["a"]}, r"summary\.json: ", id="modules"),
@@ -64,19 +56,9 @@ def test_broken_summary_is_named(make_run, changes, message):
         read_run(make_run(epochs=6, summary=changes))
 
 
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        pytest.param({"target": np.zeros((1, 59, 84), np.float32)}, r"target should be \(1, 60, 84\)", id="shape"),
-        pytest.param({"target_present": np.zeros((1, 60, 2))}, "target_present should be .* of kind b", id="kind"),
-        pytest.param({"observed": np.zeros((0, 60, 84), np.float32)}, "observed should be", id="none"),
-        pytest.param({"fps": np.zeros(1)}, "fps should be more than 0", id="fps"),
-        pytest.param({"stem": np.array([None])}, "Object arrays cannot be loaded", id="pickled"),
-    ],
-)
-def test_broken_samples_are_named(make_run, samples, message):
-    with pytest.raises(RunError, match=rf"samples\.npz: {message}"):
-        read_run(make_run(samples=samples))
+def test_samples_are_read_without_pickle(make_run):
+    with pytest.raises(RunError, match=r"samples\.npz: Object arrays cannot be loaded"):
+        read_run(make_run(samples={"stem": np.array([None])}))
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "samples.npz"])
