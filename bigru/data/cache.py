@@ -1,9 +1,7 @@
 """One file of all frames of a dataset, mapped into memory instead of read.
 
-    length of the header, 16 digits | header, JSON | frames (F, I) float32, from a multiple of 64 bytes on |
-    seen (F, 2) uint8 | SHA-256 of the header, hexadecimal
-
-The header holds a key, a digest of all that the frames depend on. The file takes its name only when it is whole and on
+It holds the frames (F, I) float32 as .npy, after them which hands are seen (F, 2) bool as .npy, and JSON to the end:
+the clips, and a key, a digest of all that the frames depend on. The file takes its name only when it is whole and on
 the disk. One of another key, length or layout than expected is a CacheMiss and is not used at all.
 """
 
@@ -22,19 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigru.config import DataConfig
-from bigru.data.clips import FRAME_RATES
-from bigru.data.hdf5 import MAX_FRAMES
 from bigru.data.index import IndexedClip, Skipped, clip_places
 from bigru.files import remove_partials, replacing
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same clips and settings give other frames, or the file's layout changes."""
 SETTINGS = ("observed", "predicted", "split", "gaze", "objects", "surrogate", "resample", "centre", "nan_missing")
 """The settings that decide which frames are kept and what they hold."""
-ALIGNMENT = 64
-LENGTH_BYTES, DIGEST_BYTES = 16, 64
-# 11,032 clips take 2 MB.
-MAX_HEADER_BYTES = 64 * 2**20
 # Parts of a write that was killed; a write takes seconds.
 ABANDONED_S = 3600
 
@@ -82,9 +74,7 @@ class Frames:
 
 def cache_path(root: Path, config: DataConfig) -> Path:
     """Returns where the cache of a dataset read with these settings belongs."""
-    names: list[Any] = [getattr(config, name) for name in SETTINGS[:-1]]
-    # By default the name is that of versions without the last setting, whose file is replaced.
-    names += ["nan_missing"] * config.nan_missing
+    names: list[Any] = [getattr(config, name) for name in SETTINGS]
     if config.cache is not None:
         # A folder of caches may hold those of many datasets.
         names += [str(root.resolve()), str(config.index)]
@@ -127,17 +117,18 @@ def write_cache(path: Path, key: str, frames: Frames) -> None:
         "clips": {split: part.clips for split, part in frames.parts.items()},
         "skipped": [astuple(skip) for skip in frames.skipped],
     }
-    header = json.dumps(described).encode()
-    header = header.ljust(-(-(LENGTH_BYTES + len(header)) // ALIGNMENT) * ALIGNMENT - LENGTH_BYTES)
     parts = frames.parts.values()
+    shape = sum(len(part.frames) for part in parts), next(iter(parts)).frames.shape[1]
+    about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(b"%0*d" % (LENGTH_BYTES, len(header)) + header)
-        for block in (*(part.frames for part in parts), *(part.present for part in parts)):
-            file.write(np.ascontiguousarray(block).data)
-        file.write(hashlib.sha256(header).hexdigest().encode())
+        np.lib.format.write_array_header_1_0(file, about)
+        for part in parts:
+            file.write(np.ascontiguousarray(part.frames).data)
+        np.save(file, np.concatenate([part.present for part in parts]))
+        file.write(json.dumps(described).encode())
 
 
-def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems: set[str]) -> Frames:
+def read_cache(path: Path, key: str, columns: int, splits: Iterable[str]) -> Frames:
     """Maps the file: its frames are read from the disk when they are first used, and shared by all who map it.
 
     Args:
@@ -145,7 +136,6 @@ def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems:
         key: as `cache_key` gives it for the dataset as it is now.
         columns: I, features per frame.
         splits: names of the parts expected, in order.
-        stems: names of the clips that may occur.
 
     Raises:
         CacheMiss: there is no such file, or it is stale, or damaged.
@@ -153,46 +143,26 @@ def read_cache(path: Path, key: str, columns: int, splits: Iterable[str], stems:
     """
     try:
         # Copy on write: tensors over it may be written to, and the file stays as it is.
-        content = np.memmap(path, np.uint8, mode="c")
-    except FileNotFoundError:
-        raise CacheMiss("none yet") from None
-    except ValueError:
-        raise CacheMiss("damaged: empty") from None
-    try:
-        start = LENGTH_BYTES + min(int(content[:LENGTH_BYTES].tobytes()), MAX_HEADER_BYTES)
-        header = content[LENGTH_BYTES:start].tobytes()
-        if content[-DIGEST_BYTES:].tobytes() != hashlib.sha256(header).hexdigest().encode():
-            raise CacheMiss("damaged: cut off or changed")
-        described = json.loads(header)
+        frames = np.load(path, mmap_mode="c")
+        with path.open("rb") as file:
+            file.seek(frames.offset + frames.nbytes)
+            present, described = np.load(file), json.load(file)
         if described["key"] != key:
             raise CacheMiss("stale")
-        clips = {split: tuple(_entry(stems, *entry) for entry in described["clips"][split]) for split in splits}
-        skipped = tuple(Skipped(*_texts(*skip)) for skip in described["skipped"])
+        clips = {split: tuple(Entry(*entry) for entry in described["clips"][split]) for split in splits}
+        skipped = tuple(Skipped(*skip) for skip in described["skipped"])
         ends = np.cumsum([0] + [sum(clip.frames for clip in part) for part in clips.values()])
-        middle = start + int(ends[-1]) * columns * np.dtype(np.float32).itemsize
-        frames = content[start:middle].view(np.float32).reshape(ends[-1], columns)
-        # Compared, not viewed: a bool that is neither 0 nor 1 has no defined behaviour.
-        present = content[middle:-DIGEST_BYTES].reshape(ends[-1], 2) != 0
-    # Of a foreign file, an older version's, or one made to deceive: its digest proves only that it is whole.
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise CacheMiss(f"damaged: {type(error).__name__} in its header") from error
+        if (frames.shape, present.shape) != ((ends[-1], columns), (ends[-1], 2)):
+            raise CacheMiss("damaged: not of the length of its clips")
+    except FileNotFoundError:
+        raise CacheMiss("none yet") from None
+    except (CacheMiss, OSError):
+        raise
+    # Of a foreign file, or an older version's: nearly anything.
+    except Exception as error:
+        raise CacheMiss(f"damaged: {type(error).__name__}") from error
     parts = {
         split: Part(frames[first:end], present[first:end], part)
         for (split, part), first, end in zip(clips.items(), ends, ends[1:], strict=False)
     }
     return Frames(parts, skipped)
-
-
-def _entry(stems: set[str], stem: str, fps: float, frames: int, assumed: str, digest: str) -> Entry:
-    """Returns a checked entry of the header."""
-    slowest, fastest = FRAME_RATES
-    counted = type(frames) is int and 0 < frames <= MAX_FRAMES
-    if not (stem in stems and counted and isinstance(fps, float) and slowest <= fps <= fastest):
-        raise ValueError(stem)
-    return Entry(stem, fps, frames, *_texts(assumed, digest))
-
-
-def _texts(*values: Any) -> tuple[str, ...]:
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError(values)
-    return values

@@ -40,7 +40,7 @@ def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool
     # Before the clips are read: one that changes meanwhile leaves a cache that is stale when it is next looked at.
     key = cache_key(index.path, root, index.clips, config)
     try:
-        frames = read_cache(path, key, config.input_size, SPLITS, {clip.stem for clip in index.clips})
+        frames = read_cache(path, key, config.input_size, SPLITS)
         if not _can_be_read_now(frames, index, root, config):
             _refuse_skipped(frames.skipped, config)
             return frames, f"frames mapped from {printable(path)}"
