@@ -69,7 +69,7 @@ def h5py_errors() -> Iterator[None]:
         yield
     except ClipError:
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, zlib.error) as error:
         raise ClipError("unreadable", str(error).splitlines()[0] if str(error) else repr(error)) from error
 
 
@@ -169,8 +169,7 @@ def read_array(dataset: h5py.Dataset, dtype: np.dtype) -> np.ndarray:
     if not dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)):
         raise ClipError("wrong dtype", f"{_name(dataset)} is no common type of numbers, such as float32")
     if dataset.chunks is not None:
-        with np.errstate(over="ignore"):
-            return _read_chunks(dataset).astype(dtype)
+        _check_chunks(dataset)
     values = np.empty(dataset.shape, dtype)
     dataset.read_direct(values)
     return values
@@ -180,8 +179,8 @@ def _name(dataset: h5py.Dataset) -> str:
     return str(dataset.name).lstrip("/")
 
 
-def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
-    """Reads a chunked dataset, unpacking here: libhdf5 trusts the sizes of chunks.
+def _check_chunks(dataset: h5py.Dataset) -> None:
+    """Unpacks every chunk of a dataset here, before libhdf5 does, which trusts their sizes.
 
     HDF5 2.0 reads a chunk that unpacks to 55 bytes of 56 as if it were whole, and unpacks any amount, which a bound on
     the stored size does not bound: deflate shrinks zeros a thousand times.
@@ -194,36 +193,18 @@ def _read_chunks(dataset: h5py.Dataset) -> np.ndarray:
     filters = [pipeline.get_filter(number)[0] for number in range(pipeline.get_nfilters())]
     if filters not in FILTERS:
         raise ClipError("packed", f"{name} is packed by filters {filters}, expected gzip, shuffle and gzip, or none")
-    chunks: list[tuple[tuple[int, ...], int]] = []
-    dataset.id.chunk_iter(lambda chunk: chunks.append((chunk.chunk_offset, chunk.size)))
+    chunks: list[h5py.h5d.StoreInfo] = []
+    dataset.id.chunk_iter(chunks.append)
     if len(chunks) > MAX_FRAMES:
         raise ClipError("packed", f"{name} is in {len(chunks):,} chunks, at most {MAX_FRAMES:,} are read")
-    values = np.full(dataset.shape, dataset.fillvalue, dataset.dtype)
-    for place, stored in chunks:
+    for chunk in chunks:
+        place, size = chunk.chunk_offset, chunk.size
         # What gzip cannot make smaller it makes larger by some bytes in a thousand.
-        if stored > chunk_bytes + chunk_bytes // 100 + 1024 or any(np.greater_equal(place, dataset.shape)):
-            raise ClipError("unreadable", f"{name} has a chunk of {stored:,} bytes at {place}")
-        skipped, packed = dataset.id.read_direct_chunk(place)
-        used = [code for bit, code in enumerate(filters) if not skipped >> bit & 1]
-        content = _unpack(packed, used, chunk_bytes, dataset.dtype.itemsize)
-        if len(content) != chunk_bytes:
-            raise ClipError("unreadable", f"{name} has a chunk of {len(content):,} bytes, expected {chunk_bytes:,}")
-        part = values[tuple(slice(start, start + size) for start, size in zip(place, dataset.chunks, strict=True))]
-        chunk = np.frombuffer(content, dataset.dtype).reshape(dataset.chunks)
-        # Chunks at the end reach beyond it.
-        part[...] = chunk[tuple(slice(size) for size in part.shape)]
-    return values
-
-
-def _unpack(packed: bytes, filters: list[int], size: int, itemsize: int) -> bytes:
-    """Undoes the filters, last one first; what would unpack to more than `size` bytes ends one byte later."""
-    for code in reversed(filters):
-        if code == h5py.h5z.FILTER_DEFLATE:
-            try:
-                packed = zlib.decompressobj().decompress(packed, size + 1)
-            except zlib.error as error:
-                raise ClipError("unreadable", str(error)) from error
-        else:
-            whole = len(packed) // itemsize * itemsize
-            packed = np.frombuffer(packed[:whole], np.uint8).reshape(itemsize, -1).T.tobytes() + packed[whole:]
-    return packed
+        if size > chunk_bytes + chunk_bytes // 100 + 1024 or any(np.greater_equal(place, dataset.shape)):
+            raise ClipError("unreadable", f"{name} has a chunk of {size:,} bytes at {place}")
+        # gzip is the last filter; a bit says of each whether it was left out.
+        if filters and not chunk.filter_mask >> len(filters) - 1 & 1:
+            packed = dataset.id.read_direct_chunk(place)[1]
+            size = len(zlib.decompressobj().decompress(packed, chunk_bytes + 1))
+        if size != chunk_bytes:
+            raise ClipError("unreadable", f"{name} has a chunk of {size:,} bytes, expected {chunk_bytes:,}")
