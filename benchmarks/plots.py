@@ -26,21 +26,15 @@ def speed_up(record: Record) -> Figure | None:
 
     None where no batch was measured with layers of T=60, H=128 beside nn.GRU.
     """
-    lines = _lines(
-        row
-        for row in record.rows
-        if (row.group, row.status, row.rival, row.steps, row.hidden) == ("layer", "measured", NN_GRU, 60, 128)
-        and row.precision == ("fp32" if record.kind == "cpu" else row.precision)
-        and row.clock in ("wall" if record.kind == "cpu" else "gpu",)
-    )
-    if not lines:
+    rows = [row for row in main_rows(record) if row.clock == ("wall" if record.kind == "cpu" else "gpu")]
+    if not rows:
         return None
-    rows = [row for line in lines.values() for row in line]
+    names = list(dict.fromkeys(map(_name, rows)))
     figure, panels = _panels("Speed-up over nn.GRU against the batch size; above 1 BiGRU is faster", record)
     batches = sorted({row.batch for row in rows})
     for mode, axes in zip(MODES, panels, strict=True):
-        for (name, line), (color, marker) in zip(lines.items(), LOOKS, strict=False):
-            own = sorted((row for row in line if row.mode == mode), key=lambda row: row.batch)
+        for name, (color, marker) in zip(names, LOOKS, strict=False):
+            own = sorted((row for row in rows if (_name(row), row.mode) == (name, mode)), key=lambda row: row.batch)
             x, y = [row.batch for row in own], [row.ratio for row in own]
             bars = [[row.ratio - row.low for row in own], [row.high - row.ratio for row in own]]
             axes.errorbar(x, y, bars, label=name, color=color, marker=marker, markersize=4, linewidth=1.3, capsize=2)
@@ -64,12 +58,9 @@ def over_time(records: Sequence[Record]) -> Figure | None:
     dated = sorted(records, key=lambda record: record.date)
     found: dict[tuple[str, str], list[tuple[datetime, Row]]] = {}
     for record in dated:
-        for row in record.rows:
-            clock = "gpu" if record.kind == "gpu" else "wall"
-            main = (row.group, row.status, row.rival, row.clock, row.batch, row.steps, row.hidden, row.precision)
-            if main == ("layer", "measured", NN_GRU, clock, 64, 60, 128, "fp32"):
-                key = row.mode, _name(row)
-                found.setdefault(key, []).append((datetime.fromisoformat(record.date), row))
+        for row in main_rows(record):
+            if (row.clock, row.batch, row.precision) == ("gpu" if record.kind == "gpu" else "wall", 64, "fp32"):
+                found.setdefault((row.mode, _name(row)), []).append((datetime.fromisoformat(record.date), row))
     dates = sorted({date for line in found.values() for date, _ in line})
     if len(dates) < 2:
         return None
@@ -95,17 +86,20 @@ def over_time(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def _lines(rows: Any) -> dict[str, list[Row]]:
-    """Returns rows by what tells them apart in a plot against one size."""
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        lines.setdefault(_name(row), []).append(row)
-    return lines
+def main_rows(record: Record) -> list[Row]:
+    """Returns what was measured with layers of the main size beside nn.GRU; of a CPU in fp32 alone."""
+    main = "layer", "measured", NN_GRU, 60, 128
+    rows = [row for row in record.rows if (row.group, row.status, row.rival, row.steps, row.hidden) == main]
+    return [row for row in rows if row.precision == "fp32" or record.kind != "cpu"]
+
+
+def column(row: Row) -> str:
+    """Returns the clock of a row of a GPU, or the threads of a CPU."""
+    return CLOCKS[row.clock] if row.threads is None else f"{row.threads} thread{'s' if row.threads > 1 else ''}"
 
 
 def _name(row: Row) -> str:
-    where = CLOCKS[row.clock] if row.threads is None else f"{row.threads} thread{'s' if row.threads > 1 else ''}"
-    return f"{row.candidate}, {where if row.threads else row.precision}"
+    return f"{row.candidate}, {column(row) if row.threads else row.precision}"
 
 
 def _scale_ratios(axes: Axes, rows: Sequence[Row]) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import plots
 from bigru.files import write_atomically
-from bigru.kernels.record import CLOCKS, GEMM, NN_GRU, Record, RecordError, Row, read_records
+from bigru.kernels.record import CLOCKS, GEMM, Record, RecordError, Row, read_records
 from bigru.report import figures
 from bigru.report.markdown import blocks, code, plain, table
 
@@ -146,12 +146,7 @@ def headline(record: Record) -> list[Row]:
 
     At most `MOST_ROWS` combinations of batch and mode; of several candidates at one of them the fastest.
     """
-    rows = [
-        row
-        for row in record.rows
-        if (row.group, row.status, row.rival, row.steps, row.hidden) == ("layer", "measured", NN_GRU, 60, 128)
-        and (row.precision == "fp32" or record.kind == "gpu")
-    ]
+    rows = plots.main_rows(record)
     precisions = {row.precision for row in rows}
     first = next((name for name in ("fp32", "tf32", "bf16", "fp16", "default") if name in precisions), None)
     best: dict[tuple[object, ...], Row] = {}
@@ -172,17 +167,14 @@ def answer(machine: str, record: Record, rows: Sequence[Row]) -> str:
     judged = [row for row in rows if row.clock == ("gpu" if "gpu" in clocks else "wall")]
     words = []
     for mode in ("forward", "training"):
-        ratios = [row.ratio for row in judged if row.mode == mode and row.ratio is not None]
-        if ratios:
-            low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
-            words.append(
-                f"{low} to {high} times as fast in {mode}" if low != high else f"{low} times as fast in {mode}"
-            )
+        if ratios := [row.ratio for row in judged if row.mode == mode]:
+            ends = dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+            words.append(f"{' to '.join(ends)} times as fast in {mode}")
     batches = sorted({row.batch for row in rows})
     across = f"B={batches[0]}" if len(batches) == 1 else f"from B={batches[0]} to B={batches[-1]}"
     names = sorted({row.candidate for row in judged})
     backend = f"backend {code(names[0])}" if len(names) == 1 else f"backends {' and '.join(map(code, names))}"
-    lost = sum(ratio < LOSS for row in judged if (ratio := row.ratio) is not None)
+    lost = sum(row.ratio < LOSS for row in judged)
     where = f"slower by more than 5 % in {lost or 'none'} of {len(judged)} cases"
     incomplete = "" if record.complete else " The run ended before its last case."
     return (
@@ -192,24 +184,18 @@ def answer(machine: str, record: Record, rows: Sequence[Row]) -> str:
     )
 
 
-def _column(row: Row) -> str:
-    if row.threads is None:
-        return CLOCKS[row.clock]
-    return f"{row.threads} thread{'s' if row.threads > 1 else ''}"
-
-
 def _headline_table(rows: Sequence[Row]) -> str:
-    columns = sorted({(row.threads or 0, list(CLOCKS).index(row.clock), _column(row)) for row in rows})
+    columns = sorted({(row.threads or 0, list(CLOCKS).index(row.clock), plots.column(row)) for row in rows})
     lines = []
     for mode, batch in sorted({(row.mode, row.batch) for row in rows}):
-        cells = {_column(row): row for row in rows if (row.mode, row.batch) == (mode, batch)}
+        cells = {plots.column(row): row for row in rows if (row.mode, row.batch) == (mode, batch)}
         lines.append([mode, str(batch), *(_cell(cells.get(name)) for *_, name in columns)])
     headers = ["", "B", *(f"{name}: times as fast (ms against nn.GRU's)" for *_, name in columns)]
     return table(headers, lines, left=1)
 
 
 def _cell(row: Row | None) -> str:
-    if row is None or row.ratio is None:
+    if row is None:
         return "-"
     ratio = f"**{row.ratio:.2f}**" if row.ratio >= 1 / LOSS else f"{row.ratio:.2f}"
     return f"{ratio} ({significant(row.ours_ms)} against {significant(row.rival_ms)})"
@@ -218,28 +204,24 @@ def _cell(row: Row | None) -> str:
 def _rows(rows: Sequence[Row]) -> str:
     headers = ["work", "candidate", "rival", "B", "T", "H", "precision", "clock", "ms", "rival, ms"]
     headers += ["times as fast", "quartiles", "error"]
-    cells = [[*_where(row), *_figures(row), "-" if row.error is None else f"{row.error:.0e}"] for row in rows]
+    cells = [
+        [
+            *(f"{row.group}, {row.mode}", plain(row.candidate), plain(row.rival)),
+            *(str(row.batch), str(row.steps), str(row.hidden), row.precision, plots.column(row)),
+            *(significant(row.ours_ms), significant(row.rival_ms), f"{row.ratio:.2f}"),
+            *(f"{row.low:.2f} to {row.high:.2f}", "-" if row.error is None else f"{row.error:.0e}"),
+        ]
+        for row in rows
+    ]
     return table(headers, cells, left=3)
-
-
-def _where(row: Row) -> list[str]:
-    sizes = [str(size) for size in (row.batch, row.steps, row.hidden)]
-    return [f"{row.group}, {row.mode}", plain(row.candidate), plain(row.rival), *sizes, row.precision, _column(row)]
-
-
-def _figures(row: Row) -> list[str]:
-    if row.ratio is None:
-        return ["-"] * 4
-    quartiles = f"{row.low:.2f} to {row.high:.2f}"
-    return [significant(row.ours_ms), significant(row.rival_ms), f"{row.ratio:.2f}", quartiles]
 
 
 def _losses(rows: Sequence[Row], count: int) -> str:
     """Names the losses, worst first; their figures stand in the tables above."""
-    worst = sorted(rows, key=lambda row: row.ratio or 0.0)
+    worst = sorted(rows, key=lambda row: row.ratio)
     lines = [
         f"- {row.group}, {row.mode}, B={row.batch} T={row.steps} H={row.hidden} {row.precision}, "
-        f"{plain(row.candidate)} beside {plain(row.rival)}, {_column(row)}: {row.ratio:.2f}"
+        f"{plain(row.candidate)} beside {plain(row.rival)}, {plots.column(row)}: {row.ratio:.2f}"
         for row in worst[:20]
     ]
     more = f" The {len(lines)} worst:" if len(lines) < len(rows) else ""
@@ -252,7 +234,7 @@ def _over_time(records: Sequence[Record]) -> str:
     for record in dated:
         for row in headline(record):
             if row.batch == 64:
-                keys.setdefault(f"{row.mode}, {_column(row)}", {})[record.date] = row
+                keys.setdefault(f"{row.mode}, {plots.column(row)}", {})[record.date] = row
     cells = [[name, *(_cell(rows.get(record.date)) for record in dated)] for name, rows in keys.items()]
     return table(["main workload", *(record.date[:10] for record in dated)], cells, left=1)
 
