@@ -54,6 +54,12 @@ def _peak(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _finite(x):
+    # For the scale of weights: an infinite one spoils its own unit, not all of them.
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def _parts(x, SPLIT: tl.constexpr):
     # fp32 as a sum of two fp16 numbers: 22 bits of mantissa while |x| lies within 2^-12 of 1024, and never an error
     # above 2^-25. Without SPLIT the second part is not used.
@@ -95,7 +101,7 @@ def _load_weights(w, mask, SPLIT: tl.constexpr):
     x = tl.load(w, mask, 0.0)
     peak = 1.0
     if SPLIT:
-        peak = _peak(x, None)
+        peak = _peak(_finite(x), None)
         x *= 1024.0 / peak
     high, low = _parts(x, SPLIT)
     return high, low, peak

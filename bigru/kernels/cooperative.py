@@ -75,6 +75,7 @@ from bigru.kernels.exchange import (
     _wait,
 )
 from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher
+from bigru.kernels.mend import mend
 from bigru.kernels.varlen import steps_and_table
 
 SIZES = ("T", "B", "first_b", "first_d")
@@ -296,7 +297,7 @@ class CooperativeKernel(Kernel):
         return choose_cooperative(call, batch, self.newer_triton)
 
     def forward(self, operands: Forward, config: CooperativeConfig) -> None:
-        gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
+        gi, w_hh, b_hn, h0, y, h_n, gates, varlen, _ = operands
         _, batch, hidden = h0.shape
         steps, table = steps_and_table(y, varlen)
         tensors = gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, y if gates is None else gates
@@ -310,6 +311,7 @@ class CooperativeKernel(Kernel):
                 config, varlen, grid, (*tensors, state, arrivals, table), steps, batch, first_b, first_d, H=hidden,
                 WARPS=config.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates is not None,
             )  # fmt: skip
+        mend(operands)
 
     def backward(self, operands: Backward, config: CooperativeConfig) -> None:
         *tensors, varlen, h_prev = operands

@@ -54,7 +54,7 @@ class CpuKernel(Kernel):
         return call.steps is None or call.steps >= max(2, -(-(call.hidden**2) // 8192))
 
     def forward(self, operands: Forward, config: None) -> None:
-        gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
+        gi, w_hh, b_hn, h0, y, h_n, gates, varlen, _ = operands
         weights = [(None, None), w_hh, (None, None), (None, None), (None, None) if b_hn is None else b_hn]
         self._forward(gi, (0, 0), weights, h0, y, h_n, gates, varlen)
 

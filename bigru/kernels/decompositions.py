@@ -32,7 +32,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _gru_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(gi.dtype, torch.float32)
     rows, w, h = gi.to(wide), w_hh.to(wide), h0.to(wide)
@@ -93,7 +93,7 @@ def onnx_gru_layer(
 
 
 def onnx_recurrence(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
+    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes `bigru::gru_forward` as ONNX's GRU operator, one a direction, into what is traced.
 

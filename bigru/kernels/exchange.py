@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bigru.kernels.cell import _dot, _parts, _peak
+from bigru.kernels.cell import _dot, _finite, _parts, _peak
 
 ABANDONED = tl.constexpr(1 << 48)
 """Added to a group's count of arrivals by a program that gives up; more than all arrivals."""
@@ -82,7 +82,8 @@ def _load_rows(w, unit, k, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.cons
         peak = 1e-30
         for c in tl.static_range(CHUNKS):
             column = c * CHUNK + k
-            peak = tl.maximum(peak, _peak(tl.load(w + unit * H + column, (unit < H) & (column < H), 0.0), None))
+            x = tl.load(w + unit * H + column, (unit < H) & (column < H), 0.0)
+            peak = tl.maximum(peak, _peak(_finite(x), None))
         scale = 1024.0 / peak
     highs: tl.tuple = ()
     lows: tl.tuple = ()

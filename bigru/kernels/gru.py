@@ -47,10 +47,9 @@ class BiGRU(nn.RNNBase):
             right and not slower for the call, else "torch"; but
             "reference" inside those transforms of torch.func that need it.
         precision: products of the fused recurrence for fp32 storage: "fp32" (error below 1e-5 against fp64, unless one
-            weight, or an initial state, is some 10^5 times as large as the others) or "tf32" (below 2e-3); weights
-            must be finite. Products over all steps at once (of the inputs, and for the gradients of inputs and weights)
-            are ATen's and follow torch.backends.cuda.matmul.allow_tf32; the "torch" backend follows
-            torch.backends.cudnn.allow_tf32.
+            recurrent weight is some 10^4 times as large as the others) or "tf32" (below 2e-3). Products over all steps
+            at once (of the inputs, and for the gradients of inputs and weights) are ATen's and follow
+            torch.backends.cuda.matmul.allow_tf32; the "torch" backend follows torch.backends.cudnn.allow_tf32.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -163,7 +162,7 @@ class BiGRU(nn.RNNBase):
         x = input if batched else input.unsqueeze(1)
         if hx is not None and not batched:
             hx = hx.unsqueeze(1)
-        weights = self._weights()
+        weights, given = self._weights(), hx is not None
         steps, batch = x.shape[:2] if time_first else (x.shape[1], x.shape[0])
         self._check(x, hx, weights, batch)
         if torch.compiler.is_compiling():
@@ -180,7 +179,7 @@ class BiGRU(nn.RNNBase):
             )
         else:
             x = x if time_first else x.transpose(0, 1)
-            y, h_n = self._forward_layers(x, hx, weights, backend, batch_first=not time_first)
+            y, h_n = self._forward_layers(x, hx, weights, backend, batch_first=not time_first, given=given)
         return (y, h_n) if batched else (y.squeeze(1), h_n.squeeze(1))
 
     def resolve_backend(self, input: Tensor | PackedSequence) -> str:
@@ -295,8 +294,12 @@ class BiGRU(nn.RNNBase):
         varlen: Varlen | None = None,
         batch_first: bool = False,
         lengths: Tensor | None = None,
+        given: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """y, of the batch first if asked, and h_n, of x (T, B, I) or, packed, (P, I); `lengths` for "onnx" alone."""
+        """y, of the batch first if asked, and h_n, of x (T, B, I) or, packed, (P, I); `lengths` for "onnx" alone.
+
+        `given` is False if `hx` is zeros that stand for no initial state.
+        """
         per_layer = len(weights) // self.num_layers
         device = x.device.type
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
@@ -326,7 +329,7 @@ class BiGRU(nn.RNNBase):
                 else:
                     kernel = "scan" if backend == "torch" else backend
                     how = self.hidden_size, dtype, self.precision, kernel, varlen, last and batch_first
-                    x, h_n = fused_gru_layer(x, h0, own, *how, h_ns[layer])
+                    x, h_n = fused_gru_layer(x, h0, own, *how, h_ns[layer], given)
                 states.append(h_n)
                 if self.dropout and not last:
                     x = nn.functional.dropout(x, self.dropout, self.training)
@@ -341,7 +344,7 @@ class BiGRU(nn.RNNBase):
         batch = packed.batch_sizes[0] if varlen is None else varlen.batch
         if hx is not None and packed.sorted_indices is not None and hx.shape[1] == batch:
             hx = hx.index_select(1, packed.sorted_indices)
-        weights = self._weights()
+        weights, given = self._weights(), hx is not None
         self._check(packed.data, hx, weights, batch)
         backend = self._backend_that_serves(packed)
         hx = self._states(packed.data, hx, batch, backend)
@@ -351,7 +354,7 @@ class BiGRU(nn.RNNBase):
                 True,
             )  # fmt: skip
         else:
-            y, h_n = self._forward_layers(packed.data, hx, weights, backend, varlen or varlen_of(packed))
+            y, h_n = self._forward_layers(packed.data, hx, weights, backend, varlen or varlen_of(packed), given=given)
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n

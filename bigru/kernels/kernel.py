@@ -37,6 +37,8 @@ class Forward(NamedTuple):
     """Of `Kernel.gates_shape`, written; None if no backward pass will follow."""
     varlen: Varlen | None = None
     """The layout of sequences of different lengths."""
+    given: bool = False
+    """True if h0 is the caller's own and may hold any numbers; a kernel with scaled products then has them mended."""
 
 
 class Backward(NamedTuple):
@@ -174,7 +176,7 @@ class Launcher:
 
 def launch_forward(launcher: Launcher, operands: Forward, config: Any, **constants: Any) -> None:
     """Launches a jit function that takes these operands, a program for each block of rows and direction."""
-    gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
+    gi, w_hh, b_hn, h0, y, h_n, gates, varlen, _ = operands
     directions, batch, hidden = h0.shape
     steps, table = steps_and_table(y, varlen)
     tensors = gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, y if gates is None else gates, table

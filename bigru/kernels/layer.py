@@ -42,6 +42,7 @@ def fused_gru_layer(
     varlen: Varlen | None = None,
     batch_first: bool = False,
     h_n: Tensor | None = None,
+    given: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Runs one layer; the equations are in `bigru.kernels.reference`.
 
@@ -57,6 +58,7 @@ def fused_gru_layer(
         varlen: how the rows make steps, if they are packed; not under a compiler.
         batch_first: whether y is returned as (B, T, D * H).
         h_n: (D, B, H) memory for h_n, contiguous, where no gradient is wanted; of a kernel that `makes_states` too.
+        given: whether h0 is the caller's own, not zeros that stand for none.
 
     Returns:
         y (T, B, D * H), or (P, D * H), no view in eager mode, and h_n (D, B, H).
@@ -73,7 +75,7 @@ def fused_gru_layer(
         )
     if h0 is not None and varlen is None and (torch.compiler.is_compiling() or _watched()):
         gi, w_hh, b_hn = layer_operands(x.to(dtype), [weight.to(dtype) for weight in weights])
-        y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0.to(dtype), precision, kernel)
+        y, h_n = fused_gru_recurrence(gi, w_hh, b_hn, h0.to(dtype), precision, kernel, given)
         y = y.flatten(-2)
         return y.transpose(0, 1) if batch_first else y, h_n
     _check_weights(weights, x.shape[-1], hidden)
@@ -81,7 +83,7 @@ def fused_gru_layer(
         if any(tensor.dtype != dtype for tensor in (x, h0, *weights)):
             x, h0, weights = x.to(dtype), h0.to(dtype), [weight.to(dtype) for weight in weights]
         return whole_layer(x, h0, weights, varlen, batch_first)
-    how = How(precision, kernel, varlen)
+    how = How(precision, kernel, varlen, given and h0 is not None)
     if h_n is None and wants_gradient(x, h0, weights):
         y, h_n = _Layer.apply(x, h0, how, dtype, batch_first, *weights)
         return y, h_n
@@ -135,7 +137,7 @@ def _forward(
         y = gi.new_empty((*rows, 2 * hidden))
         gates = gi.new_empty(registry.get(how.kernel).gates_shape((*rows, 2), hidden)) if save else None
         h_n = torch.empty_like(h0) if h_n is None else h_n
-        start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates, how.varlen), how)
+        start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates, how.varlen, how.given), how)
     if batch_first:
         y.transpose_(0, 1)
     return y, h_n, gates, x, h0, w_ih, w_hh[: 6 * hidden * hidden] if save else w_hh

@@ -33,6 +33,8 @@ class How(NamedTuple):
     """Name of a kernel that does not refuse the call."""
     varlen: Varlen | None = None
     """The layout of sequences of different lengths."""
+    given: bool = True
+    """True if the initial states are the caller's own, False if they are zeros that stand for none."""
 
 
 def run_forward(
@@ -54,7 +56,7 @@ def run_forward(
     y, h_n = gi.new_empty(*rows, hidden), torch.empty_like(h0)
     gates = gi.new_empty(registry.get(how.kernel).gates_shape(rows, hidden) if save else (0,))
     with on_device_of(gi):
-        start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, how.varlen), how)
+        start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, how.varlen, how.given), how)
     return y, h_n, gates
 
 
@@ -156,13 +158,20 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def fused_gru_recurrence(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, kernel: str = "triton"
+    gi: Tensor,
+    w_hh: Tensor,
+    b_hn: Tensor | None,
+    h0: Tensor,
+    precision: str,
+    kernel: str = "triton",
+    given: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence as a differentiable operator.
 
     Args:
         gi, w_hh, b_hn, h0, precision: as for `run_forward`.
         kernel: one of `registry.KERNELS`.
+        given: as in `How`.
 
     Returns:
         y (T, B, D, H) and h_n (D, B, H).
@@ -173,7 +182,7 @@ def fused_gru_recurrence(
     save = (wanted and torch.is_grad_enabled()) or torch.jit.is_tracing()
     if not torch.compiler.is_compiling():
         register_flop_formulas()
-    y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel)
+    y, h_n, _ = torch.ops.bigru.gru_forward(gi, w_hh, b_hn, h0, precision, save, kernel, given)
     return y, h_n
 
 
@@ -183,20 +192,34 @@ def _at_hand(kernel: str, operand: Tensor) -> str:
     return "scan" if kernel == "cpu" and registry.get(kernel).refusal(call) else kernel
 
 
-# The last argument is not called `kernel`: torch 2.11 to 2.13's inductor has one of that name.
+# No argument is called `kernel`: torch 2.11 to 2.13's inductor has one of that name.
 @torch.library.custom_op("bigru::gru_forward", mutates_args=())
 def gru_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
+    gi: Tensor,
+    w_hh: Tensor,
+    b_hn: Tensor | None,
+    h0: Tensor,
+    precision: str,
+    save: bool,
+    kernel_name: str,
+    given: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
     kernel_name = _at_hand(kernel_name, gi)
     check_operands(gi, w_hh, b_hn, h0, precision, kernel_name)
-    return run_forward(gi, w_hh, b_hn, h0, How(precision, kernel_name), save)
+    return run_forward(gi, w_hh, b_hn, h0, How(precision, kernel_name, given=given), save)
 
 
 @gru_forward.register_fake
 def _(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, precision: str, save: bool, kernel_name: str
+    gi: Tensor,
+    w_hh: Tensor,
+    b_hn: Tensor | None,
+    h0: Tensor,
+    precision: str,
+    save: bool,
+    kernel_name: str,
+    given: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     register_flop_formulas()
     rows, hidden = tuple(gi.shape[:-1]), h0.shape[-1]
@@ -274,7 +297,7 @@ def check_operands(gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, pr
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, w_hh, b_hn, h0, precision, save, kernel = inputs
+    _, w_hh, b_hn, h0, precision, save, kernel, _ = inputs
     y, _, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
@@ -291,7 +314,7 @@ def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, _: None) -> tupl
     if ctx.needs_input_grad[1]:
         dw_hh = recurrent_gradients(dgi, dq, states_before(y, h0))
     db_hn = dq.sum((0, 1)) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return dgi, dw_hh, db_hn, dh0, None, None, None
+    return dgi, dw_hh, db_hn, dh0, None, None, None, None
 
 
 gru_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -37,6 +37,7 @@ import torch
 
 from bigru.kernels.config import ONE_PROCESSOR, Call, ResidentConfig, choose_resident, gpu_refusal, padded_to_power
 from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher, launch_backward, launch_forward
+from bigru.kernels.mend import mend
 from bigru.kernels.resident_backward import gru_backward_resident_kernel
 from bigru.kernels.resident_forward import gru_forward_resident_kernel
 
@@ -70,6 +71,7 @@ class ResidentKernel(Kernel):
 
     def forward(self, operands: Forward, config: ResidentConfig) -> None:
         launch_forward(FORWARD, operands, config)
+        mend(operands, gates_innermost=True)
 
     def backward(self, operands: Backward, config: ResidentConfig) -> None:
         launch_backward(BACKWARD, operands, config)

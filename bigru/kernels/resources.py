@@ -33,6 +33,8 @@ from bigru.kernels import registry
 from bigru.kernels.backends import PUBLIC
 from bigru.kernels.cell import INTERPRETED, TRITON_VERSION
 from bigru.kernels.config import A100, B200, H100, MI300, RDNA3, Call, CooperativeConfig, ResidentConfig, TritonConfig
+from bigru.kernels.mend import CONFIG as MENDING
+from bigru.kernels.mend import gru_mend_kernel
 
 DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200, "gfx942": MI300, "gfx1100": RDNA3}
 MODES = ((torch.float32, "fp32"), (torch.float32, "tf32"), (torch.bfloat16, "fp32"), (torch.float16, "fp32"))
@@ -161,7 +163,9 @@ def shipped(archs: Iterable[str]) -> list[Case]:
         for dtype, precision in MODES
         for case in cases_of(arch, kernel, hidden, dtype, precision)
     ]
-    return list(dict.fromkeys(cases))
+    # One for all hidden sizes, and for all kernels with scaled products.
+    mending = [Case(a, "triton", "mend", 128, "fp32", "fp32", MENDING, varlen=v) for a in archs for v in (False, True)]
+    return [*dict.fromkeys(cases), *mending]
 
 
 def cases_of(arch: str, name: str, hidden: int, dtype: torch.dtype, precision: str) -> Iterator[Case]:
@@ -209,7 +213,8 @@ def measure(case: Case) -> Usage:
 def compile_case(case: Case) -> Any:
     """Compiles as a launch would, for a GPU that need not be there."""
     config = case.config
-    function, types = registry.get(case.kernel).functions(config)[case.direction]
+    functions: dict[str, tuple[Any, dict[str, str]]] = {"mend": (gru_mend_kernel, {})}
+    function, types = (functions | registry.get(case.kernel).functions(config))[case.direction]
     accurate = isinstance(config, TritonConfig) and config.accurate
     values = {"H": case.hidden, "HAS_BIAS": True, "SAVE": case.save, "ACCURATE": accurate, "WARPS": config.num_warps}
     values |= config.constants()

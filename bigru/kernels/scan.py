@@ -22,7 +22,7 @@ class ScanKernel(Kernel):
         return "the input is a PackedSequence" if call.varlen else None
 
     def forward(self, operands: Forward, config: None) -> None:
-        gi, w_hh, b_hn, h0, y, h_n, gates, _ = operands
+        gi, w_hh, b_hn, h0, y, h_n, gates, *_ = operands
         gi_s, w, h = _in_steps(gi), _wide(w_hh).mT, _wide(h0)
         hidden = h.shape[2]
         bias = h.new_zeros(()) if b_hn is None else _wide(b_hn).unsqueeze(1)

@@ -47,6 +47,7 @@ from bigru.kernels.cell import (
 )
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
 from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher, launch_backward, launch_forward
+from bigru.kernels.mend import mend
 from bigru.kernels.varlen import steps_and_table
 
 
@@ -359,8 +360,10 @@ class TritonKernel(Kernel):
     def forward(self, operands: Forward, config: TritonConfig) -> None:
         if config.persistent:
             launch_forward(FORWARD, operands, config, ACCURATE=config.accurate)
+            if config.split:
+                mend(operands)
             return
-        gi, w_hh, b_hn, h0, y, h_n, gates, varlen = operands
+        gi, w_hh, b_hn, h0, y, h_n, gates, varlen, _ = operands
         _, batch, hidden = h0.shape
         steps, table = steps_and_table(y, varlen)
         state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import MODES, TOLERANCE, assert_near, make_inputs, run_kernel
+from support import MODES, TOLERANCE, assert_near, error, expected, make_inputs, run_kernel
 
 pytest.importorskip("triton")
 
 from bigru.kernels.config import A100, B200, H100, Call, CooperativeConfig, describe
 from bigru.kernels.cooperative import KERNEL
+from bigru.kernels.kernel import Forward
 
 DEVICES = {"A100": A100, "H100": H100, "B200": B200}
 HIDDEN = (129, 160, 192, 255, 256, 257, 384, 512, 640, 768, 900, 1024, 1056)
@@ -182,6 +183,20 @@ def test_one_program_a_group_matches_fp64_reference(mode, hidden, rows, kernel_d
     inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
     config = CooperativeConfig(16, rows, 128, 1, blocks=1, directions=2, split=mode == "fp32")
     assert_near(run(config, inputs, upstream)[0], inputs, upstream, TOLERANCE[dtype, precision])
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_what_a_large_initial_state_spoils_is_mended(split, kernel_device):
+    inputs, upstream = make_inputs((3, 3, 16), torch.float32, kernel_device)
+    gi, w_hh, b_hn, h0 = inputs
+    w_hh[:, :, 0], h0[:, 1, 0] = 0, 1e8
+    w_hh[:, 16:32, 0] = -0.2  # z = 0, so that it is forgotten
+    y, h_n, gates = torch.empty_like(gi[..., :16]), torch.empty_like(h0), gi.new_empty(3, 3, 2, 4, 16)
+    config = CooperativeConfig(16, 16, 128, 1, blocks=1, directions=2, split=split)
+    KERNEL.forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates, given=True), config)
+    wanted = expected(inputs, upstream)
+    assert error(y[:, 1], wanted[0][:, 1]) < 1e-6
+    assert error(h_n[:, 1], wanted[1][:, 1]) < 1e-6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, programs run at once, and none waits in vain")

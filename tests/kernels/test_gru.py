@@ -1,6 +1,7 @@
 """`BiGRU` against torch.nn.GRU: parameters, results, gradients, behaviour, errors."""
 
 import inspect
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -30,13 +31,13 @@ def pair(*args, backend="auto", precision="fp32", dtype=torch.float32, device="c
     return gru, theirs
 
 
-def results(gru, x, hx, dy, dh_n):
+def results(gru, x, hx, dy, dh_n, **options):
     """y, h_n and the gradients of x, hx and every parameter."""
     reference = next(gru.parameters())
     x, hx, dy, dh_n = (None if a is None else a.to(reference) for a in (x, hx, dy, dh_n))
     leaves = [a.detach().requires_grad_() for a in (x, hx) if a is not None]
     gru.zero_grad()
-    y, h_n = gru(*leaves)
+    y, h_n = gru(*leaves, **options)
     torch.autograd.backward([y, h_n], [dy, dh_n])
     named = {"y": y, "h_n": h_n, "dx": leaves[0].grad}
     if hx is not None:
@@ -70,32 +71,66 @@ def test_precisions_of_the_fused_kernel(dtype, precision, triton_device):
     check(gru, theirs, x, hx, TOLERANCE[dtype, precision])
 
 
-def test_a_large_initial_state_may_be_forgotten(triton_device):
-    # The products' scale is that of the initial state, also once the state is small again.
-    gru, theirs = pair(3, 8, backend="triton", device=triton_device)
+# The others have no interpreter.
+SCALED = {"triton": 8, "resident": 8, "cooperative": 130} if torch.cuda.is_available() else {"triton": 8}
+every_scaled = pytest.mark.parametrize(("backend", "hidden"), SCALED.items(), ids=SCALED.keys())
+
+
+@every_scaled
+@pytest.mark.parametrize(("size", "lengths"), [(1e6, [60, 41, 50]), (1e8, None)], ids=["ragged", "whole"])
+def test_a_large_initial_state_may_be_forgotten(backend, hidden, size, lengths, triton_device):
+    torch.manual_seed(1)
+    gru, theirs = pair(3, hidden, backend=backend, device=triton_device)
     with torch.no_grad():
         for module in (gru, theirs):
             for weight in (module.weight_hh_l0, module.weight_hh_l0_reverse):
                 weight[:, 0] = 0
-                weight[8:16, 0] = -0.2  # z = 0 where unit 0 is large
-        x, hx = torch.randn(9, 1, 3), torch.zeros(2, 1, 8)
-        hx[:, 0, 0] = 1e5
-        actual, expected = gru(x.to(triton_device), hx.to(triton_device)), theirs(x.double(), hx.double())
-    assert expected[1].abs().max() < 1
-    assert all(error(ours, wanted) < 1e-5 for ours, wanted in zip(actual, expected, strict=True))
+                weight[hidden : 2 * hidden, 0] = -0.2  # z = 0 where unit 0 is large
+    x, usual = torch.randn(60, 3, 3), torch.rand(2, 3, hidden)
+    dy, dh_n, hx = torch.randn(60, 3, 2 * hidden), torch.randn_like(usual), usual.clone()
+    hx[:, 1, 0] = size
+    actual = results(gru, x, hx, dy, dh_n, lengths=lengths)
+    expected = results(BiGRU.from_gru(theirs, backend="torch"), x, hx, dy, dh_n, lengths=lengths)
+    assert expected["h_n"].abs().max() < 1
+    for name, value in actual.items():
+        assert error(value, expected[name]) < (1e-6 if name in ("y", "h_n") else 1e-5), name
+    with torch.no_grad():
+        beside = gru(x.to(triton_device), usual.to(triton_device), lengths=lengths)
+    for name, value in zip(("y", "h_n"), beside, strict=True):
+        assert torch.equal(actual[name][:, ::2], value[:, ::2]), name
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_an_infinite_weight_makes_its_direction_nan(triton_device):
-    gru, theirs = pair(3, 4, backend="triton", device=triton_device)
-    x, hx = torch.rand(2, 1, 3), torch.rand(2, 1, 4)
+@every_scaled
+@pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("gate", range(3), ids="rzn")
+@pytest.mark.parametrize("given_state", [False, True])
+def test_an_infinite_weight_spoils_what_it_spoils_in_nn_gru(
+    backend, hidden, weight, gate, given_state, triton_device
+):  # fmt: skip
+    torch.manual_seed(1)
+    gru, theirs = pair(3, hidden, backend=backend, device=triton_device)
     with torch.no_grad():
         for module in (gru, theirs):
-            module.weight_hh_l0[0, 1] = float("inf")
-        y, expected = gru(x.to(triton_device), hx.to(triton_device))[0].cpu(), theirs(x.double(), hx.double())[0]
-    assert expected.isfinite().all()
-    assert y[..., :4].isnan().all()
-    assert error(y[..., 4:], expected[..., 4:]) < 1e-5
+            module.weight_hh_l0[gate * hidden, 1] = weight
+    x, hx = torch.rand(2, 2, 3), torch.rand(2, 2, hidden)
+    upstream = torch.randn(2, 2, 2 * hidden), torch.randn(2, 2, hidden)
+    actual, expected = (results(module, x, hx if given_state else None, *upstream) for module in (gru, theirs))
+    assert expected["y"].isfinite().all() == (given_state and not math.isnan(weight))
+    for name, value in actual.items():
+        finite = expected[name].isfinite()
+        assert torch.equal(value.isfinite().cpu(), finite), name
+        assert error(value.cpu()[finite], expected[name][finite]) < 1e-5, name
+
+
+def test_a_kernel_is_told_whether_there_is_an_initial_state(triton_device):
+    gru, _ = pair(3, 4, backend="triton", device=triton_device)
+    x = torch.rand(2, 1, 3, device=triton_device)
+    with Recorder() as recorder:
+        gru(x)
+        gru(x, torch.rand(2, 1, 4, device=triton_device))
+    forward = torch.ops.bigru.gru_forward.default
+    assert [args[7:] for function, args in recorder.calls if function is forward] == [(False,), ()]  # the default
 
 
 def test_double_precision_through_the_reference():

@@ -77,7 +77,11 @@ def test_every_choice_is_listed_once():
     both = ("triton persistent", "triton streamed", "resident", "cooperative")
     forms = [form + ending for form in both for ending in ("", ", varlen")]
     kernels = {f"{way} {form}" for way in ("forward", "backward") for form in forms}
-    assert {case.name for case in cases} == kernels | {"forward resident, inference"}
+    assert {case.name for case in cases} == kernels | {
+        "forward resident, inference",
+        "mend triton streamed",
+        "mend triton streamed, varlen",
+    }
     assert {(case.storage, case.precision) for case in cases} == {
         ("fp32", "fp32"),
         ("fp32", "tf32"),
