@@ -37,6 +37,8 @@ def jobs(main: Case = MAIN) -> Iterator[Job]:
         yield replace(case, group="busy core"), NN_GRU, BOTH
     for case in sweep(main, hidden=(32, 64, 256, 512), steps=(15, 240)):
         yield case, NN_GRU, BOTH
+    # It unrolls the loop: 60 steps take minutes to compile.
+    yield replace(main, batch=1, steps=15), "torch.compile", FORWARD
 
 
 def run(
