@@ -177,11 +177,23 @@ def read_run(run: Path) -> RunRecord:
         config = _parse_object(path.read_text(encoding="utf-8"))
         if missing := {"data", "model", "optim", "run"} - config.keys():
             raise ValueError(f"{', '.join(sorted(missing))} missing")
+        config = {group: _Settings(f"{path}: {group}", options) for group, options in config.items()}
     with _damage_in(folder / "metrics.jsonl") as path:
         metrics = _read_metrics(path)
     samples = read_samples(folder / "samples.npz")
     with _damage_in(folder / "summary.json") as path:
         return _from_summary(_parse_object(path.read_text(encoding="utf-8")), folder, config, metrics, samples)
+
+
+class _Settings(dict[str, Any]):
+    """A group of config.json that says where a setting is missing once the document asks for it."""
+
+    def __init__(self, place: str, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.place = place
+
+    def __missing__(self, name: str) -> Any:
+        raise RunError(f"{self.place}.{name} is missing")
 
 
 @contextmanager

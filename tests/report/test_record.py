@@ -1,5 +1,6 @@
 """A run folder's files against everything that can break in them, and what the command says of it."""
 
+import json
 import re
 
 import numpy as np
@@ -54,6 +55,15 @@ def test_run_without_an_epoch(make_run):
 def test_broken_summary_is_named(make_run, changes, message):
     with pytest.raises(RunError, match=message):
         read_run(make_run(epochs=6, summary=changes))
+
+
+def test_a_setting_that_is_missing_is_named(make_run):
+    run = make_run()
+    config = json.loads((run / "config.json").read_text())
+    del config["optim"]["batch_size"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"config\.json: optim\.batch_size is missing"):
+        write_report(run)
 
 
 def test_samples_are_read_without_pickle(make_run):
