@@ -64,8 +64,9 @@ def _tile(HP: tl.constexpr, N: tl.constexpr):
 
     In its order the threads of an NVIDIA GPU hold an MMA's result: thread 4g + c of warp w has rows g and g + 8 of the
     warp's 16 and columns 2c and 2c + 1 of each eight. The weights are in such an order that these rows are units 2g and
-    2g + 1, neighbours in memory. Triton gives what is loaded in this shape to the same threads, so that neither loads
-    nor stores take a way through shared memory and its barriers, of which (HP, N) takes two each.
+    2g + 1, neighbours in memory. Triton 3.6 gives what is loaded in this shape to the same threads, so that neither
+    loads nor stores take a way through shared memory and its barriers, of which (HP, N) takes two each. On sm_90
+    triton 3.9 takes wgmma and other threads: as many barriers as with (HP, N).
     """
     columns = tl.arange(0, 4)[:, None, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, :, None, None]
     columns += tl.arange(0, N // 8)[None, None, None, None, :, None] * 8

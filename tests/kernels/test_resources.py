@@ -127,6 +127,7 @@ class TestBudget:
 
     def test_of_the_portable_kernel(self):
         assert resources.budget(CASE, (3, 6)) == (470, 2)
+        assert resources.budget(CASE, (3, 9)) is None
 
     def test_only_where_it_is_stated(self):
         assert resources.budget(replace(CASE, save=False)) is None
