@@ -146,6 +146,7 @@ def main() -> None:
     if only:
         print(json.dumps({mode: count(make_call(only, mode), driver) for mode in MODES}))
         return
+    print(f"nothing is launched, tensors are on the CPU; torch {torch.__version__}, triton {triton.__version__}")
     for name in NAMES:
         for mode in MODES:
             call = make_call(name, mode)

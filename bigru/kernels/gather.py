@@ -95,12 +95,12 @@ def gather(
         batch: B.
         dtype: the dtype of all that is returned.
 
-    Raises:
-        RuntimeError: a weight is on another device, or has no memory.
-
     Returns:
         x (T * B, I), or (P, I); h0; w_ih (I, D * 3H), transposed; w_hh (D, 3H, H), followed by all else, so that it
         is aligned; b_ih + b_hh (D * 3H), where b_hh_n counts as zero, and b_hn (D, H), both None without biases.
+
+    Raises:
+        RuntimeError: a weight is on another device, or has no memory.
     """
     hidden, inputs = weights[1].shape[1], x.shape[-1]
     biased, copied = len(weights) == 8, x.dtype != dtype or not x.is_contiguous()
