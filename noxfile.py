@@ -87,7 +87,7 @@ def lint(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Tests the kernels on the oldest supported triton (a GPU machine's) and compiles them there for sm_90.
 
-    Without the slow tests, which `tests` runs on the newest triton, and without the C extension. All three
+    Without the slow tests, which `tests` runs on the newest triton, and without the C extension. All
     architectures take ten minutes more: `.nox/kernels/bin/python -m bigru.kernels.resources`.
     """
     prepare(session, "shared", "-c", CONSTRAINTS, "-e", *EVERYTHING)
@@ -101,7 +101,7 @@ def kernels(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def resources(session: nox.Session) -> None:
-    """Compiles every kernel for sm_80, sm_90 and sm_100, without a GPU; fails if one spills or does not fit."""
+    """Compiles every kernel for sm_80, sm_90, sm_100, gfx942 and gfx1100; fails if one spills or does not fit."""
     run(session, "bigru.kernels.resources", *session.posargs)
 
 
