@@ -180,7 +180,7 @@ def choose_triton(call: Call, batch: int) -> TritonConfig:
     # processor has a program. From compute capability 10 on, sixteen rows would go through tensor memory and spill.
     programs = 2 * -(-batch // 8)
     rows = 16 if programs > device.processors and device.capability < (10, 0) else 8
-    if padded == ONE_PROCESSOR and (wide or call.varlen):
+    if (padded == ONE_PROCESSOR and (wide or call.varlen)) or (padded == 16 and wide and call.varlen and not accurate):
         rows = 8  # sixteen spill on sm_80 or sm_90, under triton 3.6 or 3.9
     # Compiled for sm_80, sm_90 and sm_100: W_hh, whole or as two fp16 halves, plus at most three tiles of the state.
     needed = 3 * padded * padded * (4 if wide else 2) + 3 * padded * rows * 4
