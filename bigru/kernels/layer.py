@@ -21,10 +21,9 @@ from bigru.kernels.recurrence import (
     How,
     fused_gru_recurrence,
     on_device_of,
-    parameter_gradients,
+    recurrent_gradients,
     run_backward,
     start_forward,
-    states_before,
 )
 from bigru.kernels.reference import layer_operands
 from bigru.kernels.transforms import refuse_second_derivative, refuse_transforms
@@ -124,6 +123,13 @@ def _gather() -> Callable[..., Any]:
     return gather
 
 
+@functools.cache
+def _collect() -> Callable[..., Any]:
+    from bigru.kernels.collect import collect
+
+    return collect
+
+
 def _forward(
     x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], how: How, dtype: torch.dtype, batch_first: bool,
     save: bool, h_n: Tensor | None = None,
@@ -172,16 +178,38 @@ class _Layer(torch.autograd.Function):
         if ctx.batch_first:
             y, dy = y.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
         rows = y.shape[:-1]
-        y, dy = y.view(*rows, 2, hidden), None if dy is None else dy.unflatten(-1, (2, hidden))
+        y = y.view(*rows, 2, hidden)
+        dy = None if dy is None else dy.view(y.shape)
         if dh_n is None and ctx.zeros:
             dh_n = h0
-        filled = None if ctx.how.varlen is None else y.new_empty(y.shape)
-        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.how, filled)
-        h_prev = states_before(y, h0) if filled is None else filled.transpose(0, 1)
+        h_prev = None if ctx.how.varlen is None else torch.empty_like(y)
+        dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.how, h_prev)
         needs_x, needs_h0, _, _, _, *needs = ctx.needs_input_grad
         dx = torch.mm(dgi.view(-1, 6 * hidden), w_ih.t()).view(*rows, w_ih.shape[0]) if needs_x else None
-        gradients = [dx, dh0 if needs_h0 else None, *parameter_gradients(dgi, dq, x, h_prev, needs)]
+        gradients = [dx, dh0 if needs_h0 else None, *_parameter_gradients(dgi, dq, x, y, h0, h_prev, needs)]
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
             if gradient is not None and gradient.dtype != dtype:
                 gradients[i] = gradient.to(dtype)
         return *gradients[:2], None, None, None, *gradients[2:]
+
+
+def _parameter_gradients(
+    dgi: Tensor, dq: Tensor, x: Tensor, y: Tensor, h0: Tensor, h_prev: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Computes the gradients of a layer's weights and biases, where wanted, in the order of `needs`.
+
+    `h_prev`, the state before each step, (P, D, H), is None where it is still to be had from y and h0.
+    """
+    half, hidden = len(needs) // 2, dq.shape[-1]
+    w_ih, w_hh, *biases = (needs[i] or needs[half + i] for i in range(half))
+    with on_device_of(y):
+        states, sums = _collect()(dgi, dq, y, h0, w_hh and h_prev is None, any(biases))
+    gradients: list[Tensor | None] = [None] * len(needs)
+    if w_ih:
+        gradients[::half] = torch.mm(dgi.view(-1, 6 * hidden).t(), x).view(2, 3 * hidden, x.shape[1]).unbind()
+    if w_hh:
+        h_prev = states if h_prev is None else h_prev
+        gradients[1::half] = recurrent_gradients(dgi, dq, h_prev.view(-1, 2, hidden).transpose(0, 1)).unbind()
+    if sums is not None:
+        gradients[2], gradients[3], gradients[half + 2], gradients[half + 3] = sums.unbind()
+    return gradients

@@ -109,35 +109,11 @@ def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
     `h_prev` is the state before each step, (D, T * B, H); dgi and dq are from `run_backward`.
     """
     hidden = dq.shape[-1]
-    dgi_d, dq_d = (gradient.view(-1, *gradient.shape[-2:]).permute(1, 2, 0) for gradient in (dgi, dq))
-    return torch.cat([dgi_d[:, : 2 * hidden] @ h_prev, dq_d @ h_prev], 1)
-
-
-def parameter_gradients(
-    dgi: Tensor, dq: Tensor, x: Tensor, h_prev: Tensor, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Computes the gradients of a layer's weights and biases, where wanted.
-
-    Args:
-        dgi, dq, h_prev: as for `recurrent_gradients`.
-        x: (T, B, I) input of the layer.
-        needs: for each parameter whether its gradient is wanted: w_ih, w_hh and, with biases, b_ih, b_hh of the first
-            direction, then of the second.
-
-    Returns:
-        The gradients in that order, None where neither direction wants one.
-    """
-    half, hidden = len(needs) // 2, dq.shape[-1]
-    dgi, dq = dgi.view(-1, 2, 3 * hidden), dq.view(-1, 2, hidden)
-    gradients: list[Tensor | None] = [None] * half
-    if needs[0] or needs[half]:
-        gradients[0] = (dgi.flatten(1).T @ x.reshape(-1, x.shape[-1])).view(2, 3 * hidden, -1)
-    if needs[1] or needs[half + 1]:
-        gradients[1] = recurrent_gradients(dgi, dq, h_prev)
-    if any(needs[2:half]) or any(needs[half + 2 :]):
-        db_ih = dgi.flatten(1).sum(0).view(2, 3 * hidden)
-        gradients[2:] = db_ih, torch.cat([db_ih[:, : 2 * hidden], dq.sum(0)], 1)
-    return [None if gradient is None else gradient[d] for d in range(2) for gradient in gradients]
+    dgi_d, dq_d = dgi.view(-1, 2, 3 * hidden).permute(1, 2, 0), dq.view(-1, 2, hidden).permute(1, 2, 0)
+    dw_hh = dq.new_empty((2, 3 * hidden, hidden))
+    torch.bmm(dgi_d[:, : 2 * hidden], h_prev, out=dw_hh[:, : 2 * hidden])
+    torch.bmm(dq_d, h_prev, out=dw_hh[:, 2 * hidden :])
+    return dw_hh
 
 
 @functools.lru_cache(maxsize=1024)
