@@ -70,9 +70,8 @@ def _choose(
     batch: int | None,
 ) -> tuple[Any, ...]:
     # A call may take microseconds. On a GPU "auto" heeds torch.backends too; else the answer depends on these alone.
-    asked = _ask if device.type != "cpu" and backend == "auto" else _remembered
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return tuple(asked(backend, device, dtype, hidden, precision, varlen, steps, batch, threads))
+    asked = _ask if backend == "auto" and device.type != "cpu" else _remembered
+    return tuple(asked(backend, device, dtype, hidden, precision, varlen, steps, batch, torch.get_num_threads()))
 
 
 def _ask(backend: str, device: torch.device, *about: Any) -> Choice:

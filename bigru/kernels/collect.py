@@ -79,7 +79,7 @@ class Wanted(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Returns the compiler's options."""
-        return {"num_warps": 4}
+        return {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def collect(

@@ -310,7 +310,8 @@ class BiGRU(nn.RNNBase):
         states, out = [], None
         if backend in KERNELS and makes_states(backend) and not wants_gradient(x, hx, weights):
             batch = x.shape[1] if varlen is None else varlen.batch
-            out = x.new_empty((2 * self.num_layers, batch, self.hidden_size), dtype=dtype)
+            shape = 2 * self.num_layers, batch, self.hidden_size
+            out = x.new_empty(shape) if x.dtype == dtype else x.new_empty(shape, dtype=dtype)
         h_ns = [None] * self.num_layers if out is None else out.split_with_sizes([2] * self.num_layers)
         with inside:
             for layer in range(self.num_layers):

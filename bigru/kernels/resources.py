@@ -32,7 +32,9 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from bigru.kernels import registry
 from bigru.kernels.backends import PUBLIC
 from bigru.kernels.cell import INTERPRETED, TRITON_VERSION
+from bigru.kernels.collect import Wanted, collect_kernel
 from bigru.kernels.config import A100, B200, H100, MI300, RDNA3, Call, CooperativeConfig, ResidentConfig, TritonConfig
+from bigru.kernels.gather import POINTERS, Layout, gather_kernel, lay_out
 from bigru.kernels.mend import CONFIG as MENDING
 from bigru.kernels.mend import gru_mend_kernel
 
@@ -40,6 +42,13 @@ DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200, "gfx942": MI300, "gfx11
 MODES = ((torch.float32, "fp32"), (torch.float32, "tf32"), (torch.bfloat16, "fp32"), (torch.float16, "fp32"))
 """Storage and precision."""
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+AROUND: dict[str, tuple[Any, dict[str, str]]] = {
+    "mend": (gru_mend_kernel, {}),
+    "gather": (gather_kernel, {}),
+    "collect": (collect_kernel, {"sums_ptr": "*fp32"}),
+}
+"""The kernels that run before or after every other, as `Kernel.functions` has them."""
 
 BUDGETS = {
     # Without gates saved, forward: 16-bit operands and TF32's accuracy; fp32's as much again for a quarter of the rows.
@@ -74,6 +83,25 @@ which has never run, no step is read."""
 
 
 @dataclass(frozen=True)
+class Around:
+    """The configuration of a kernel before or after the recurrence, with what is asked of the recurrence's."""
+
+    own: Layout | Wanted
+    rows: int = 1
+    num_warps: int = 4
+    form: str = ""
+    split: bool = False
+
+    def constants(self) -> dict[str, Any]:
+        """Returns the kernel's compile-time arguments."""
+        return self.own.constants()
+
+    def options(self) -> dict[str, Any]:
+        """Returns the compiler's options."""
+        return self.own.options()
+
+
+@dataclass(frozen=True)
 class Case:
     """One kernel in one configuration."""
 
@@ -84,7 +112,7 @@ class Case:
     hidden: int
     storage: str
     precision: str
-    config: TritonConfig | ResidentConfig | CooperativeConfig
+    config: TritonConfig | ResidentConfig | CooperativeConfig | Around
     save: bool = True
     """True if the gates are saved, as in training."""
     varlen: bool = False
@@ -149,7 +177,7 @@ def main(
     rows = [as_record(*pair) for pair in zip(cases, usages, strict=True)]
     print(*table(rows), f"\n{FOOTNOTES}", sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(header | {"rows": rows}, indent=1, default=str) + "\n", encoding="utf-8")
     return verdict(cases, usages)
 
 
@@ -163,9 +191,17 @@ def shipped(archs: Iterable[str]) -> list[Case]:
         for dtype, precision in MODES
         for case in cases_of(arch, kernel, hidden, dtype, precision)
     ]
-    # One for all hidden sizes, and for all kernels with scaled products.
-    mending = [Case(a, "triton", "mend", 128, "fp32", "fp32", MENDING, varlen=v) for a in archs for v in (False, True)]
-    return [*dict.fromkeys(cases), *mending]
+    return [*dict.fromkeys(cases), *(case for arch in archs for case in around(arch))]
+
+
+def around(arch: str) -> Iterator[Case]:
+    """Yields the kernels that run before or after every other, which take each hidden size alike, at one."""
+    for varlen in (False, True):
+        yield Case(arch, "triton", "mend", 128, "fp32", "fp32", MENDING, varlen=varlen)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        layout = lay_out(128, 84, True, 64, (dtype,) * 10)
+        yield Case(arch, "triton", "gather", 128, name, "fp32", Around(layout))
+        yield Case(arch, "triton", "collect", 128, name, "fp32", Around(Wanted(True, True)))
 
 
 def cases_of(arch: str, name: str, hidden: int, dtype: torch.dtype, precision: str) -> Iterator[Case]:
@@ -213,8 +249,8 @@ def measure(case: Case) -> Usage:
 def compile_case(case: Case) -> Any:
     """Compiles as a launch would, for a GPU that need not be there."""
     config = case.config
-    functions: dict[str, tuple[Any, dict[str, str]]] = {"mend": (gru_mend_kernel, {})}
-    function, types = (functions | registry.get(case.kernel).functions(config))[case.direction]
+    functions = AROUND if case.direction in AROUND else registry.get(case.kernel).functions(config)
+    function, types = functions[case.direction]
     accurate = isinstance(config, TritonConfig) and config.accurate
     values = {"H": case.hidden, "HAS_BIAS": True, "SAVE": case.save, "ACCURATE": accurate, "WARPS": config.num_warps}
     values |= config.constants()
@@ -226,15 +262,16 @@ def compile_case(case: Case) -> Any:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = values[parameter.name]
-        elif parameter.name in ("varlen_ptr", "h_prev_ptr") and not case.varlen:
+        elif parameter.name in ("varlen_ptr", "h_prev_ptr") and not case.varlen and case.direction != "collect":
             signature[parameter.name] = "constexpr"
             constants[(i,)] = None
-        elif parameter.name.endswith("_ptr"):
+        elif parameter.name.endswith("_ptr") or parameter.name in POINTERS:
             kind = "*i64" if parameter.name == "varlen_ptr" else types.get(parameter.name, f"*{case.storage}")
             signature[parameter.name] = operand if kind == "operand" else kind
-            aligned[(i,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                aligned[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = parameter.annotation_type or "i32"
     build = GluonASTSource if isinstance(function, GluonJITFunction) else ASTSource
     source = build(function, signature, constants, aligned)
     if case.arch.startswith("gfx"):

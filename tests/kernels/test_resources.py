@@ -81,6 +81,8 @@ def test_every_choice_is_listed_once():
         "forward resident, inference",
         "mend triton streamed",
         "mend triton streamed, varlen",
+        "gather triton",
+        "collect triton",
     }
     assert {(case.storage, case.precision) for case in cases} == {
         ("fp32", "fp32"),
