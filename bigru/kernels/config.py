@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,6 +87,11 @@ def describe(device: torch.device) -> Device:
 def autocasts(device: str) -> bool:
     """Returns whether autocast is on for a type of device; there is none for "meta"."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Returns a context in which autocast is off for a type of device."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def dtype_of_call(dtype: torch.dtype, device: str) -> torch.dtype:

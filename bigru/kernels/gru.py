@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NoReturn, Self
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from bigru.kernels.backends import KERNELS
 from bigru.kernels.choice import choice_of
 from bigru.kernels.compiling import not_compiled
-from bigru.kernels.config import autocasts, dtype_of_call
+from bigru.kernels.config import autocasts, dtype_of_call, without_autocast
 from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
 from bigru.kernels.layer import fused_gru_layer, makes_states, wants_gradient
 from bigru.kernels.reference import gru_recurrence, layer_operands
@@ -305,7 +304,6 @@ class BiGRU(nn.RNNBase):
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
         # on a CPU heeds no autocast, so neither does what stands for it.
         dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
-        inside: Any = torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
         sizes = None if varlen is None else varlen.batch_sizes.tolist()
         states, out = [], None
         if backend in KERNELS and makes_states(backend) and not wants_gradient(x, hx, weights):
@@ -313,7 +311,7 @@ class BiGRU(nn.RNNBase):
             shape = 2 * self.num_layers, batch, self.hidden_size
             out = x.new_empty(shape) if x.dtype == dtype else x.new_empty(shape, dtype=dtype)
         h_ns = [None] * self.num_layers if out is None else out.split_with_sizes([2] * self.num_layers)
-        with inside:
+        with without_autocast(device):
             for layer in range(self.num_layers):
                 last = layer == self.num_layers - 1
                 own = weights[layer * per_layer : (layer + 1) * per_layer]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bigru.kernels import registry
+from bigru.kernels.config import without_autocast
 from bigru.kernels.kernel import Forward
 from bigru.kernels.recurrence import (
     How,
@@ -185,8 +186,10 @@ class _Layer(torch.autograd.Function):
         h_prev = None if ctx.how.varlen is None else torch.empty_like(y)
         dgi, dq, dh0 = run_backward(dy, dh_n, y, gates, h0, w_hh, ctx.how, h_prev)
         needs_x, needs_h0, _, _, _, *needs = ctx.needs_input_grad
-        dx = torch.mm(dgi.view(-1, 6 * hidden), w_ih.t()).view(*rows, w_ih.shape[0]) if needs_x else None
-        gradients = [dx, dh0 if needs_h0 else None, *_parameter_gradients(dgi, dq, x, y, h0, h_prev, needs)]
+        # A backward pass inside autocast: its products are of the dtype of the forward pass all the same.
+        with without_autocast(y.device.type):
+            dx = torch.mm(dgi.view(-1, 6 * hidden), w_ih.t()).view(*rows, w_ih.shape[0]) if needs_x else None
+            gradients = [dx, dh0 if needs_h0 else None, *_parameter_gradients(dgi, dq, x, y, h0, h_prev, needs)]
         for i, (gradient, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
             if gradient is not None and gradient.dtype != dtype:
                 gradients[i] = gradient.to(dtype)

@@ -280,6 +280,16 @@ class TestAutocast:
             assert parameter.grad.dtype == torch.float32
             assert error(parameter.grad, wanted.grad) < 2e-2, name
 
+    @pytest.mark.parametrize("backend", ["triton", "cpu"], indirect=True)
+    def test_a_backward_pass_inside_it_keeps_the_forward_ones_dtype(self, backend, kernel_device):
+        gru = BiGRU(3, 4, 2, backend=backend, device=kernel_device)
+        x = torch.randn(3, 2, 3, device=kernel_device, requires_grad=True)
+        y = gru(x)[0]
+        wanted = torch.autograd.grad(y.sum(), (x, *gru.parameters()), retain_graph=True)
+        with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+            gradients = torch.autograd.grad(y.sum(), (x, *gru.parameters()))
+        assert all(map(torch.equal, gradients, wanted))
+
     def test_a_state_of_another_dtype_is_refused_without_it(self):
         with pytest.raises(RuntimeError, match=r"hx: expected torch.bfloat16 like input"):
             BiGRU(3, 4, dtype=torch.bfloat16)(torch.randn(2, 2, 3).bfloat16(), torch.randn(2, 2, 4))
