@@ -179,7 +179,8 @@ class _Layer(torch.autograd.Function):
         if ctx.batch_first:
             y, dy = y.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
         rows = y.shape[:-1]
-        y = y.view(*rows, 2, hidden)
+        # A hook of saved tensors may have given them back in another layout.
+        y, h0 = y.contiguous().view(*rows, 2, hidden), h0.contiguous()
         dy = None if dy is None else dy.view(y.shape)
         if dh_n is None and ctx.zeros:
             dh_n = h0
