@@ -80,7 +80,8 @@ def describe(device: torch.device) -> Device:
     except ModuleNotFoundError:
         limit = 0
     else:
-        limit = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        limit = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return Device("cuda", (properties.major, properties.minor), limit, properties.multi_processor_count)
 
 

@@ -1,12 +1,13 @@
 """The registry: which kernel serves what, with which parameters, and which of them "auto" takes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bigru.kernels import registry
-from bigru.kernels.config import A100, B200, H100, MI300, Call, Device, ResidentConfig, choose_resident
+from bigru.kernels.config import A100, B200, H100, MI300, Call, Device, ResidentConfig, choose_resident, describe
 from bigru.kernels.cpu import CpuKernel
 
 CPU = Device("cpu")
@@ -72,6 +73,16 @@ class TestRefusal:
     def test_an_unknown_kernel(self):
         with pytest.raises(ValueError, match=r"kernel: expected one of .* got 'fast'"):
             registry.get("fast")
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    runtime = pytest.importorskip("triton.runtime")
+    limits = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": {1: H100.shared_memory}[index]})
+    about = SimpleNamespace(major=9, minor=0, multi_processor_count=H100.processors)
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=limits)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert describe.__wrapped__(torch.device("cuda")) == describe.__wrapped__(torch.device("cuda:1")) == H100
 
 
 class TestAuto:
