@@ -1,16 +1,12 @@
 """Kernels run on the GPU if there is one, else in Triton's interpreter; the tests are the same."""
 
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 # cuBLAS reads this when it starts; `poisoned` asks for deterministic algorithms, which refuse to run without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-# On a GPU machine pytest may be all that there is beside torch and triton.
-collect_ignore = [] if find_spec("hypothesis") else ["kernels/test_differential.py"]
 
 # No proof of this machine's user decides what is tested.
 os.environ["XDG_CACHE_HOME"] = "/nonexistent"

@@ -32,6 +32,13 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def not_cudnn(backend, kernel_device):
+    """For what ATen's GRU does on a CPU and cuDNN's does not."""
+    if backend == "torch" and kernel_device.type == "cuda":
+        pytest.skip("cuDNN's GRU cannot")
+
+
 @pytest.fixture(scope="session")
 def triton_device(kernel_device):
     """As `kernel_device`, for a test that is of the kernels alone."""

@@ -83,7 +83,7 @@ def test_left_to_itself_it_compiles_again_once(gru, kernel_device):
     compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
     for batch, steps in SIZES:
         x, hx = torch.randn(batch, steps, 6, device=kernel_device), torch.randn(4, batch, 4, device=kernel_device)
-        assert same(trained(compiled, gru, x, hx), trained(gru, gru, x, hx))
+        assert same(trained(compiled, gru, x, hx), trained(gru, gru, x, hx), 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
@@ -103,7 +103,7 @@ def test_a_size_may_be_data(run, gru, kernel_device):
     mask = torch.tensor([True, False, True], device=kernel_device)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for n in (torch.tensor([2, 4]), torch.tensor([3, 1])):
-        assert same(compiled(gru, x, hx, n, mask), run(gru, x, hx, n, mask))
+        assert same(compiled(gru, x, hx, n, mask), run(gru, x, hx, n, mask), 1e-5)
     if run is LENGTHS_ARE_DATA["time"]:
         with pytest.raises(RuntimeError, match="at least one time step"):
             compiled(gru, x, hx, torch.tensor([0]), mask)
@@ -128,17 +128,19 @@ def test_autocast_means_the_same_when_compiled(gru, kernel_device):
         (y, _), (expected, _) = compiled(x), gru(x)
     # cuDNN's GRU takes fp16 whatever dtype was asked for.
     assert y.dtype == expected.dtype or (gru.backend == "torch" and expected.dtype == torch.float16)
-    assert error(y, expected) < 1e-2
+    assert error(y, expected) < 2e-2
 
 
 @needs_gpu
 class TestCudaGraphs:
     """A capture records what is launched, so nothing may wait for the GPU or be tuned while it lasts."""
 
-    @pytest.fixture
-    def gru(self):
+    @pytest.fixture(params=[("triton", 32), ("triton", 160), ("resident", 32), ("cooperative", 160)], ids=str)
+    def gru(self, request):
+        # By name: "auto" takes ATen's GRU where nothing is proven.
+        backend, hidden = request.param
         torch.manual_seed(0)
-        return BiGRU(6, 32, 2, batch_first=True, device="cuda")
+        return BiGRU(6, hidden, 2, batch_first=True, backend=backend, device="cuda")
 
     def test_forward(self, gru):
         x = torch.randn(3, 5, 6, device="cuda")

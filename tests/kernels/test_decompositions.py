@@ -56,8 +56,8 @@ def in_onnxruntime(tmp_path):
     ("backend", "bias", "exported"),
     [("triton", True, False), ("triton", True, True), ("torch", False, True), ("reference", False, False)],
 )
-def test_onnx_gets_its_own_operator(backend, bias, exported, in_onnxruntime):
-    model, x = whole(backend, bias=bias), (torch.randn(4, 2, 3),)
+def test_onnx_gets_its_own_operator(backend, bias, exported, in_onnxruntime, kernel_device):
+    model, x = whole(backend, bias=bias).to(kernel_device), (torch.randn(4, 2, 3, device=kernel_device),)
     options = {"dynamo": True, "verbose": False}
     if exported:
         program = torch.onnx.export(torch.export.export(model, x, dynamic_shapes=FREE), **options)
@@ -68,7 +68,7 @@ def test_onnx_gets_its_own_operator(backend, bias, exported, in_onnxruntime):
     assert {opset.domain for opset in program.model_proto.opset_import} == {""}
     session = in_onnxruntime(program)
     name = session.get_inputs()[0].name
-    check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model)
+    check(lambda x: map(torch.from_numpy, session.run(None, {name: x.numpy()})), model.cpu())
 
 
 @pytest.mark.slow

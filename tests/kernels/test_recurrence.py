@@ -116,7 +116,8 @@ def sizes_by_gate(w_hh):
 
 
 def one_weight_of(size, w_hh):
-    return w_hh.index_put((torch.tensor(0), torch.tensor(5), torch.tensor(3)), torch.tensor(size, device=w_hh.device))
+    w_hh[0, 5, 3] = size
+    return w_hh
 
 
 # What is made of gi, w_hh, b_hn, h0 and the upstream gradients; each is a case that a plain fp16 or TF32 product would

@@ -56,23 +56,25 @@ def through_onnx(model, args):
 @pytest.mark.parametrize("tracer", [through_jit, through_onnx])
 @pytest.mark.parametrize("form", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("backend", ["nn.GRU", "auto", "torch", "reference", "triton"])
-def test_no_size_and_no_length_is_frozen(backend, form, tracer):
+def test_no_size_and_no_length_is_frozen(backend, form, tracer, kernel_device):
+    device = torch.device("cpu")
     if backend == "triton":
         pytest.importorskip("triton")
         if tracer is through_jit and form != "padded":
             pytest.skip("refused, which tests/kernels/test_varlen.py holds")
+        device = kernel_device if tracer is through_jit else device
     if backend == "nn.GRU" and form == "lengths":
         pytest.skip("nn.GRU has none")
     torch.manual_seed(0)
     gru = nn.GRU(3, 4, 2, bidirectional=True) if backend == "nn.GRU" else BiGRU(3, 4, 2, backend=backend)
-    model = Whole(gru.eval(), form).eval()
-    traced = tracer(model, (torch.randn(4, 2, 3), torch.tensor(LENGTHS[0])))
+    model = Whole(gru.eval().to(device), form).eval()
+    traced = tracer(model, (torch.randn(4, 2, 3, device=device), torch.tensor(LENGTHS[0])))
     if tracer is through_jit and backend != "triton":
         assert "bigru::" not in str(traced.inlined_graph)  # loads where there is no bigru
     if backend != "nn.GRU":
         gru.backend = "torch"  # the trace is made: this one is right by other tests, and quick
     for lengths in LENGTHS[-2:] if (backend, tracer) == ("triton", through_jit) else LENGTHS:
-        args = torch.randn(max(lengths), len(lengths), 3), torch.tensor(lengths)
+        args = torch.randn(max(lengths), len(lengths), 3, device=device), torch.tensor(lengths)
         with torch.no_grad():
             for ours, wanted in zip(traced(*args), model(*args), strict=True):
                 torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
