@@ -6,6 +6,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
+
+pytest.importorskip("bigru.training", exc_type=ModuleNotFoundError)  # not on every GPU machine
+
 from training import runs
 
 from bigru.config import ConfigError, RunConfig
@@ -188,16 +191,18 @@ def test_the_random_state_comes_back():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_a_graph_on_a_gpu_trains_as_without(config, amp):
-    config = runs.change(runs.change(config, "run", device="cuda", amp=amp), "model", dropout=0.0)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_graph_on_a_gpu_trains_as_without(config, amp, backend):
+    config = runs.change(runs.change(config, "run", device="cuda", amp=amp), "model", dropout=0.0, backend=backend)
     eager, graphed = runs.train(config), runs.train(runs.change(config, "run", graph=True))
     for row, expected in zip(runs.timeless(graphed), runs.timeless(eager), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_does_not_wait_for_the_gpu(config):
-    config = runs.change(config, "run", device="cuda")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_step_does_not_wait_for_the_gpu(config, backend):
+    config = runs.change(runs.change(config, "run", device="cuda"), "model", backend=backend)
     device = torch.device("cuda")
     trainer, _ = prepare(config, Team(), runs.PARTS)
     indices = torch.arange(4, device=device)
