@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, TypedDict
+from typing import Any
 
 import h5py
 import numpy as np
@@ -27,14 +27,7 @@ FORMAT = 1
 MARKER_NAME = "synthetic.json"
 
 
-class Size(TypedDict):
-    """The size and the source of chance of a synthetic dataset, which decide its content."""
-
-    clips: int
-    seed: int
-
-
-EMBEDDED: Size = {"clips": 470, "seed": 42}
+EMBEDDED = {"clips": 470, "seed": 42}
 """The dataset that a run without a data root writes for itself: seconds to write, minutes to learn."""
 
 PARTICIPANTS = tuple(number for number in range(1, 71) if number != 16)
@@ -80,40 +73,31 @@ class PlannedClip:
     fps: float
 
 
-def plan_clips(clips: int, seed: int, participants: Sequence[int] = PARTICIPANTS) -> list[PlannedClip]:
+def plan_clips(clips: int, seed: int) -> list[PlannedClip]:
     """Decides participant, subtask, name and length of every clip.
 
     Clips are shared out over train, val and test, at least one each, and within a split evenly over its
     participants. Lengths follow the published quantiles; the longest of a split always has 150 frames or more.
 
     Raises:
-        ValueError: `clips` is below 3, `seed` is negative, or no participant belongs to a split.
+        ValueError: `clips` is below 3, or `seed` is negative.
     """
     if seed < 0:
         raise ValueError(f"seed: expected 0 or more, got {seed}")
-    people = {split: [p for p in participants if p in numbers] for split, numbers in SPLITS.items()}
-    people = {split: numbers for split, numbers in people.items() if numbers}
-    if not people:
-        raise ValueError(f"participants: expected numbers from 1 to 70, got {list(participants)}")
     if clips < len(SPLITS):
         raise ValueError(f"clips: expected at least {len(SPLITS)}, one per split, got {clips}")
+    counts = {split: max(1, round(clips * share)) for split, share in CLIP_SHARES.items()}
+    # Train takes what rounding left over.
+    counts["train"] += clips - sum(counts.values())
     rng = np.random.default_rng([seed, FORMAT])
     planned: list[PlannedClip] = []
-    for split, count in _share_out(clips, list(people)).items():
-        chosen = [people[split][i * len(people[split]) // count] for i in range(count)]
+    for split, count in counts.items():
+        people = [participant for participant in PARTICIPANTS if participant in SPLITS[split]]
+        chosen = [people[i * len(people) // count] for i in range(count)]
         lengths = _clip_lengths(np.array([published_frame_rate(participant) for participant in chosen]), rng)
         for participant, frames in zip(chosen, lengths, strict=True):
             planned.append(_plan_clip(len(planned), participant, int(frames), rng))
     return planned
-
-
-def _share_out(clips: int, splits: list[str]) -> dict[str, int]:
-    """Returns the number of clips per split, in proportion to CLIP_SHARES and at least one each."""
-    total = sum(CLIP_SHARES[split] for split in splits)
-    counts = {split: max(1, round(clips * CLIP_SHARES[split] / total)) for split in splits}
-    # The first split takes what rounding left over.
-    counts[splits[0]] += clips - sum(counts.values())
-    return counts
 
 
 def _clip_lengths(fps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -266,16 +250,7 @@ def write_index(root: Path, stems: Sequence[str]) -> Path:
     return path
 
 
-def write_synthetic(
-    root: Path,
-    clips: int,
-    seed: int,
-    progress: bool | None = None,
-    participants: Sequence[int] = PARTICIPANTS,
-    *,
-    overwrite: bool = False,
-    write: Callable[[Path, Mapping[str, np.ndarray]], None] | None = None,
-) -> Path:
+def write_synthetic(root: Path, clips: int, seed: int, *, overwrite: bool = False) -> Path:
     """Writes a synthetic dataset: `{root}/{subtask}/{stem}.h5`, a marker, and last the index.
 
     A folder without an index is therefore incomplete. The same arguments give the same bytes in every array.
@@ -284,10 +259,7 @@ def write_synthetic(
         root: folder to write; made if need be.
         clips: number of clips, at least 3.
         seed: source of chance, 0 or more.
-        progress: show a progress bar; None: only on a terminal.
-        participants: numbers to share the clips out over.
         overwrite: replace a complete dataset that this function wrote.
-        write: writes a clip; default: `write_clip`.
 
     Returns:
         `root`.
@@ -296,18 +268,18 @@ def write_synthetic(
         ValueError: as `plan_clips`.
         FileExistsError: `root` holds a complete dataset and `overwrite` is off, or holds other files.
     """
-    planned = plan_clips(clips, seed, participants)
+    planned = plan_clips(clips, seed)
     _clear(root, overwrite)
     # First, so that an interrupted write is known as ours and can be taken up again.
-    write_lines(root / MARKER_NAME, [json.dumps(_marker(clips, seed, participants))])
-    for plan in tqdm(planned, desc="writing", unit="clip", disable=None if progress is None else not progress):
-        (write or write_clip)(root / plan.subtask / f"{plan.stem}.h5", clip_arrays(plan, seed))
+    write_lines(root / MARKER_NAME, [json.dumps(_marker(clips, seed))])
+    for plan in tqdm(planned, desc="writing", unit="clip", disable=None):
+        write_clip(root / plan.subtask / f"{plan.stem}.h5", clip_arrays(plan, seed))
     write_index(root, [plan.stem for plan in planned])
     return root
 
 
-def _marker(clips: int, seed: int, participants: Sequence[int] = PARTICIPANTS) -> dict[str, Any]:
-    return {"format": FORMAT, "clips": clips, "seed": seed, "participants": list(participants)}
+def _marker(clips: int, seed: int) -> dict[str, Any]:
+    return {"format": FORMAT, "clips": clips, "seed": seed, "participants": list(PARTICIPANTS)}
 
 
 def _clear(root: Path, overwrite: bool) -> None:
@@ -327,7 +299,7 @@ def _clear(root: Path, overwrite: bool) -> None:
         (root / clip.subtask / f"{clip.stem}.h5").unlink(missing_ok=True)
 
 
-def ensure_synthetic(root: Path, clips: int, seed: int, progress: bool | None = None) -> Path:
+def ensure_synthetic(root: Path, clips: int, seed: int) -> Path:
     """Returns `root` holding the synthetic dataset of `clips` and `seed`, written only if it is not there yet.
 
     Raises:
@@ -339,7 +311,7 @@ def ensure_synthetic(root: Path, clips: int, seed: int, progress: bool | None = 
         marker = None
     if marker == _marker(clips, seed) and (root / INDEX_NAME).is_file():
         return root
-    return write_synthetic(root, clips, seed, progress, overwrite=True)
+    return write_synthetic(root, clips, seed, overwrite=True)
 
 
 @ending("data.synthetic")
