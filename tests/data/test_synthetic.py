@@ -224,8 +224,8 @@ def test_interrupted_write_leaves_no_index_and_is_taken_up_again(tmp_path, monke
             raise KeyboardInterrupt
         return draw(plan, seed)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(synthetic, "clip_arrays", stop_at_third)
+    monkeypatch.setattr(synthetic, "clip_arrays", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
         synthetic.write_synthetic(root, 4, 0, overwrite=True)
     assert not (root / INDEX_NAME).exists()
     assert len(read_all(root)) == 2
