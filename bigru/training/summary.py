@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from bigru.arguments import command_line
@@ -33,7 +29,7 @@ from bigru.model.metrics import (
     window_error_px,
 )
 from bigru.report.breakdown import unbeaten
-from bigru.report.record import METRICS, NETWORK
+from bigru.report.record import FORMAT, NETWORK, Scores, read_run
 from bigru.training.example_windows import write_example_windows
 from bigru.training.run_dir import SUMMARY, start_of
 from bigru.training.trainer import Trainer
@@ -53,7 +49,7 @@ def finish(folder: Path, trainer: Trainer, choice: Choice) -> None:
     joints = {name: score_joints(predict, windows.batches(size), mask) for name, predict in forecasters.items()}
     epochs_s = [row["train_s"] + row["val_s"] for row in progress.history]
     summary = {
-        "format": 2,
+        "format": FORMAT,
         "started": start_of(folder).strftime("%Y-%m-%d %H:%M:%S"),
         "total_params": count_parameters(model),
         "modules": [
@@ -89,7 +85,7 @@ def finish(folder: Path, trainer: Trainer, choice: Choice) -> None:
         },
         "command": command_line(config),
     }
-    write_json(folder / "summary.json", summary)
+    write_json(folder / SUMMARY, summary)
 
 
 def describe_source(config: TrainConfig) -> str:
@@ -102,35 +98,20 @@ def describe_source(config: TrainConfig) -> str:
 def report(folder: Path, write_report: Callable[[Path], Path]) -> None:
     """Writes the document of a finished run and logs its test figures beside the baselines'."""
     document = write_report(folder)
-    summary = read_summary(folder)
-    log.info("%s", score_table({NETWORK: summary["test"], **summary["baselines"]}))
-    # NaN where nothing was scored.
-    horizon = {name: np.array(errors["joint_error_px"]) for name, errors in summary["horizon"].items()}
-    if sentences := unbeaten(horizon):
+    record = read_run(folder)
+    log.info("%s", score_table({NETWORK: record.test, **record.baselines}))
+    if sentences := unbeaten(record.horizon):
         log.info("%s", sentences.replace(". ", ".\n"))
     log.info("%s", printable(document))
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Reads what the end of a run wrote; null, which stands for NaN, as NaN."""
-    text = (folder / SUMMARY).read_text(encoding="utf-8")
-
-    def numbers(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: numbers(inner) for name, inner in value.items()}
-        return [numbers(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
-
-    summary: dict[str, Any] = numbers(json.loads(text))
-    return summary
-
-
-def score_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def score_table(rows: Mapping[str, Scores]) -> str:
     """Returns the test figures of forecasters or runs, by name, as lines for the console."""
-    windows = " or ".join(f"{count}" for count in dict.fromkeys(scores["windows"] for scores in rows.values()))
+    windows = " or ".join(f"{count}" for count in dict.fromkeys(scores.windows for scores in rows.values()))
     lines = [f"{f'test, {windows} windows':20} {'MPJPE':>8} {'ADE':>8} {'FDE':>8} {'joint error':>12} {'in px':>9}"]
     for name, scores in rows.items():
-        mpjpe, ade, fde, joint, pixels = (scores[key] for key in (metric.name for metric in METRICS))
-        lines.append(f"{name:20} {mpjpe:8.3f} {ade:8.3f} {fde:8.3f} {joint:12.4f} {pixels:9.1f}")
+        errors = f"{scores.mpjpe:8.3f} {scores.ade:8.3f} {scores.fde:8.3f} {scores.joint_error:12.4f}"
+        lines.append(f"{name:20} {errors} {scores.joint_error_px:9.1f}")
     return "\n".join(lines)
 
 

@@ -16,9 +16,10 @@ from bigru.config import ConfigError, TrainConfig
 from bigru.data.windows import NoWindowsError
 from bigru.files import printable
 from bigru.report.document import DOCUMENT
+from bigru.report.record import read_run
 from bigru.training import run_dir
 from bigru.training.distributed import current_team
-from bigru.training.summary import read_summary, score_table
+from bigru.training.summary import score_table
 from bigru.training.trainer import DivergedError
 
 log = logging.getLogger("bigru.train")
@@ -76,7 +77,7 @@ def sweep_modalities(
             log.warning("the same command goes on with the sweep; what is done is not done again")
             raise
     if done and team.first:
-        print(score_table({name: read_summary(folder)["test"] for name, folder in done.items()}))
+        print(score_table({name: read_run(folder).test for name, folder in done.items()}))
         print(f"the runs' logs are in their folders; {printable(out / DOCUMENT)}")
     if failed:
         last = [*failed.values()][-1]

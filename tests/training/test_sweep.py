@@ -1,6 +1,7 @@
 """The sweep of modalities: five runs and one document, none of them trained twice."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from bigru.data.synthetic import write_synthetic
 from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
 from bigru.report import figures
-from bigru.report.record import METRICS
 from bigru.train import main
 from bigru.training.run import Parts
 from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
@@ -23,12 +23,13 @@ SIZES = [84, 86, 204, 92, 214]
 class Runs:
     """Stands for training and resuming: leaves what a run leaves, and fails as it is told."""
 
-    def __init__(self):
+    def __init__(self, finished):
         self.began, self.resumed, self.failures, self.digest = [], [], {}, "a"
+        self.finished = finished
 
     def finish(self, folder):
-        scores = dict.fromkeys((metric.name for metric in METRICS), 0.5)
-        write_json(folder / "summary.json", {"test": scores | {"windows": 7}})
+        for name in ("metrics.jsonl", "samples.npz", "summary.json"):
+            shutil.copy(self.finished / name, folder)
 
     def train(self, config):
         folder = config.run.out / f"20261123_22450{len(self.began)}"
@@ -52,12 +53,16 @@ def config(tmp_path):
     return TrainConfig(DataConfig(data_root=tmp_path / "clips"), run=RunConfig(out=tmp_path / "runs"))
 
 
+@pytest.fixture
+def trainer(whole):
+    return Runs(whole)
+
+
 def sweep(config, trainer):
     return sweep_modalities(config, trainer.train, trainer.resume, lambda config: trainer.digest)
 
 
-def test_five_runs_and_none_of_them_twice(config):
-    trainer = Runs()
+def test_five_runs_and_none_of_them_twice(config, trainer):
     assert sweep(config, trainer) == config.run.out / "sweep_modalities"
     assert trainer.began == SIZES
     assert trainer.resumed == []
@@ -67,8 +72,7 @@ def test_five_runs_and_none_of_them_twice(config):
     assert trainer.resumed == [f"20261123_22450{number}" for number in range(5)]
 
 
-def test_an_interrupted_sweep_goes_on(config):
-    trainer = Runs()
+def test_an_interrupted_sweep_goes_on(config, trainer):
     trainer.failures[204] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         sweep(config, trainer)
@@ -79,16 +83,14 @@ def test_an_interrupted_sweep_goes_on(config):
 
 
 @pytest.mark.parametrize("error", [DivergedError("the loss is nan"), NoWindowsError("no window")])
-def test_a_run_that_fails_does_not_keep_the_others(config, error):
-    trainer = Runs()
+def test_a_run_that_fails_does_not_keep_the_others(config, error, trainer):
     trainer.failures[86] = error
     with pytest.raises(type(error), match=f"sweep: 1 of 5 runs failed: hands \\+ gaze: {error}"):
         sweep(config, trainer)
     assert trainer.began == SIZES
 
 
-def test_other_settings_are_other_runs(config):
-    trainer = Runs()
+def test_other_settings_are_other_runs(config, trainer):
     sweep(config, trainer)
     sweep(change(config, "optim", epochs=3), trainer)
     assert trainer.began == SIZES * 2
@@ -99,9 +101,9 @@ def test_other_settings_are_other_runs(config):
     assert trainer.began == SIZES * 2
 
 
-def test_runs_on_other_data_are_other_runs(config, monkeypatch, tmp_path):
+def test_runs_on_other_data_are_other_runs(config, trainer, monkeypatch, tmp_path):
     """Two folders with the same relative data root, and one folder of runs."""
-    trainer, config = Runs(), change(config, "data", data_root=Path("clips"))
+    config = change(config, "data", data_root=Path("clips"))
     for name, digest, began in (("one", "a", 5), ("other", "b", 10), ("moved", "a", 10)):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -110,8 +112,7 @@ def test_runs_on_other_data_are_other_runs(config, monkeypatch, tmp_path):
         assert len(trainer.began) == began, name
 
 
-def test_a_run_without_its_checkpoint_is_left_alone(config):
-    trainer = Runs()
+def test_a_run_without_its_checkpoint_is_left_alone(config, trainer):
     trainer.failures[84] = DivergedError("the loss is nan")
     with pytest.raises(DivergedError):
         sweep(config, trainer)
@@ -145,9 +146,9 @@ def test_the_finished_run_of_several_is_found(config):
         ("run", {"weights": Path("w.pt")}, "sweep: expected no weights, .* only, got w.pt"),
     ],
 )
-def test_what_only_one_run_could_have_is_refused(config, section, values, message):
+def test_what_only_one_run_could_have_is_refused(config, trainer, section, values, message):
     with pytest.raises(ConfigError, match=message):
-        sweep(change(config, section, **values), Runs())
+        sweep(change(config, section, **values), trainer)
     assert not config.run.out.exists()
 
 
