@@ -83,24 +83,10 @@ def test_a_modality_that_is_off_is_not_looked_at(path):
 
 
 @pytest.mark.parametrize(
-    ("stem", "timestamps", "fps"),
-    [
-        pytest.param(STEM, np.arange(FRAMES) / 29.97, 30.0, id="from-timestamps"),
-        pytest.param(STEM, np.cumsum([0, 1, 1, 9, 1, 1, 9, 1]) / 59, 59.0, id="median-step"),
-        pytest.param(LATE_STEM, None, 59.0, id="absent-p29"),
-        pytest.param(LATE_STEM, -np.arange(FRAMES), 59.0, id="backwards"),
-        pytest.param(STEM, np.zeros((FRAMES, 2)), 23.0, id="wrong-rank"),
-    ],
-)
-def test_frame_rate(tmp_path, stem, timestamps, fps):
-    write(tmp_path / f"{stem}.h5", timestamps=timestamps)
-    assert read_clip(tmp_path / f"{stem}.h5", SHORT).fps == fps
-
-
-@pytest.mark.parametrize(
     ("timestamps", "assumed"),
     [
         pytest.param(np.arange(FRAMES) / 29.97, "", id="measured"),
+        pytest.param(np.cumsum([0, 1, 1, 9, 1, 1, 9, 1]) / 30, "", id="median-step"),
         pytest.param(None, "no timestamps", id="absent"),
         pytest.param(np.array([b"0.1"] * FRAMES), "timestamps are no numbers", id="text"),
         pytest.param(np.arange(FRAMES)[:, None] / 23, "timestamps of shape (8, 1), expected (F,)", id="column"),
@@ -111,16 +97,18 @@ def test_frame_rate(tmp_path, stem, timestamps, fps):
         pytest.param(np.arange(5.0, FRAMES + 5), "timestamps are frame numbers", id="floats-from-5"),
     ],
 )
-def test_assumed_frame_rate_is_called_so(tmp_path, timestamps, assumed):
-    for name in (STEM, "mine"):
+def test_frame_rate_and_why_it_is_assumed(tmp_path, timestamps, assumed):
+    for name in (STEM, LATE_STEM, "mine"):
         write(tmp_path / f"{name}.h5", timestamps=timestamps)
-    clip = read_clip(tmp_path / f"{STEM}.h5", SHORT)
-    assert clip.assumed == assumed
+    for stem, documented in ((STEM, 23), (LATE_STEM, 59)):
+        clip = read_clip(tmp_path / f"{stem}.h5", SHORT)
+        assert clip.assumed == assumed
+        assert clip.fps == (documented if assumed else 30)
+        if assumed:
+            assert clip.rate == f"{documented} per second (assumed: {assumed})"
+            np.testing.assert_allclose(clip.seconds, np.arange(FRAMES) / documented)
     # A name of one's own tells no participant whose rate could be assumed.
     if assumed:
-        assert clip.fps == 23
-        assert clip.rate == f"23 per second (assumed: {assumed})"
-        np.testing.assert_allclose(clip.seconds, np.arange(FRAMES) / 23)
         expected = f"{assumed}, and the clip's name tells no participant, whose rate is documented; predict takes --fps"
         assert refusal(tmp_path / "mine.h5") == ("bad timestamps", expected)
     else:

@@ -11,7 +11,6 @@ from bigru.config import DataConfig
 from bigru.data.clips import Clip
 from bigru.data.frames import frame_features, split_frames, window_count
 from bigru.data.index import SUBTASKS
-from bigru.data.synthetic import write_clip, write_index
 from bigru.data.windows import load_dataset
 from bigru.model.metrics import repeat_last_frame, score, summarise
 
@@ -219,16 +218,6 @@ def test_frames_are_stored_once_shared_and_moved_with_every_tensor(three_clips):
     moved = dense.to("meta")
     assert {t.device.type for t in (moved.frames, moved.present, moved.starts, moved.fps, moved.clip)} == {"meta"}
     assert (moved.stems, moved.observed, moved.predicted) == ((stem_of(60),), 4, 4)
-
-
-def test_flat_clips_and_an_index_beside_the_folder(tmp_path):
-    root = tmp_path / "clips"
-    for p in (1, 49, 60):
-        write_clip(root / f"{stem_of(p)}.h5", clip_arrays(8))
-    write_index(tmp_path, [stem_of(p) for p in (1, 49, 60)])
-    dataset = load_dataset(config_for(root))
-    assert dataset.clips == {"train": 1, "val": 1, "test": 1}
-    assert dataset.index.parent.samefile(tmp_path)
 
 
 def test_progress_bar_can_be_asked_for(three_clips, capsys):
