@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,7 @@ def _start(argv: Sequence[str], parts: Parts | None) -> int:
 def _carry_out(arguments: Arguments, parts: Parts | None, console: logging.Handler) -> None:
     # Only now: the help and a mistake in the options need not wait for torch.
     from bigru.training.distributed import joined
-    from bigru.training.run import Parts, read_data_digest, resume, train
+    from bigru.training.run import Parts, resume, train
     from bigru.training.signals import interrupt, on_signals
     from bigru.training.sweep import sweep_modalities
 
@@ -61,11 +60,6 @@ def _carry_out(arguments: Arguments, parts: Parts | None, console: logging.Handl
         elif arguments.sweep == "modalities":
             # Five runs' lines are too many; their logs hold them.
             console.setLevel(logging.WARNING)
-            sweep_modalities(
-                arguments.settings,
-                partial(train, parts=parts),
-                partial(resume, parts=parts),
-                partial(read_data_digest, parts=parts),
-            )
+            sweep_modalities(arguments.settings, parts)
         else:
             train(arguments.settings, parts)

@@ -31,7 +31,7 @@ from bigru.data.hdf5 import (
     MODALITIES,
     ClipError,
     checked_dataset,
-    dataset_names,
+    h5py_errors,
     lacking_datasets,
     own_dataset,
     read_values,
@@ -197,7 +197,8 @@ def describe(path: Path, observed: int, stride: int, nan_missing: bool = False) 
     """
     config = DataConfig(observed=observed, predicted=observed, stride=stride, nan_missing=nan_missing)
     with open_clip(path) as file:
-        names = dataset_names(file)
+        with h5py_errors():
+            names = sorted(file)
         rows = [_dataset_row(file, name, nan_missing) for name in names[:MOST_LISTED]]
         heads, align = ["dataset", "shape", "type", "missing"], ["left", "left", "left", "right"]
         table = tabulate(rows, heads, colalign=align, disable_numparse=True)

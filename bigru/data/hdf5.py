@@ -74,12 +74,6 @@ def h5py_errors() -> Iterator[None]:
 
 
 @h5py_errors()
-def dataset_names(file: h5py.File) -> list[str]:
-    """Returns the names of all that a file holds at its top, in alphabetical order."""
-    return sorted(file)
-
-
-@h5py_errors()
 def own_dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
     """Returns a dataset stored in the file itself, None if there is none of that name."""
     key = name.encode()

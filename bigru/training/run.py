@@ -36,7 +36,7 @@ from bigru.model.weights import WEIGHTS, load_weights, save_weights
 from bigru.proof.command import prove
 from bigru.report.document import write_report
 from bigru.training import run_dir, tensorboard
-from bigru.training.checkpoint import load_checkpoint
+from bigru.training.checkpoint import Progress, load_checkpoint
 from bigru.training.distributed import Team, current_team
 from bigru.training.step import Loss
 from bigru.training.summary import count_parameters, finish, report
@@ -277,7 +277,7 @@ def complete(trainer: Trainer, choice: Choice, folder: Path, parts: Parts) -> No
         skipped = [(skip.stem, skip.reason, " ".join(skip.detail.split())) for skip in dataset.skipped]
         write_lines(folder / "skipped.tsv", map("\t".join, [("stem", "reason", "detail"), *skipped]))
         with log_to(run_dir.RunLog(folder / "train.log")):
-            log.info("run %s%s", printable(folder), describe_progress(trainer))
+            log.info("run %s%s", printable(folder), describe_progress(progress))
             log.info("%s", dataset.describe())
             how = f"backend {choice.backend} ({choice.why}), {describe_training(config, trainer.team.size)}"
             size = f"{count_parameters(trainer.model):,} parameters"
@@ -295,12 +295,11 @@ def complete(trainer: Trainer, choice: Choice, folder: Path, parts: Parts) -> No
         raise
 
 
-def describe_progress(trainer: Trainer) -> str:
+def describe_progress(progress: Progress) -> str:
     """Returns where a run goes on, for the first line of its log; empty for one that begins."""
-    progress = trainer.progress
-    inside = f"batch {progress.step} of epoch {progress.epoch + 1}" if progress.step else ""
-    after = inside or (f"epoch {progress.epoch}" if progress.epoch else "")
-    return f", going on after {after}" if after else ""
+    if progress.step:
+        return f", going on after batch {progress.step} of epoch {progress.epoch + 1}"
+    return f", going on after epoch {progress.epoch}" if progress.epoch else ""
 
 
 def describe_training(config: TrainConfig, processes: int) -> str:

@@ -7,7 +7,6 @@ given again at any time: finished runs are reported again, interrupted ones go o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from bigru.report.document import DOCUMENT
 from bigru.report.record import read_run
 from bigru.training import run_dir
 from bigru.training.distributed import current_team
+from bigru.training.run import Parts, read_data_digest, resume, train
 from bigru.training.summary import score_table
 from bigru.training.trainer import DivergedError
 
@@ -34,18 +34,10 @@ MODALITIES: dict[str, dict[str, Any]] = {
 }
 
 
-def sweep_modalities(
-    config: TrainConfig,
-    train: Callable[[TrainConfig], Path],
-    resume: Callable[[Path], Path],
-    digest: Callable[[TrainConfig], str],
-) -> Path:
-    """Trains the settings once with each choice of modalities; returns the folder of the runs.
+def sweep_modalities(config: TrainConfig, parts: Parts) -> Path:
+    """Trains the settings once with each choice of modalities; returns the folder of the runs, made in `out`.
 
     A run that diverges, or whose data lack what it needs, does not keep the others from being trained.
-
-    The folder of the runs is made in `config.run.out`. `train`, `resume` and `digest` do what `train`, `resume` and
-    `read_data_digest` of `bigru.training.run` do.
 
     Raises:
         ConfigError: settings that only one of the runs could have.
@@ -66,10 +58,10 @@ def sweep_modalities(
     for number, (name, fed) in enumerate(MODALITIES.items(), start=1):
         wanted = replace(config, data=replace(config.data, **fed), run=replace(config.run, out=out))
         # Of several processes the first looks for all.
-        found = team.broadcast(str(find_run(out, wanted, digest) or "") if team.first else None)
+        found = team.broadcast(str(find_run(out, wanted, parts) or "") if team.first else None)
         print(f"run {number} of {len(MODALITIES)}: {name}", flush=True)
         try:
-            done[name] = resume(Path(found)) if found else train(wanted)
+            done[name] = resume(Path(found), parts=parts) if found else train(wanted, parts)
         except (DivergedError, NoWindowsError) as error:
             log.warning("%s: %s", name, error)
             failed[name] = error
@@ -88,11 +80,11 @@ def sweep_modalities(
     return out
 
 
-def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str]) -> Path | None:
+def find_run(out: Path, wanted: TrainConfig, parts: Parts) -> Path | None:
     """Returns the run of these settings and data in a folder: a finished one, else the last begun; None for none.
 
-    Where the data lie does not count, if the run recorded what they hold, of which `digest`, asked only if a run has
-    these settings, tells the digest.
+    Where the data lie does not count, if the run recorded what they hold. They are read only if a run has these
+    settings.
     """
     alike = []
     for path in sorted(out.glob("*/config.json")):
@@ -106,7 +98,7 @@ def find_run(out: Path, wanted: TrainConfig, digest: Callable[[TrainConfig], str
             continue
         if _comparable(config) == _comparable(wanted):
             alike.append((path.parent, config))
-    now = digest(wanted) if alike else ""
+    now = read_data_digest(wanted, parts) if alike else ""
     same = [
         folder
         for folder, config in alike

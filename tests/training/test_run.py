@@ -305,11 +305,6 @@ def test_data_that_cannot_be_used_end_with_2(config, refused, error):
     refused(f"bigru.train: {error}", *runs.options(config), load=broken)
 
 
-def test_an_interrupted_run_says_how_to_go_on(config, capsys):
-    assert runs.main(runs.options(config), loss=runs.stop_in(1)) == 130
-    assert f"--resume {runs.only_run(config)}" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("changes", "device", "asked"),
     [

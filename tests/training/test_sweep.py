@@ -13,6 +13,7 @@ from bigru.data.windows import NoWindowsError
 from bigru.files import write_json
 from bigru.report import figures
 from bigru.train import main
+from bigru.training import sweep
 from bigru.training.run import Parts
 from bigru.training.sweep import MODALITIES, find_run, sweep_modalities
 from bigru.training.trainer import DivergedError, Trainer
@@ -31,7 +32,7 @@ class Runs:
         for name in ("metrics.jsonl", "samples.npz", "summary.json"):
             shutil.copy(self.finished / name, folder)
 
-    def train(self, config):
+    def train(self, config, parts):
         folder = config.run.out / f"20261123_22450{len(self.began)}"
         folder.mkdir(parents=True)
         self.began.append(config.data.input_size)
@@ -42,7 +43,7 @@ class Runs:
         self.finish(folder)
         return folder
 
-    def resume(self, folder):
+    def resume(self, folder, *, parts):
         self.resumed.append(folder.name)
         self.finish(folder)
         return folder
@@ -54,19 +55,19 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def trainer(whole):
-    return Runs(whole)
-
-
-def sweep(config, trainer):
-    return sweep_modalities(config, trainer.train, trainer.resume, lambda config: trainer.digest)
+def trainer(whole, monkeypatch):
+    runs = Runs(whole)
+    monkeypatch.setattr(sweep, "train", runs.train)
+    monkeypatch.setattr(sweep, "resume", runs.resume)
+    monkeypatch.setattr(sweep, "read_data_digest", lambda config, parts: runs.digest)
+    return runs
 
 
 def test_five_runs_and_none_of_them_twice(config, trainer):
-    assert sweep(config, trainer) == config.run.out / "sweep_modalities"
+    assert sweep_modalities(config, Parts()) == config.run.out / "sweep_modalities"
     assert trainer.began == SIZES
     assert trainer.resumed == []
-    sweep(config, trainer)
+    sweep_modalities(config, Parts())
     assert trainer.began == SIZES
     # Reported again only.
     assert trainer.resumed == [f"20261123_22450{number}" for number in range(5)]
@@ -75,9 +76,9 @@ def test_five_runs_and_none_of_them_twice(config, trainer):
 def test_an_interrupted_sweep_goes_on(config, trainer):
     trainer.failures[204] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        sweep(config, trainer)
+        sweep_modalities(config, Parts())
     assert trainer.began == SIZES[:3]
-    sweep(config, trainer)
+    sweep_modalities(config, Parts())
     assert trainer.began == SIZES
     assert trainer.resumed[2] == "20261123_224502"
 
@@ -86,18 +87,18 @@ def test_an_interrupted_sweep_goes_on(config, trainer):
 def test_a_run_that_fails_does_not_keep_the_others(config, error, trainer):
     trainer.failures[86] = error
     with pytest.raises(type(error), match=f"sweep: 1 of 5 runs failed: hands \\+ gaze: {error}"):
-        sweep(config, trainer)
+        sweep_modalities(config, Parts())
     assert trainer.began == SIZES
 
 
 def test_other_settings_are_other_runs(config, trainer):
-    sweep(config, trainer)
-    sweep(change(config, "optim", epochs=3), trainer)
+    sweep_modalities(config, Parts())
+    sweep_modalities(change(config, "optim", epochs=3), Parts())
     assert trainer.began == SIZES * 2
     # Wherever the folder of the runs is.
     moved = config.run.out.with_name("elsewhere")
     config.run.out.rename(moved)
-    sweep(change(config, "run", out=moved), trainer)
+    sweep_modalities(change(config, "run", out=moved), Parts())
     assert trainer.began == SIZES * 2
 
 
@@ -108,35 +109,35 @@ def test_runs_on_other_data_are_other_runs(config, trainer, monkeypatch, tmp_pat
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         trainer.digest = digest
-        sweep(config, trainer)
+        sweep_modalities(config, Parts())
         assert len(trainer.began) == began, name
 
 
 def test_a_run_without_its_checkpoint_is_left_alone(config, trainer):
     trainer.failures[84] = DivergedError("the loss is nan")
     with pytest.raises(DivergedError):
-        sweep(config, trainer)
+        sweep_modalities(config, Parts())
     folder = config.run.out / "sweep_modalities" / "20261123_224500"
     (folder / "metrics.jsonl").write_text("{}\n")
     trainer.failures.clear()
-    sweep(config, trainer)
+    sweep_modalities(config, Parts())
     assert trainer.began == [*SIZES, 84]
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.usefixtures("trainer")
 def test_the_finished_run_of_several_is_found(config):
-    digest = lambda config: "a"  # noqa: E731
     out = config.run.out
     for name in ("20261123_000001", "20261123_000002", "20261123_000003"):
         (out / name).mkdir(parents=True)
         write_json(out / name / "config.json", config.as_dict())
-    assert find_run(out, config, digest) == out / "20261123_000003"
+    assert find_run(out, config, Parts()) == out / "20261123_000003"
     write_json(out / "20261123_000002" / "summary.json", {})
-    assert find_run(out, config, digest) == out / "20261123_000002"
+    assert find_run(out, config, Parts()) == out / "20261123_000002"
     for name, content in (("20261123_000002", "{"), ("20261123_000003", '{"data": {"speed": 3}}')):
         (out / name / "config.json").write_text(content)
-    assert find_run(out, config, digest) == out / "20261123_000001"
-    assert find_run(out / "nowhere", config, digest) is None
+    assert find_run(out, config, Parts()) == out / "20261123_000001"
+    assert find_run(out / "nowhere", config, Parts()) is None
 
 
 @pytest.mark.parametrize(
@@ -146,9 +147,9 @@ def test_the_finished_run_of_several_is_found(config):
         ("run", {"weights": Path("w.pt")}, "sweep: expected no weights, .* only, got w.pt"),
     ],
 )
-def test_what_only_one_run_could_have_is_refused(config, trainer, section, values, message):
+def test_what_only_one_run_could_have_is_refused(config, section, values, message):
     with pytest.raises(ConfigError, match=message):
-        sweep(change(config, section, **values), trainer)
+        sweep_modalities(change(config, section, **values), Parts())
     assert not config.run.out.exists()
 
 
