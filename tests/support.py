@@ -16,14 +16,20 @@ def named(results):
     return dict(zip(NAMES, results, strict=True))
 
 
+def near(actual, wanted, tolerance):
+    """Asserts that results, by name or in order, are those wanted."""
+    if not isinstance(actual, dict):
+        actual, wanted = dict(enumerate(actual)), dict(enumerate(wanted))
+    assert actual.keys() == wanted.keys()
+    for name, value in actual.items():
+        assert (value is None) == (wanted[name] is None), name
+        assert value is None or error(value, wanted[name]) < tolerance, name
+
+
 def assert_near(results, inputs, upstream, tolerance):
     """Asserts that outputs and gradients by name are the fp64 reference's, in the inputs' dtype."""
-    for name, wanted in named(expected(inputs, upstream)).items():
-        value = results[name]
-        assert (value is None) == (wanted is None), name
-        if value is not None:
-            assert value.dtype == inputs[0].dtype, name
-            assert error(value, wanted) < tolerance, name
+    near(results, named(expected(inputs, upstream)), tolerance)
+    assert all(value is None or value.dtype == inputs[0].dtype for value in results.values())
 
 
 def matches_reference(run, inputs, upstream, tolerance):

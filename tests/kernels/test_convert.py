@@ -76,19 +76,16 @@ class TestOneModule:
         with pytest.raises(TypeError, match="a subclass"):
             parametrized.to_gru()
 
-    def test_a_compiled_call_stays_behind(self):
-        x = torch.randn(2, 5, 3)
-        for module in (make(), BiGRU(3, 4, 2, batch_first=True)):
-            module._compiled_call_impl = lambda *_: pytest.fail("another module's code")  # as module.compile() leaves
-            twin = BiGRU.from_gru(module) if isinstance(module, nn.GRU) else module.to_gru()
-            assert twin(x)[0].shape == (2, 5, 8)
-            assert module._compiled_call_impl is not None
-
-    def test_a_forward_of_an_instance_is_refused_by_name(self):
-        for module in (make(), BiGRU(3, 4)):
-            module.forward = functools.partial(module.forward, hx=None)  # as accelerate's hooks do
-            with pytest.raises(TypeError, match="without a forward of its own"):
-                BiGRU.from_gru(module) if isinstance(module, nn.GRU) else module.to_gru()
+    @pytest.mark.parametrize("make_one", [make, lambda: BiGRU(3, 4, 2, batch_first=True)], ids=["nn.GRU", "BiGRU"])
+    def test_a_compiled_call_stays_behind_and_a_forward_of_an_instance_is_refused(self, make_one):
+        module = make_one()
+        convert = BiGRU.from_gru if isinstance(module, nn.GRU) else BiGRU.to_gru
+        module._compiled_call_impl = lambda *_: pytest.fail("another module's code")  # as module.compile() leaves
+        assert convert(module)(torch.randn(2, 5, 3))[0].shape == (2, 5, 8)
+        assert module._compiled_call_impl is not None
+        module.forward = functools.partial(module.forward, hx=None)  # as accelerate's hooks do
+        with pytest.raises(TypeError, match="without a forward of its own"):
+            convert(module)
 
 
 class TestModel:
@@ -112,39 +109,30 @@ class TestModel:
         assert not torch.equal(model.a.weight_hh_l0, before.a.weight_hh_l0)
         assert bigru.replace_gru(model) == []
 
-    def test_hooks_and_pruning_go_on(self):
-        gru = prune.random_unstructured(make(), "weight_hh_l0", 0.5)
-        calls = []
+    def test_hooks_and_pruning_go_on_and_a_compiled_call_does_not(self):
+        gru, x, calls = prune.random_unstructured(make(), "weight_hh_l0", 0.5), torch.randn(2, 5, 3), []
         gru.register_forward_hook(lambda module, *_: calls.append(type(module)))
-        x = torch.randn(2, 5, 3)
         expected = gru(x)[0]
+        gru._compiled_call_impl = lambda *_: pytest.fail("nn.GRU's code")  # as gru.compile() leaves it
         assert bigru.replace_gru(gru, backend="reference") == [""]
         torch.testing.assert_close(gru(x)[0], expected)
-        assert calls == [nn.GRU, BiGRU]
+        assert gru(x, lengths=[5, 2])[0].shape == (2, 5, 8)
+        assert calls == [nn.GRU, BiGRU, BiGRU]
 
-    def test_subclasses_are_left_and_parametrized_ones_named(self):
+    def test_subclasses_are_left_and_wrapped_and_parametrized_ones_named(self):
         class Mine(nn.GRU):
             pass
 
-        model = nn.ModuleDict({"mine": Mine(3, 4, bidirectional=True)})
-        assert bigru.replace_gru(model) == []
+        model = nn.ModuleDict({"mine": Mine(3, 4, bidirectional=True), "wrapped": make(), "plain": make()})
+        model.wrapped.forward = functools.partial(model.wrapped.forward, hx=None)
+        with pytest.warns(UserWarning, match="wrapped has a forward of its own and was left"):
+            assert bigru.replace_gru(model) == ["plain"]
+        del model["wrapped"]
         model["normed"] = parametrizations.weight_norm(make(), "weight_hh_l0")
         with pytest.warns(UserWarning, match="normed is parametrized and was left"):
             assert bigru.replace_gru(model) == []
         parametrize.remove_parametrizations(model["normed"], "weight_hh_l0")
         assert bigru.replace_gru(model) == ["normed"]
-
-    def test_a_compiled_call_is_dropped(self):
-        gru, x = make(), torch.randn(2, 5, 3)
-        gru._compiled_call_impl = lambda *_: pytest.fail("nn.GRU's code")  # as gru.compile() leaves it
-        assert bigru.replace_gru(gru) == [""]
-        assert gru(x, lengths=[5, 2])[0].shape == (2, 5, 8)
-
-    def test_a_forward_of_an_instance_is_left_and_named(self):
-        model = nn.ModuleDict({"wrapped": make(), "plain": make()})
-        model.wrapped.forward = functools.partial(model.wrapped.forward, hx=None)
-        with pytest.warns(UserWarning, match="wrapped has a forward of its own and was left"):
-            assert bigru.replace_gru(model) == ["plain"]
 
     def test_a_forecaster_has_nothing_to_replace_and_bad_options_change_nothing(self):
         assert bigru.replace_gru(HandForecaster(hidden_size=4)) == []

@@ -1,6 +1,6 @@
 """Random configurations of `BiGRU` against nn.GRU in fp64: forward, h_n and every gradient that is asked for."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,53 +22,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part 
 TOLERANCES = {dtype: TOLERANCE.get((dtype, "fp32"), 1e-12) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """One module, one input, and what of both wants gradients."""
-
-    steps: int
-    batch: int | None
-    """None: one sequence without a batch dimension."""
-    inputs: int
-    hidden: int
-    layers: int
-    bias: bool
-    batch_first: bool
-    state: bool
-    lengths: tuple[int, ...] | None
-    """Of a PackedSequence."""
-    dtype: torch.dtype
-    wanted: int
-    """Bit i: whether leaf i, of input, state and the parameters in order, requires a gradient."""
-    layout: str
-    seed: int
-
-
 @st.composite
 def configurations(draw, dtypes, largest):
-    steps, batch = draw(st.integers(1, largest)), draw(st.none() | st.integers(0, largest))
-    layers, bias = draw(st.integers(1, 3)), draw(st.booleans())
-    lengths = None
+    """One module, one input, and what of both wants gradients."""
+    c = SimpleNamespace(steps=draw(st.integers(1, largest)), batch=draw(st.none() | st.integers(0, largest)))
+    c.inputs, c.hidden, c.layers = (draw(st.integers(1, most)) for most in (9, 19, 3))
+    c.bias, c.batch_first, c.state = (draw(st.booleans()) for _ in range(3))
+    c.lengths = None  # of a PackedSequence
     if draw(st.booleans()):
-        batch = draw(st.integers(1, largest))
-        lengths = tuple(draw(st.lists(st.integers(1, steps), min_size=batch, max_size=batch)))
-    leaves = 2 + layers * (8 if bias else 4)
-    every = (1 << leaves) - 1
-    return Configuration(
-        steps,
-        batch,
-        draw(st.integers(1, 9)),
-        draw(st.integers(1, 19)),
-        layers,
-        bias,
-        draw(st.booleans()),
-        draw(st.booleans()),
-        lengths,
-        draw(st.sampled_from(dtypes)),
-        draw(st.just(every) | st.integers(0, every)),
-        draw(st.sampled_from(["contiguous", "transposed", "expanded", "strided"])),
-        draw(st.integers(0, 2**16)),
-    )
+        c.batch = draw(st.integers(1, largest))
+        c.lengths = tuple(draw(st.lists(st.integers(1, c.steps), min_size=c.batch, max_size=c.batch)))
+    c.dtype = draw(st.sampled_from(dtypes))
+    every = (1 << 2 + c.layers * (8 if c.bias else 4)) - 1
+    # Bit i: whether leaf i, of input, state and the parameters in order, requires a gradient.
+    c.wanted = draw(st.just(every) | st.integers(0, every))
+    c.layout = draw(st.sampled_from(["contiguous", "transposed", "expanded", "strided"]))
+    c.seed = draw(st.integers(0, 2**16))
+    return c
 
 
 def laid_out(x, layout):
@@ -125,7 +95,7 @@ def check(c, backend, device):
         assert distance(value, expected[name]) < TOLERANCES[c.dtype], name
 
 
-# The same examples every time; a failure is printed as a Configuration.
+# The same examples every time.
 REPEATABLE = settings(derandomize=True, deadline=None, database=None)
 WIDE = [torch.float64, torch.float32]
 

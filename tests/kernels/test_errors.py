@@ -134,10 +134,11 @@ def test_a_weight_of_another_dtype():
 
 
 @pytest.mark.parametrize("option", ["backend", "precision"])
-def test_an_unknown_option_later(option):
+def test_an_unknown_option(option):
     gru = BiGRU(3, 4)
-    with pytest.raises(ValueError, match=f"{option}: expected one of .* got 'fast'"):
-        setattr(gru, option, "fast")
+    for call in (lambda: setattr(gru, option, "fast"), lambda: BiGRU(3, 4, **{option: "fast"})):
+        with pytest.raises(ValueError, match=f"{option}: expected one of .* got 'fast'"):
+            call()
     assert (gru.backend, gru.precision) == ("auto", "fp32")
 
 

@@ -100,6 +100,7 @@ class TestCopiesAndFiles:
             halved = {name: value / 2 for name, value in theirs.state_dict().items()}
             gru.load_state_dict(halved, assign=assign)
             theirs.load_state_dict(gru.state_dict())
+            gru.flatten_parameters()
             assert same(gru(x), theirs(x), 1e-5)
 
     def test_repr_and_weights_are_nn_grus(self):
@@ -108,12 +109,6 @@ class TestCopiesAndFiles:
         assert ours._all_weights == theirs._all_weights
         for own in ours.all_weights:
             assert all(any(weight is parameter for parameter in ours.parameters()) for weight in own)
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
-
-    def test_flatten_parameters_changes_nothing(self, gru, x):
-        before = gru(x)[0]
-        gru.flatten_parameters()
-        assert error(gru(x)[0], before) < 1e-6
 
 
 class TestDtypes:
@@ -157,6 +152,27 @@ def test_inputs_and_weights_are_left_alone(gru, x):
         assert torch.equal(tensor.detach(), values)
 
 
+def normed(norm):
+    def change(module):
+        norm(module.eval(), "weight_hh_l0")
+        norm(module, "weight_ih_l0_reverse")
+        # In evaluation spectral_norm's power iteration stands still: nn.GRU reads each weight several times a call.
+        # cuDNN's backward wants the module in training.
+        module.train().parametrizations.eval()
+
+    return change
+
+
+CHANGES = {
+    "weight norm": normed(parametrizations.weight_norm),
+    "spectral norm": normed(parametrizations.spectral_norm),
+    "pruned": lambda module: prune.l1_unstructured(module, "weight_hh_l0", 0.5),
+    "assigned": lambda module: setattr(module, "weight_hh_l0", nn.Parameter(torch.ones_like(module.weight_hh_l0))),
+    "other data": lambda module: setattr(module.weight_hh_l0, "data", torch.ones_like(module.weight_hh_l0)),
+    "shared": lambda module: setattr(module, "weight_hh_l0_reverse", module.weight_hh_l0),
+}
+
+
 class Scaled(nn.Module):
     """Reads a weight that is stored as 64 times itself, in any dtype."""
 
@@ -170,22 +186,22 @@ class TestWeightsAreReadWhenCalled:
         assert not torch.func.functional_call(gru, zeros, (x,))[0].any()
         assert gru(x)[0].any()
 
-    @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-    def test_parametrizations(self, gru, x, norm):
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+    def test_changed_in_place_of_what_they_were(self, gru, x, change):
         theirs = nn_gru(gru)
+        gru(x)
         for module in (gru, theirs):
             torch.manual_seed(0)
-            norm(module.eval(), "weight_hh_l0")
-            norm(module, "weight_ih_l0_reverse")
-            # In evaluation spectral_norm's power iteration stands still: nn.GRU reads each weight several times a call.
-            # cuDNN's backward wants the module in training.
-            module.train().parametrizations.eval()
+            change(module)
         assert same(gradients(gru, x), gradients(theirs, x), 1e-5)
         with torch.no_grad():
-            for module in (gru, theirs):
-                next(module.parametrizations.weight_hh_l0.parameters()).mul_(2)
+            for parameter in (*gru.parameters(), *theirs.parameters()):
+                parameter.mul_(2)
         assert same(gru(x), theirs(x), 1e-5)
-        parametrize.remove_parametrizations(gru, "weight_hh_l0")
+        if parametrize.is_parametrized(gru):
+            parametrize.remove_parametrizations(gru, "weight_hh_l0")
+        elif prune.is_pruned(gru):
+            prune.remove(gru, "weight_hh_l0")
         assert same(gru(x), theirs(x), 1e-5)
 
     def test_each_is_read_once_a_call(self, gru, x):
@@ -217,22 +233,6 @@ class TestWeightsAreReadWhenCalled:
         with pytest.raises(ValueError, match=r"expected torch.float32 like the weights, got torch.float16"):
             gru(x.half())
 
-    def test_pruning(self, gru, x):
-        theirs = nn_gru(gru)
-        for module in (gru, theirs):
-            prune.l1_unstructured(module, "weight_hh_l0", 0.5)
-        assert same(gradients(gru, x), gradients(theirs, x), 1e-5)
-        prune.remove(gru, "weight_hh_l0")
-        assert (gru.weight_hh_l0 == 0).float().mean() == 0.5
-        assert same(gru(x), theirs(x), 1e-5)
-
-    def test_an_assigned_parameter(self, gru, x):
-        gru(x)
-        gru.weight_hh_l0 = nn.Parameter(torch.ones_like(gru.weight_hh_l0))
-        assert same(gru(x), nn_gru(gru)(x), 1e-5)
-        gru.weight_hh_l0.data = torch.zeros_like(gru.weight_hh_l0)
-        assert same(gru(x), nn_gru(gru)(x), 1e-5)
-
     def test_a_replica_of_data_parallel(self, gru, x):
         # As torch.nn.parallel.replicate makes it on every GPU: tensors that are no parameters.
         replica = gru._replicate_for_data_parallel()
@@ -245,13 +245,6 @@ class TestWeightsAreReadWhenCalled:
         assert same(gradients(gru, x, replica), gradients(gru, x))
         with pytest.raises(ValueError, match=r"input: expected torch.float32"):
             replica(x.double())
-
-    def test_shared_weights(self, gru, x):
-        gru.weight_hh_l0_reverse = gru.weight_hh_l0
-        theirs = nn.GRU(3, 4, bidirectional=True, device=x.device)
-        theirs.weight_hh_l0_reverse = theirs.weight_hh_l0
-        theirs.load_state_dict(gru.state_dict())
-        assert same(gradients(gru, x), gradients(theirs, x), 1e-5)
 
 
 class TestAutograd:
@@ -306,14 +299,10 @@ class TestAutograd:
             assert same(*(torch.autograd.grad(*both) for both in sums), 1e-5)
 
     @pytest.mark.usefixtures("not_cudnn")
-    def test_backward_in_eval_mode(self, gru, x):
-        expected = gradients(gru, x)
-        assert same(gradients(gru.eval(), x), expected)
-
-    @pytest.mark.usefixtures("not_cudnn")
-    def test_gradients_are_bit_identical_from_run_to_run(self, gru, x):
+    def test_the_same_bits_from_run_to_run_and_gradients_in_eval_mode(self, gru, x):
         first, second = gradients(gru, x), gradients(gru, x)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(map(torch.equal, first, second))
+        assert same(gradients(gru.eval(), x), first)
 
 
 class TestWhatIsGiven:

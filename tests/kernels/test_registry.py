@@ -8,7 +8,6 @@ import torch
 
 from bigru.kernels import registry
 from bigru.kernels.config import A100, B200, H100, MI300, Call, Device, ResidentConfig, choose_resident, describe
-from bigru.kernels.cpu import CpuKernel
 
 CPU = Device("cpu")
 SINGLE = Call(H100, torch.float32, 128)
@@ -91,7 +90,6 @@ class TestAuto:
         served = registry.get("cpu").refusal(on_cpu) is None
         assert registry.choose("auto", on_cpu)[:3] == ("cpu" if served else "torch", None, None)
         assert registry.choose("auto", replace(on_cpu, dtype=torch.bfloat16))[:3] == ("torch", None, None)
-        assert registry.choose("auto", on_cpu, [CpuKernel("none")])[:3] == ("torch", None, None)
 
     def test_nothing_is_taken_unproven_on_a_gpu(self):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):

@@ -1,11 +1,13 @@
 """Ragged batches: each sequence of a PackedSequence, or of a padded batch with lengths, as if it ran alone."""
 
+import functools
+
 import pytest
 import torch
-from support import TOLERANCE, error
-from torch import nn
+from support import TOLERANCE, error, near
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
+from torch.utils.checkpoint import checkpoint
 
 from bigru import BiGRU
 from bigru.kernels.varlen import varlen_of
@@ -69,10 +71,7 @@ def alone(gru, sequences, hx, dy, dh_n):
 
 
 def check(gru, inputs, tolerance, **options):
-    actual, wanted = together(gru, *inputs, **options), alone(gru, *inputs)
-    assert actual.keys() == wanted.keys()
-    for name, value in actual.items():
-        assert error(value, wanted[name]) < tolerance, name
+    near(together(gru, *inputs, **options), alone(gru, *inputs), tolerance)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
@@ -99,16 +98,10 @@ def test_precisions_of_the_fused_kernel(dtype, precision, triton_device):
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 3, 1], [3, 5, 1, 3]], ids=["sorted", "unsorted"])
-def test_matches_nn_gru(lengths, backend, kernel_device):
+def test_two_layers_without_bias(lengths, backend, kernel_device):
     torch.manual_seed(1)
     gru = BiGRU(3, SMALL, 2, False, backend=backend, device=kernel_device)
-    theirs = nn.GRU(3, SMALL, 2, False, bidirectional=True, dtype=torch.float64)
-    theirs.load_state_dict(gru.state_dict())
-    inputs = ragged(lengths, layers=2)
-    in_order = lengths[0] == max(lengths)
-    actual, wanted = together(gru, *inputs, in_order), together(theirs, *inputs, in_order)
-    for name, value in actual.items():
-        assert error(value, wanted[name]) < 1e-5, name
+    check(gru, ragged(lengths, layers=2), 1e-5, enforce_sorted=lengths[0] == max(lengths))
 
 
 def test_keeps_the_order_and_the_class_of_the_input(backend, kernel_device):
@@ -169,20 +162,13 @@ def test_autocast(backend, kernel_device):
 
 def test_checkpointed(triton_device):
     gru = BiGRU(3, SMALL, backend="triton", device=triton_device)
-    x = pack_sequence([torch.randn(n, 3, device=triton_device) for n in (3, 1)])
-
-    def gradients(call):
+    x, results = pack_sequence([torch.randn(n, 3, device=triton_device) for n in (3, 1)]), []
+    for wrapped in (lambda run, data: run(data), functools.partial(checkpoint, use_reentrant=False)):
         gru.zero_grad()
         data = x.data.detach().clone().requires_grad_()
-        call(data).square().sum().backward()
-        return [data.grad, *(p.grad for p in gru.parameters())]
-
-    def run(data):
-        return gru(PackedSequence(data, *x[1:]))[0].data
-
-    plain = gradients(run)
-    again = gradients(lambda data: torch.utils.checkpoint.checkpoint(run, data, use_reentrant=False))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+        wrapped(lambda data: gru(x._replace(data=data))[0].data, data).square().sum().backward()
+        results.append([data.grad, *(p.grad for p in gru.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("sequences", [True, False], ids=["PackedSequence", "lengths"])
@@ -192,25 +178,10 @@ def test_compiled_with_a_graph_break(sequences, triton_device):
     compiled = torch.compile(gru, backend="eager")
     x = torch.randn(3, 2, 3, device=triton_device)
     for lengths in ([3, 1], [2, 3]):
-        if sequences:
-            packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-            (ours, h_n), (theirs, wanted) = compiled(packed), gru(packed)
-            ours, theirs = ours.data, theirs.data
-        else:
-            (ours, h_n), (theirs, wanted) = compiled(x, lengths=lengths), gru(x, lengths=lengths)
-        assert torch.equal(ours, theirs)
-        assert torch.equal(h_n, wanted)
-
-
-class TestWhoServes:
-    def test_other_kernels_refuse_by_name(self):
-        pytest.importorskip("triton")
-        with pytest.raises(RuntimeError, match="'cooperative' cannot serve this call: the input is on cpu"):
-            BiGRU(3, 256, backend="cooperative").resolve_backend(pack_sequence([torch.randn(2, 3)]))
-
-    def test_auto_on_a_cpu_is_aten_where_no_kernel_serves(self):
-        packed = pack_sequence([torch.randn(2, 3, dtype=torch.bfloat16)])
-        assert BiGRU(3, 4, dtype=torch.bfloat16).resolve_backend(packed) == "torch"
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        given = ((packed,), {}) if sequences else ((x,), {"lengths": lengths})
+        for ours, theirs in zip(*(run(*given[0], **given[1]) for run in (compiled, gru)), strict=True):
+            assert torch.equal(*(y.data if sequences and isinstance(y, PackedSequence) else y for y in (ours, theirs)))
 
 
 class TestErrors:
@@ -278,8 +249,7 @@ class TestLengths:
                 y, _ = pad_packed_sequence(packed, batch_first, total_length=6)
             torch.autograd.backward((y, h_n), (torch.cos(x[..., :1] * y.detach()), h_n.detach() + 1))
             results.append([y, h_n, leaf.grad, *(p.grad for p in gru.parameters())])
-        for ours, theirs in zip(*results, strict=True):
-            assert error(ours, theirs) < 1e-6
+        near(*results, 1e-6)
 
     def test_what_lies_past_an_end_is_not_read(self, backend, kernel_device):
         gru = BiGRU(3, SMALL, 2, backend=backend, device=kernel_device)
@@ -297,8 +267,7 @@ class TestLengths:
     def test_full_lengths_change_nothing(self, backend, kernel_device):
         gru = BiGRU(3, SMALL, backend=backend, device=kernel_device)
         x = torch.randn(4, 3, 2, device=kernel_device).transpose(1, 2)
-        for ours, theirs in zip(gru(x, lengths=[4, 4]), gru(x), strict=True):
-            assert error(ours, theirs) < 1e-6
+        near(gru(x, lengths=[4, 4]), gru(x), 1e-6)
 
     @pytest.mark.usefixtures("not_cudnn")
     def test_empty_batch(self, backend, kernel_device):
