@@ -146,14 +146,6 @@ def test_broken_gaze_is_no_fault_where_gaze_is_off(tmp_path):
     assert [skip.reason for skip in survey(config_for(tmp_path, gaze=True)).skipped] == ["non-finite"]
 
 
-def test_check_after_resampling(tmp_path, capsys):
-    write_dataset(tmp_path, {stem_of(50): clip_arrays(59)})
-    main(["check", str(tmp_path), *SMALL, "--resample", "10"])
-    table = table_of(capsys.readouterr().out)
-    assert table["frames"][1] == "10"
-    assert table["clips at frames per second"][1] == "1 at 10 (assumed)"
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

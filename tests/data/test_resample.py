@@ -121,7 +121,10 @@ def test_no_window_lies_in_a_hole(tmp_path):
     write_dataset(tmp_path, clips)
     config = config_for(tmp_path, resample=23.0)
     windows = load_dataset(config).train
-    assert survey(config).splits["train"].windows == len(windows) == 4
+    found = survey(config).splits
+    assert found["train"].windows == len(windows) == 4
+    assert found["train"].frames == len(windows.frames)
+    assert [dict(tally.rates) for tally in found.values()] == [{(23, False): 1}, {(23, True): 1}, {(23, True): 1}]
     for start in windows.starts.tolist():
         assert windows.present[start : start + 8].any()
     # Without resampling every window is kept, as published.
