@@ -157,40 +157,27 @@ def _frame_times(file: h5py.File, frames: int, given: float | None) -> tuple[flo
     """
     dataset, numbers = own_dataset(file, "timestamps"), np.arange(frames)
     if dataset is None:
-        return _assumed_times(file, given, numbers, "no timestamps")
-    if dataset.dtype.kind not in "fiu":
-        return _assumed_times(file, given, numbers, "timestamps are no numbers")
-    if dataset.ndim != 1:
-        return _assumed_times(file, given, numbers, f"timestamps of shape {dataset.shape}, expected (F,)")
-    if dataset.shape[0] != frames:
+        why = "no timestamps"
+    elif dataset.dtype.kind not in "fiu":
+        why = "timestamps are no numbers"
+    elif dataset.ndim != 1:
+        why = f"timestamps of shape {dataset.shape}, expected (F,)"
+    elif dataset.shape[0] != frames:
         raise ClipError("frame counts differ", f"timestamps {dataset.shape[0]}, {HAND_DATASETS[0]} {frames}")
-    seconds = read_array(dataset, np.dtype(np.float64))
-    steps = np.diff(seconds)
-    why = ""
-    if not np.isfinite(seconds).all() or not np.isfinite(steps).all():
-        why = "timestamps are not finite"
-    elif frames < 2:
-        why = "a single frame"
-    elif steps.min() < 0 or np.median(steps) == 0:
-        why = "timestamps do not rise"
-    elif np.median(steps) == 1 and np.array_equal(seconds, np.rint(seconds)):
-        why, numbers = "timestamps are frame numbers", seconds
-    if why:
-        return _assumed_times(file, given, numbers, why)
-    # Python's division, as NumPy's warns where the quotient overflows.
-    fps = 1 / float(np.median(steps))
-    slowest, fastest = FRAME_RATES
-    if not slowest <= fps <= fastest:
-        expected = f"expected seconds, {slowest:g} to {fastest:,g} frames each"
-        raise ClipError("bad timestamps", f"they tell {fps:.3g} frames per second, {expected}")
-    # float32 seconds resolve a step to about 1e-4 of its length: one decimal keeps clips of one rate together.
-    return round(fps, 1), seconds - seconds[0], ""
-
-
-def _assumed_times(
-    file: h5py.File, given: float | None, numbers: np.ndarray, why: str
-) -> tuple[float, np.ndarray, str]:
-    """Returns the given or published frame rate, the times of the frames so numbered, and why the rate is assumed."""
+    else:
+        seconds = read_array(dataset, np.dtype(np.float64))
+        steps = np.diff(seconds)
+        if not np.isfinite(seconds).all() or not np.isfinite(steps).all():
+            why = "timestamps are not finite"
+        elif frames < 2:
+            why = "a single frame"
+        elif steps.min() < 0 or np.median(steps) == 0:
+            why = "timestamps do not rise"
+        elif np.median(steps) == 1 and np.array_equal(seconds, np.rint(seconds)):
+            why, numbers = "timestamps are frame numbers", seconds
+        else:
+            # float32 seconds resolve a step to about 1e-4 of its length: one decimal keeps clips of one rate together.
+            return round(_told_rate(steps), 1), seconds - seconds[0], ""
     if given is None:
         match = CLIP_NAME.fullmatch(f"{Path(file.filename).stem}.mp4")
         if match is None:
@@ -198,6 +185,17 @@ def _assumed_times(
             raise ClipError("bad timestamps", f"{why}, and the clip's name tells no participant, {cure}")
         given = published_frame_rate(int(match[1][1:]))
     return given, (numbers - numbers[0]) / given, why
+
+
+def _told_rate(steps: np.ndarray) -> float:
+    """Returns the frames per second of the median step; raises ClipError where nobody films at such a rate."""
+    # Python's division, as NumPy's warns where the quotient overflows.
+    fps = 1 / float(np.median(steps))
+    slowest, fastest = FRAME_RATES
+    if not slowest <= fps <= fastest:
+        expected = f"expected seconds, {slowest:g} to {fastest:,g} frames each"
+        raise ClipError("bad timestamps", f"they tell {fps:.3g} frames per second, {expected}")
+    return fps
 
 
 def resampled_length(seconds: np.ndarray, rate: float) -> int:

@@ -55,10 +55,8 @@ def load_frames(index: ClipIndex, root: Path, config: DataConfig, progress: bool
     try:
         write_cache(path, key, frames)
     except OSError as error:
-        return (
-            frames,
-            f"no cache: {printable(path)}: {error.strerror}; --cache DIR puts it elsewhere, --no-cache does without",
-        )
+        cure = "--cache DIR puts it elsewhere, --no-cache does without"
+        return frames, f"no cache: {printable(path)}: {error.strerror}; {cure}"
     why = "" if missed == "none yet" else f" (the one there was {missed})"
     return frames, f"frames written to {printable(path)}, which the next run maps{why}"
 

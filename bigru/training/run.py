@@ -154,11 +154,8 @@ def prepare(config: TrainConfig, team: Team, parts: Parts) -> tuple[Trainer, Cho
     set_threads(config.run.threads, device)
     optim = config.optim
     if optim.epochs < optim.warmup_epochs:
-        log.warning(
-            "epochs: %d are fewer than the %d of warmup_epochs: the learning rate ends below lr",
-            optim.epochs,
-            optim.warmup_epochs,
-        )
+        few = f"{optim.epochs} are fewer than the {optim.warmup_epochs} of warmup_epochs"
+        log.warning("epochs: %s: the learning rate ends below lr", few)
     if device.type == "cpu" and config.run.amp != "none":
         log.warning("amp: on a CPU %s gains nothing and takes many times as long as none", config.run.amp)
     # The first leaves what the others need not make again.
