@@ -128,8 +128,8 @@ def test_index_too_large_to_be_one(path):
         read_index(path)
 
 
-def test_index_in_the_root_then_beside_it_then_an_error_naming_both(tmp_path):
-    root = tmp_path / "clips"
+def test_index_in_the_root_then_beside_it_or_the_one_named_then_an_error_naming_the_places(tmp_path):
+    root, named = tmp_path / "clips", tmp_path / "mine.csv"
     root.mkdir()
     config = DataConfig(data_root=root)
     with pytest.raises(FileNotFoundError) as caught:
@@ -140,6 +140,14 @@ def test_index_in_the_root_then_beside_it_then_an_error_naming_both(tmp_path):
     assert find_index(config).samefile(tmp_path / INDEX_NAME)
     write_index(root, [STEM])
     assert find_index(config) == root / INDEX_NAME
+    with pytest.raises(FileNotFoundError, match=r"looked for .*mine\.csv"):
+        find_index(DataConfig(data_root=root, index=named))
+    (tmp_path / INDEX_NAME).rename(named)
+    assert find_index(DataConfig(data_root=root, index=named)) == named
+    with pytest.raises(FileNotFoundError, match="data_root"):
+        find_index(DataConfig(data_root=tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="data_root"):
+        find_index(DataConfig())
 
 
 def test_index_beside_a_link_to_the_root_or_beside_what_it_leads_to(tmp_path):
@@ -160,14 +168,3 @@ def test_index_that_a_reference_configuration_names_in_vain(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.csv, as index says \(in a reference.*: csv_path\)") as caught:
         find_index(read_yaml(settings).data)
     assert str(caught.value).endswith(f"; {tmp_path / INDEX_NAME} is there, and is read where none is named")
-
-
-def test_named_index_root_and_their_absence(tmp_path):
-    elsewhere = write_index(tmp_path, [STEM]).rename(tmp_path / "mine.csv")
-    assert find_index(DataConfig(data_root=tmp_path, index=elsewhere)) == elsewhere
-    with pytest.raises(FileNotFoundError, match=r"looked for .*other\.csv"):
-        find_index(DataConfig(data_root=tmp_path, index=tmp_path / "other.csv"))
-    with pytest.raises(FileNotFoundError, match="data_root"):
-        find_index(DataConfig(data_root=tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="data_root"):
-        find_index(DataConfig())
