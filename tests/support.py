@@ -26,6 +26,21 @@ def near(actual, wanted, tolerance):
         assert value is None or error(value, wanted[name]) < tolerance, name
 
 
+def same(ours, theirs, tolerance=1e-6):
+    """Returns whether results in order agree."""
+    return all(error(a, b) < tolerance for a, b in zip(ours, theirs, strict=True))
+
+
+def trained(gru, x, hx=None, run=None):
+    """Outputs, and the gradients of the input and of every parameter, of a module or of what runs it."""
+    gru.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    run = gru if run is None else run
+    y, h_n = run(x) if hx is None else run(x, hx)
+    torch.autograd.backward((y, h_n), (torch.cos(y.detach()), torch.sin(h_n.detach())))
+    return [y, h_n, x.grad, *(parameter.grad for parameter in gru.parameters())]
+
+
 def assert_near(results, inputs, upstream, tolerance):
     """Asserts that outputs and gradients by name are the fp64 reference's, in the inputs' dtype."""
     near(results, named(expected(inputs, upstream)), tolerance)

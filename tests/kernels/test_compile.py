@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from support import error
+from support import error, same, trained
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -35,19 +35,6 @@ def gru(request, kernel_device):
     return BiGRU(6, 4, 2, batch_first=True, backend=request.param, device=kernel_device)
 
 
-def trained(module, gru, x, hx=None):
-    """Outputs, and the gradients of the input and of every parameter."""
-    gru.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    y, h_n = module(x, hx)
-    torch.autograd.backward((y, h_n), (torch.cos(y.detach()), torch.sin(h_n.detach())))
-    return [y, h_n, x.grad, *(parameter.grad for parameter in gru.parameters())]
-
-
-def same(ours, theirs, tolerance=1e-6):
-    return all(error(a, b) < tolerance for a, b in zip(ours, theirs, strict=True))
-
-
 def aten(gru):
     """The same on ATen's GRU, uncompiled: right by other tests, and quick."""
     other = BiGRU(6, 4, 2, batch_first=True, backend="torch", device=gru.weight_hh_l0.device)
@@ -67,7 +54,7 @@ def test_one_graph_serves_every_batch_and_length(gru, compiler, kernel_device):
     counter = torch._dynamo.utils.counters["stats"]
     for batch, steps in SIZES:
         x = torch.randn(batch, steps, 6, device=kernel_device)
-        assert same(trained(compiled, gru, x), trained(other, other, x), 1e-5)
+        assert same(trained(gru, x, run=compiled), trained(other, x), 1e-5)
     assert counter["unique_graphs"] == 1
     # Inference is one more, since it keeps nothing.
     with torch.no_grad():
@@ -83,7 +70,7 @@ def test_left_to_itself_it_compiles_again_once(gru, kernel_device):
     compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
     for batch, steps in SIZES:
         x, hx = torch.randn(batch, steps, 6, device=kernel_device), torch.randn(4, batch, 4, device=kernel_device)
-        assert same(trained(compiled, gru, x, hx), trained(gru, gru, x, hx), 1e-5)
+        assert same(trained(gru, x, hx, compiled), trained(gru, x, hx), 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
@@ -208,7 +195,7 @@ def test_selective_checkpointing(gru, kernel_device):
     x = torch.randn(2, 3, 6, device=kernel_device)
     contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
 
-    def saved(x, hx):
-        return checkpoint(gru, x, hx, use_reentrant=False, context_fn=contexts)
+    def saved(x):
+        return checkpoint(gru, x, use_reentrant=False, context_fn=contexts)
 
-    assert same(trained(saved, gru, x), trained(gru, gru, x))
+    assert same(trained(gru, x, run=saved), trained(gru, x))

@@ -27,18 +27,8 @@ built = pytest.mark.skipif(not HERE, reason="the C extension is not built")
 every_set = pytest.mark.parametrize("instructions", HERE or ["none"])
 CALL = Call(Device("cpu"), torch.float32, 5)
 # Batches and hidden sizes on both sides of every tile and vector, T across a chunk of steps, rows across one of them.
-SHAPES = [
-    (1, 1, 1, 1),
-    (70, 1, 3, 40),
-    (6, 1, 4, 21),
-    (3, 2, 5, 9),
-    (4, 3, 2, 16),
-    (2, 4, 7, 7),
-    (5, 5, 1, 24),
-    (3, 9, 4, 33),
-    (2, 70, 3, 12),
-    (7, 57, 50, 131),
-]
+SHAPES = [(1, 1, 1, 1), (70, 1, 3, 40), (6, 1, 4, 21), (3, 2, 5, 9), (4, 3, 2, 16), (2, 4, 7, 7), (5, 5, 1, 24)]
+SHAPES += [(3, 9, 4, 33), (2, 70, 3, 12), (7, 57, 50, 131)]
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
