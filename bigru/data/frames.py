@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -67,11 +68,9 @@ def _can_be_read_now(frames: Frames, index: ClipIndex, root: Path, config: DataC
     unreadable = {skip.stem for skip in frames.skipped if skip.reason == "unreadable"}
     for row in index.clips:
         if row.stem in unreadable:
-            try:
+            with suppress(ClipError):
                 read_clip(find_clip(root, row), config)
-            except ClipError:
-                continue
-            return True
+                return True
     return False
 
 

@@ -52,15 +52,14 @@ def test_unusable_clips_are_counted_and_listed(tmp_path):
     assert f"skipped {len(stems)}:" in text
 
 
-@pytest.mark.parametrize(
-    "reason", ["missing", "short", "non-finite", "out of range", "wrong dtype", "bad timestamps", "unreadable"]
-)
-def test_strict_stops_at_the_first_unusable_clip(tmp_path, reason):
+def test_strict_stops_at_the_first_unusable_clip(tmp_path):
     stems = broken_dataset(tmp_path)
-    write_index(tmp_path, [stem_of(1), stems[reason], stems["wrong shape"], stem_of(49), stem_of(60)])
-    with pytest.raises(ClipError, match=stems[reason]) as caught:
-        load_dataset(config_for(tmp_path, gaze=True, strict=True))
-    assert caught.value.reason == reason
+    for reason, stem in stems.items():
+        others = [other for other in stems.values() if other != stem]
+        write_index(tmp_path, [stem_of(1), stem, *others, stem_of(49), stem_of(60)])
+        with pytest.raises(ClipError, match=stem) as caught:
+            load_dataset(config_for(tmp_path, gaze=True, strict=True))
+        assert caught.value.reason == reason
 
 
 def test_strict_reads_a_sound_dataset_and_refuses_an_index_that_repeats_itself(three_clips):
