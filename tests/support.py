@@ -1,5 +1,9 @@
 """What tests share: what `bigru.proof.checks` has, and a tracer's eyes."""
 
+import os
+import subprocess
+import sys
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,6 +64,16 @@ def opcheck(kernel, device, bias=True):
     torch.library.opcheck(torch.ops.bigru.gru_backward.default, backward)
     inputs = [None if x is None else x.requires_grad_() for x in inputs]
     torch.library.opcheck(torch.ops.bigru.gru_forward.default, (*inputs, "fp32", True, kernel))
+
+
+def compiled_apart(code, folder):
+    """What code that compiles kernels prints, in a process of its own: in this one they may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class Recorder(TorchDispatchMode):

@@ -1,14 +1,11 @@
 """The cooperative kernels: what they serve and with which parameters, the order of their exchange, and on a GPU the
 recurrence itself, also when a program is missing."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from support import MODES, TOLERANCE, assert_near, error, expected, make_inputs, run_kernel
+from support import MODES, TOLERANCE, assert_near, compiled_apart, error, expected, make_inputs, run_kernel
 
 pytest.importorskip("triton")
 
@@ -136,12 +133,7 @@ for direction in ("forward", "backward"):
 @pytest.mark.slow
 def test_exchange_is_ordered_in_the_compiled_kernels(tmp_path):
     """Between a store and the arrival lies a barrier, and another between the acquire and what was waited for."""
-    # In a process of its own: in this one the kernels may be interpreted.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    _, *kernels = done.stdout.split("#")
+    _, *kernels = compiled_apart(COMPILE, tmp_path).split("#")
     assert len(kernels) == 2
     for ptx in kernels:
         check_exchange(ptx)

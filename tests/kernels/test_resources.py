@@ -1,13 +1,11 @@
 """What the kernels compile to: reading the machine code, which configurations are compiled, the exit code."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from support import compiled_apart
 
 pytest.importorskip("triton")
 
@@ -46,13 +44,13 @@ BAD = {
 }
 
 
-def test_usage_is_read_from_the_listing():
+def test_usage_and_the_step_are_read_from_the_listing():
     assert resources.read_usage(LISTING) == (72, 16)
-
-
-def test_usage_that_is_missing_raises():
     with pytest.raises(ValueError, match="no resource usage"):
         resources.read_usage("Fatbin elf code:")
+    # The largest loop before the last exit.
+    assert resources.read_step(LISTING) == (6, 2)
+    assert resources.read_step("/*0000*/  MOV R1, R2 ;\n/*0010*/  EXIT ;\n") == (0, 0)
 
 
 def test_usage_of_an_amd_gpu():
@@ -62,18 +60,11 @@ def test_usage_of_an_amd_gpu():
     assert resources.read_amd_usage(text.format(20, 4)) == (64, 20)
 
 
-def test_step_is_the_largest_loop_before_the_last_exit():
-    assert resources.read_step(LISTING) == (6, 2)
-
-
-def test_code_without_a_loop_has_no_step():
-    assert resources.read_step("/*0000*/  MOV R1, R2 ;\n/*0010*/  EXIT ;\n") == (0, 0)
-
-
 def test_every_choice_is_listed_once():
     cases = resources.shipped(resources.DEVICES)
     assert len(cases) == len(set(cases))
     assert {case.arch for case in cases} == set(resources.DEVICES)
+    assert {case.arch for case in resources.shipped(["sm_80"])} == {"sm_80"}
     both = ("triton persistent", "triton streamed", "resident", "cooperative")
     forms = [form + ending for form in both for ending in ("", ", varlen")]
     kernels = {f"{way} {form}" for way in ("forward", "backward") for form in forms}
@@ -101,17 +92,9 @@ def test_every_choice_is_listed_once():
                             assert kernel.choose(call, batch) in listed, (call, batch)
 
 
-def test_a_single_architecture_can_be_asked_for():
-    assert {case.arch for case in resources.shipped(["sm_80"])} == {"sm_80"}
-
-
-def test_a_kernel_that_fits_is_no_problem(capsys):
-    assert resources.verdict([CASE], [FITS]) == 0
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(("usage", "reason"), BAD.values(), ids=BAD.keys())
 def test_the_row_with_a_problem_is_named(usage, reason, capsys):
+    assert resources.verdict([CASE], [FITS]) == 0
     assert resources.verdict([CASE, CASE], [FITS, usage]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "sm_90 forward triton persistent, H=128, fp32 storage" in line
@@ -123,20 +106,16 @@ class TestBudget:
         config = choose_resident(replace(FULL, precision="tf32"), 1)
         return replace(Case("sm_90", "resident", direction, 128, "fp32", "tf32", config), **change)
 
-    def test_of_another_version(self):
+    def test_of_a_version_and_only_where_it_is_stated(self):
         assert resources.budget(self.case(), (3, 6)) == (310, 1)
         assert resources.budget(self.case(), (3, 10)) == (356, 1)
-
-    def test_of_the_portable_kernel(self):
         assert resources.budget(CASE, (3, 6)) == (470, 2)
         assert resources.budget(CASE, (3, 9)) is None
-
-    def test_only_where_it_is_stated(self):
-        assert resources.budget(replace(CASE, save=False)) is None
-        assert resources.budget(self.case(arch="sm_80")) is None
-        assert resources.budget(self.case(hidden=64)) is None
         wide = choose_resident(replace(FULL, dtype=torch.bfloat16), 4096)
-        assert resources.budget(self.case(storage="bf16", config=wide)) is None
+        unstated = {"arch": "sm_80"}, {"hidden": 64}, {"storage": "bf16", "config": wide}
+        assert not any(
+            map(resources.budget, [replace(CASE, save=False), *(self.case(**change) for change in unstated)])
+        )
 
     def test_above_it_is_a_problem(self):
         def problem(**change):
@@ -167,15 +146,9 @@ def test_interpreted_kernels_are_refused(capsys):
 
 @pytest.mark.slow
 def test_smallest_kernel_compiles(tmp_path):
-    """In a process of its own: in this one the kernels may be interpreted."""
     code = (
         "from bigru.kernels import resources as r; case = r.shipped(['sm_90'])[0]; usage = r.measure(case); "
         "assert r.problem(case, usage) is None, usage; assert usage.registers > 16 and usage.shared > 0, usage; "
         "assert usage.instructions > 50 and usage.barriers > 0, usage"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    compiled_apart(code, tmp_path)
