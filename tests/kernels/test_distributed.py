@@ -1,6 +1,6 @@
 """`BiGRU` in DistributedDataParallel and FSDP2: two gloo processes, half of a batch each, give one process's gradients.
 
-pytest starts this file as a program, once for every process.
+pytest starts this file as a program, which starts the processes.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
@@ -93,23 +94,10 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    command = [sys.executable, __file__, str(tmp_path / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])
+    spawn(worker, (sys.argv[1],), PROCESSES)

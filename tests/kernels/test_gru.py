@@ -222,41 +222,31 @@ class TestBackends:
             BiGRU(3, 4, backend=backend).resolve_backend(pack_sequence([torch.randn(2, 3)]))
 
 
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+
+
 class TestAutocast:
     """Everything in autocast's dtype, as nn.GRU on a GPU has it (on a CPU it does not)."""
 
-    @pytest.mark.parametrize(
-        ("x_dtype", "hx_dtype"),
-        [
-            (torch.float32, None),
-            (torch.bfloat16, None),
-            (torch.float32, torch.bfloat16),
-            (torch.bfloat16, torch.float32),
-        ],
-    )
+    @pytest.mark.parametrize("dtypes", [[FLOAT], [BFLOAT], [FLOAT, BFLOAT], [BFLOAT, FLOAT]], ids=str)
     @pytest.mark.parametrize("backend", ["triton", "reference"], indirect=True)
-    def test_takes_its_dtype_and_returns_gradients_in_each_ones_own(self, backend, x_dtype, hx_dtype, kernel_device):
+    def test_takes_its_dtype_and_returns_gradients_in_each_ones_own(self, backend, dtypes, kernel_device):
         torch.manual_seed(0)
-        gru = BiGRU(3, 4, 2, backend=backend, device=kernel_device)
-        x = torch.randn(3, 2, 3, device=kernel_device).to(x_dtype).requires_grad_()
-        hx = None
-        if hx_dtype is not None:
-            hx = torch.randn(4, 2, 4, device=kernel_device).to(hx_dtype).requires_grad_()
-        with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
-            y, h_n = gru(x, hx)
-        assert y.dtype == h_n.dtype == torch.bfloat16
-        (y.float().square().sum() + h_n.float().sum()).backward()
-        exact = BiGRU(3, 4, 2, backend="reference").double()
+        gru, exact = BiGRU(3, 4, 2, backend=backend, device=kernel_device), BiGRU(3, 4, 2, backend="reference").double()
         exact.load_state_dict(gru.state_dict())
-        x64 = x.detach().cpu().double().requires_grad_()
-        y64, h_n64 = exact(x64, None if hx is None else hx.detach().cpu().double())
-        (y64.square().sum() + h_n64.sum()).backward()
-        assert error(y, y64) < 2e-2
-        assert error(x.grad, x64.grad) < 2e-2
-        assert x.grad.dtype == x_dtype
-        for (name, parameter), wanted in zip(gru.named_parameters(), exact.parameters(), strict=True):
-            assert parameter.grad.dtype == torch.float32
-            assert error(parameter.grad, wanted.grad) < 2e-2, name
+        given = zip((torch.randn(3, 2, 3), torch.randn(4, 2, 4)), dtypes, strict=False)
+        leaves = [x.to(kernel_device, dtype).requires_grad_() for x, dtype in given]
+        wide = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+        with torch.autocast(kernel_device.type, dtype=BFLOAT):
+            outputs = gru(*leaves)
+        assert {output.dtype for output in outputs} == {BFLOAT}
+        results = []
+        for module, inputs, (y, h_n) in ((gru, leaves, outputs), (exact, wide, exact(*wide))):
+            inputs = [*inputs, *module.parameters()]
+            gradients = torch.autograd.grad(y.double().square().sum() + h_n.double().sum(), inputs)
+            assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in inputs]
+            results.append([y, h_n, *gradients])
+        near(*results, 2e-2)
 
     @pytest.mark.parametrize("backend", ["triton", "cpu"], indirect=True)
     def test_a_backward_pass_inside_it_keeps_the_forward_ones_dtype(self, backend, kernel_device):
