@@ -63,7 +63,7 @@ def trainer(whole, monkeypatch):
     return runs
 
 
-def test_five_runs_and_none_of_them_twice(config, trainer):
+def test_five_runs_none_of_them_twice_and_others_with_other_settings(config, trainer):
     assert sweep_modalities(config, Parts()) == config.run.out / "sweep_modalities"
     assert trainer.began == SIZES
     assert trainer.resumed == []
@@ -71,6 +71,13 @@ def test_five_runs_and_none_of_them_twice(config, trainer):
     assert trainer.began == SIZES
     # Reported again only.
     assert trainer.resumed == [f"20261123_22450{number}" for number in range(5)]
+    sweep_modalities(change(config, "optim", epochs=3), Parts())
+    assert trainer.began == SIZES * 2
+    # Wherever the folder of the runs is.
+    moved = config.run.out.with_name("elsewhere")
+    config.run.out.rename(moved)
+    sweep_modalities(change(config, "run", out=moved), Parts())
+    assert trainer.began == SIZES * 2
 
 
 def test_an_interrupted_sweep_goes_on(config, trainer):
@@ -89,17 +96,6 @@ def test_a_run_that_fails_does_not_keep_the_others(config, error, trainer):
     with pytest.raises(type(error), match=f"sweep: 1 of 5 runs failed: hands \\+ gaze: {error}"):
         sweep_modalities(config, Parts())
     assert trainer.began == SIZES
-
-
-def test_other_settings_are_other_runs(config, trainer):
-    sweep_modalities(config, Parts())
-    sweep_modalities(change(config, "optim", epochs=3), Parts())
-    assert trainer.began == SIZES * 2
-    # Wherever the folder of the runs is.
-    moved = config.run.out.with_name("elsewhere")
-    config.run.out.rename(moved)
-    sweep_modalities(change(config, "run", out=moved), Parts())
-    assert trainer.began == SIZES * 2
 
 
 def test_runs_on_other_data_are_other_runs(config, trainer, monkeypatch, tmp_path):
