@@ -316,7 +316,7 @@ def read_step(text: str) -> tuple[int, int]:
         if branch and address < end and int(branch[1], 16) < address:
             body = [other for at, other in code if int(branch[1], 16) <= at <= address]
             longest = max(longest, body, key=len)
-    return len(longest), sum("BAR." in instruction for instruction in longest)
+    return len(longest), sum(bool(re.search(r"\bBAR\.", instruction)) for instruction in longest)
 
 
 def ptxas_versions() -> str:

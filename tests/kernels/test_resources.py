@@ -13,7 +13,7 @@ from bigru.kernels import registry, resources
 from bigru.kernels.config import H100, Call, choose_resident, choose_triton
 from bigru.kernels.resources import Case, Usage
 
-# Before the loop a shorter one, behind the last exit a wait that branches back into the loop.
+# In the loop a fence, which is no barrier. Before it a shorter loop, behind the last exit a wait that branches back.
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000017a02 */
                                                                             /* 0x000fe40000000f00 */
@@ -21,7 +21,7 @@ LISTING = """
         /*0020*/                   LDS R2, [R3] ;                           /* 0x0000000003027984 */
         /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;            /* 0x0000000000007b1d */
         /*0040*/              @!P0 BRA 0xa0 ;                               /* 0x0000005000008947 */
-        /*0050*/                   FADD R2, R2, R5 ;                        /* 0x0000000502027221 */
+        /*0050*/                   MEMBAR.ALL.CTA ;                         /* 0x0000000000007992 */
         /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;            /* 0x0000000000007b1d */
         /*0070*/               @P2 BRA.U UP0, 0x20 ;                        /* 0xffffffa000002947 */
         /*0080*/               @P3 EXIT ;                                   /* 0x000000000000394d */
