@@ -81,16 +81,29 @@ def _dot(w, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _weighted(w, x, acc, PRECISION: tl.constexpr):
+    # w is (H, H), or (groups, rows of a group, H): then the product (H, N) is a batch of them, each with all of x.
+    if len(w.shape) == 2:
+        return _dot(w, x, acc, PRECISION)
+    else:
+        # Not by a reshape: above that, triton 3.9 moves no change of layout, and each group would get an x of its own.
+        x = x[None, :, :].broadcast_to([w.shape[0], x.shape[0], x.shape[1]])
+        acc = acc.reshape([w.shape[0], w.shape[1], x.shape[2]])
+        return _dot(w, x, acc, PRECISION).reshape([w.shape[0] * w.shape[1], x.shape[2]])
+
+
+@triton.jit
 def _product(w, x, unscale, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    # w as `_load_weights` returns it.
+    # w as `_load_weights` returns it; its parts in groups of rows, or not.
     x_high, x_low = _parts(x, SPLIT)
-    zero = tl.zeros([w[0].shape[0], x.shape[1]], tl.float32)
-    acc = _dot(w[0], x_high.to(w[0].dtype), zero, PRECISION)
+    zero = tl.zeros([w[0].shape[-1], x.shape[1]], tl.float32)
+    acc = _weighted(w[0], x_high.to(w[0].dtype), zero, PRECISION)
     if SPLIT:
         # fp16x3: the product of the two low parts is below the rounding of the others. Small terms have an accumulator
         # of their own, so that MMAs need not wait for one another.
         unscale *= w[2] * (1.0 / 1024.0)
-        acc = acc * unscale + _dot(w[0], x_low, _dot(w[1], x_high, zero, PRECISION), PRECISION) * unscale
+        small = _weighted(w[0], x_low, _weighted(w[1], x_high, zero, PRECISION), PRECISION)
+        acc = acc * unscale + small * unscale
     return acc
 
 

@@ -144,6 +144,8 @@ class TritonConfig:
     dot: Literal["ieee", "tf32", "tf32x3"]
     """`input_precision` of tl.dot where operands are fp32 and not split."""
 
+    batched: bool = False
+    """Products are a batch of sixteen hidden units each, if `persistent`: MMAs of one warp, on whatever GPU."""
     amd: bool = False
     """True if it is compiled for a GPU of AMD's, where `PTXAS_LIMIT` is unknown."""
 
@@ -160,7 +162,8 @@ class TritonConfig:
     def constants(self) -> dict[str, Any]:
         """Returns the kernels' compile-time arguments that follow from the configuration."""
         if self.persistent:
-            return {"HP": self.block_hidden, "N": self.rows, "SPLIT": self.split, "PRECISION": self.dot}
+            constants = {"HP": self.block_hidden, "N": self.rows, "SPLIT": self.split, "PRECISION": self.dot}
+            return constants | {"BATCHED": self.batched}
         return {"BH": self.block_hidden, "N": self.rows, "PRECISION": self.dot}
 
     def options(self) -> dict[str, int | bool]:
@@ -171,8 +174,8 @@ class TritonConfig:
 
 
 @functools.lru_cache
-def choose_triton(call: Call, batch: int) -> TritonConfig:
-    """Returns the configuration of the backend "triton" for B rows."""
+def choose_triton(call: Call, batch: int, newer_triton: bool = False) -> TritonConfig:
+    """Returns the configuration of the backend "triton" for B rows; `newer_triton`: one newer than 3.6."""
     # Triton's interpreter takes the path of a large GPU.
     device = H100 if call.device.type == "cpu" else call.device
     wide, accurate = call.dtype == torch.float32, call.accurate
@@ -194,10 +197,13 @@ def choose_triton(call: Call, batch: int) -> TritonConfig:
     if padded <= ONE_PROCESSOR and needed <= device.shared_memory:
         # Of the ways to fp32 only two 16-bit parts fit here: ieee (FMA) spills kilobytes at H=128, tf32x3 needs 400 KB.
         # fp16 rather than bf16 parts: scaled, they are ten times as accurate (1e-7 against 1e-6) at the same cost.
-        # One warp for every 16 hidden units, the rows of one MMA, so that no warp repeats another's work; but TF32
-        # products spill in tensor memory's layout with 8.
-        warps = 16 if wide and not accurate and padded == 128 and device.capability >= (10, 0) else padded // 16
-        return TritonConfig(True, rows, padded, warps, split=accurate, dot="tf32")
+        # One warp for every 16 hidden units, the rows of one MMA, so that no warp repeats another's work.
+        # Triton 3.6 multiplies eight rows with MMAs of one warp. Newer ones take wgmma, with a fence for each product,
+        # and from compute capability 10 on tensor memory, with up to 52 barriers a step, but not for a batch. Both need
+        # 64 hidden units.
+        batched = newer_triton and rows == 8 and padded >= 64 and device.capability >= (9, 0)
+        batched = batched and not (call.varlen and accurate and padded == ONE_PROCESSOR)  # 16 bytes spill on sm_90
+        return TritonConfig(True, rows, padded, padded // 16, split=accurate, dot="tf32", batched=batched)
     # The largest blocks that spill on no architecture.
     if accurate:
         return TritonConfig(False, 16, min(32, padded), 8, split=False, dot="tf32x3")

@@ -31,13 +31,13 @@ import triton.language as tl
 from bigru.kernels.cell import (
     INTERPRETED,
     SIZES,
+    TRITON_VERSION,
     _cell,
     _cell_backward,
     _dot,
     _extent,
     _load_gates_in,
     _load_saved,
-    _load_weights,
     _peak,
     _present,
     _product,
@@ -48,6 +48,7 @@ from bigru.kernels.cell import (
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
 from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher, launch_backward, launch_forward
 from bigru.kernels.mend import mend
+from bigru.kernels.triton_tile import _from_tile, _load_gates_weights, _tile, _to_tile
 from bigru.kernels.varlen import steps_and_table
 
 
@@ -58,60 +59,16 @@ def _block(UNITS: tl.constexpr, N: tl.constexpr):
     return tl.program_id(0) * N, tl.program_id(1), units[:, None], units[None, :], tl.arange(0, N)[None, :]
 
 
-@triton.jit
-def _tile(HP: tl.constexpr, N: tl.constexpr):
-    """Returns hidden units and batch rows of a tile (4, 8, HP / 16, 2, N / 8, 2).
-
-    In its order the threads of an NVIDIA GPU hold an MMA's result: thread 4g + c of warp w has rows g and g + 8 of the
-    warp's 16 and columns 2c and 2c + 1 of each eight. The weights are in such an order that these rows are units 2g and
-    2g + 1, neighbours in memory. Triton 3.6 gives what is loaded in this shape to the same threads, so that neither
-    loads nor stores take a way through shared memory and its barriers, of which (HP, N) takes two each. On sm_90
-    triton 3.9 takes wgmma and other threads: as many barriers as with (HP, N).
-    """
-    columns = tl.arange(0, 4)[:, None, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, :, None, None]
-    columns += tl.arange(0, N // 8)[None, None, None, None, :, None] * 8
-    units = tl.arange(0, 8)[None, :, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, None, None, :]
-    units += tl.arange(0, HP // 16)[None, None, :, None, None, None] * 16
-    return units, columns
-
-
-@triton.jit
-def _to_tile(x, HP: tl.constexpr, N: tl.constexpr):
-    """A product (HP, N) as a tile."""
-    return x.reshape([HP // 16, 2, 8, N // 8, 4, 2]).permute([4, 2, 0, 5, 3, 1])
-
-
-@triton.jit
-def _from_tile(x, HP: tl.constexpr, N: tl.constexpr):
-    """A tile as (HP, N), by unit and batch row."""
-    return x.permute([2, 1, 5, 4, 0, 3]).reshape([HP, N])
-
-
-@triton.jit
-def _load_ordered(w, mask, HP: tl.constexpr, SPLIT: tl.constexpr):
-    """One gate's weights, with rows in the order that `_to_tile` undoes."""
-    high, low, peak = _load_weights(w, mask, SPLIT)
-    high = high.reshape([HP // 16, 8, 2, HP]).permute([0, 2, 1, 3]).reshape([HP, HP])
-    if SPLIT:
-        low = low.reshape([HP // 16, 8, 2, HP]).permute([0, 2, 1, 3]).reshape([HP, HP])
-    return high, low, peak
-
-
-@triton.jit
-def _load_gates_weights(w, mask, H: tl.constexpr, HP: tl.constexpr, SPLIT: tl.constexpr):
-    w_r = _load_ordered(w, mask, HP, SPLIT)
-    w_z = _load_ordered(w + H * H, mask, HP, SPLIT)
-    return w_r, w_z, _load_ordered(w + 2 * H * H, mask, HP, SPLIT)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def gru_forward_kernel(
     gi_ptr, w_hh_ptr, b_hn_ptr, h0_ptr, y_ptr, h_n_ptr, gates_ptr, varlen_ptr, T, B, H: tl.constexpr, HP: tl.constexpr,
     N: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    ACCURATE: tl.constexpr,
+    ACCURATE: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
     b0, d, j, k, _ = _block(HP, N)
-    w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + j * H + k, (j < H) & (k < H), H, HP, SPLIT)
+    w_r, w_z, w_n = _load_gates_weights(
+        w_hh_ptr + d * (3 * H * H) + j * H + k, (j < H) & (k < H), H, HP, SPLIT, BATCHED
+    )
     j, b = _tile(HP, N)
     mask = (j < H) & (b0 + b < B)
     b_hn = 0.0
@@ -173,10 +130,13 @@ def gru_forward_kernel(
 def gru_backward_kernel(
     dy_ptr, dh_n_ptr, y_ptr, gates_ptr, h0_ptr, w_hh_ptr, dgi_ptr, dq_ptr, dh0_ptr, varlen_ptr, h_prev_ptr, T, B,
     H: tl.constexpr, HP: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BATCHED: tl.constexpr,
 ):  # fmt: skip
     b0, d, i, k, _ = _block(HP, N)
     # Transposed: element (i, k) of the operand is w_hh[gate, k, i].
-    w_r, w_z, w_n = _load_gates_weights(w_hh_ptr + d * (3 * H * H) + k * H + i, (i < H) & (k < H), H, HP, SPLIT)
+    w_r, w_z, w_n = _load_gates_weights(
+        w_hh_ptr + d * (3 * H * H) + k * H + i, (i < H) & (k < H), H, HP, SPLIT, BATCHED
+    )
     i, b = _tile(HP, N)
     mask = (i < H) & (b0 + b < B)
 
@@ -351,12 +311,13 @@ class TritonKernel(Kernel):
     varlen_widths = (16, 128, 200)  # least and most that is persistent, and one that is streamed
     interpreted: bool = INTERPRETED
     """True if the kernels run in Triton's interpreter, on CPU tensors."""
+    triton_version: tuple[int, ...] = TRITON_VERSION
 
     def refusal(self, call: Call) -> str | None:
         return gpu_refusal(call, self.interpreted)
 
     def choose(self, call: Call, batch: int) -> TritonConfig:
-        return choose_triton(call, batch)
+        return choose_triton(call, batch, self.triton_version > (3, 6))
 
     def forward(self, operands: Forward, config: TritonConfig) -> None:
         if config.persistent:

@@ -170,11 +170,13 @@ def test_the_same_bits_from_run_to_run_and_nan_stays_in_its_row(shape, config, k
     [
         TritonConfig(True, 8, 32, 4, True, "tf32"),
         TritonConfig(True, 16, 32, 4, True, "tf32"),
+        TritonConfig(True, 8, 32, 4, True, "tf32", batched=True),
+        TritonConfig(True, 16, 32, 4, False, "tf32x3", batched=True),
         TritonConfig(True, 8, 32, 4, False, "tf32x3"),
         STREAMED,
         TritonConfig(False, 16, 32, 4, False, "tf32x3"),
     ],
-    ids=["eight rows", "sixteen rows", "tf32x3", "blocks of 16", "one block"],
+    ids=["eight rows", "sixteen rows", "batched", "batched tf32x3", "tf32x3", "blocks of 16", "one block"],
 )
 def test_every_form_of_the_kernel_gives_the_same(config, kernel_device):
     inputs, upstream = support.make_inputs((3, 18, 20), torch.float32, kernel_device)
@@ -199,6 +201,6 @@ def test_offsets_beyond_32_bits(kernel_device):
     h0[:, :8] = small[3]
     h_n = torch.empty_like(h0)
     operands = gi, small[1], small[2], h0, y, h_n, gi, None, steps, batch
-    constants = {"H": hidden, "HP": 16, "N": 8, "HAS_BIAS": True, "SAVE": False, "SPLIT": False, "ACCURATE": False}
-    gru_forward_kernel[(1, 2)](*operands, **constants, PRECISION="tf32")
+    constants = TritonConfig(True, 8, 16, 1, False, "tf32").constants()
+    gru_forward_kernel[(1, 2)](*operands, H=hidden, HAS_BIAS=True, SAVE=False, ACCURATE=False, **constants)
     assert support.error(y[:, :8], support.expected(small, upstream)[0]) < support.TOLERANCE[torch.bfloat16, "fp32"]

@@ -110,7 +110,8 @@ class TestBudget:
         assert resources.budget(self.case(), (3, 6)) == (310, 1)
         assert resources.budget(self.case(), (3, 10)) == (356, 1)
         assert resources.budget(CASE, (3, 6)) == (470, 2)
-        assert resources.budget(CASE, (3, 9)) is None
+        assert resources.budget(CASE, (3, 9)) == (540, 4)
+        assert resources.budget(replace(CASE, storage="bf16"), (3, 9)) == (390, 2)
         wide = choose_resident(replace(FULL, dtype=torch.bfloat16), 4096)
         unstated = {"arch": "sm_80"}, {"hidden": 64}, {"storage": "bf16", "config": wide}
         assert not any(
