@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workloads import MAIN, Case, make, sweep
+from benchmarks.workloads import CALL, MAIN, Case, make, sweep
 from bigru.kernels.cpu import best_instructions
 from bigru.kernels.record import GEMM, NN_GRU, Record, Row, read_record
 from bigru.proof import machine
@@ -30,7 +30,7 @@ def jobs(main: Case = MAIN) -> Iterator[Job]:
         yield case, NN_GRU, BOTH
     for case in batches[:3]:
         yield case, "onnxruntime", FORWARD
-    yield Case("call", batch=1, steps=1), NN_GRU, BOTH
+    yield CALL, NN_GRU, BOTH
     yield replace(main, group="training step"), NN_GRU, ("training",)
     yield main, GEMM, BOTH
     for case in batches[:3]:

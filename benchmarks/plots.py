@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.dates
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from bigru.kernels.record import CLOCKS, NN_GRU, Record, Row
 from bigru.report.figures import BLUE, DPI, INK, VERMILION, WIDTH_IN, styled
@@ -40,9 +39,9 @@ def speed_up(record: Record) -> Figure | None:
             axes.errorbar(x, y, bars, label=name, color=color, marker=marker, markersize=4, linewidth=1.3, capsize=2)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(batches))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xticks(batches)
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(batches[0] / 1.4, batches[-1] * 1.4)
         _scale_ratios(axes, rows)
         axes.set_xlabel("batch size B")
@@ -78,7 +77,7 @@ def over_time(records: Sequence[Record]) -> Figure | None:
         axes.margins(x=0.15, y=0.1)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
-        axes.xaxis.set_major_locator(FixedLocator([matplotlib.dates.date2num(date) for date in (dates[0], dates[-1])]))
+        axes.set_xticks([matplotlib.dates.date2num(date) for date in (dates[0], dates[-1])])
         axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m-%d"))
         axes.set_title(mode, loc="left", fontweight="bold")
     panels[0].set_ylabel("ms")
@@ -106,16 +105,11 @@ def _scale_ratios(axes: Axes, rows: Sequence[Row]) -> None:
     """Sets a logarithmic axis, on which 2 and 1/2 are as far from 1, with plain numbers at its ticks."""
     low, high = min(row.low for row in rows), max(row.high for row in rows)
     axes.set_yscale("log")
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100])
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    # After the ticks, which widen it.
     axes.set_ylim(min(0.8, low / 1.15), max(1.25, high * 1.15))
-    ticks = [
-        tick
-        for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
-        if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]
-    ]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
     axes.set_axisbelow(True)
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.workloads import MAIN, sweep
-from bigru.proof.workloads import PRECISIONS, Case
+from benchmarks.workloads import CALL, MAIN, sweep
+from bigru.proof.workloads import PRECISIONS
 
 # The main workload in every precision, then batch and width; a CPU gets the main workload and small batches in fp32.
 if torch.cuda.is_available():
@@ -26,7 +26,7 @@ def test_layer(beside_nn_gru, case, mode):
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_call(beside_nn_gru, mode):
     """50 calls of one step of one sequence, in which there is next to no arithmetic; "training" records gradients."""
-    beside_nn_gru(Case("call", batch=1, steps=1), mode)
+    beside_nn_gru(CALL, mode)
 
 
 @pytest.mark.parametrize("case", [case for case in TRAINED if case.batch == MAIN.batch], ids=str)

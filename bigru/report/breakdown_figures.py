@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bigru.report.breakdown import beaten_from
-from bigru.report.figures import BLUE, DPI, INK, VERMILION, WIDTH_IN, scale_values, stroke, styled
+from bigru.report.figures import BLUE, DPI, INK, VERMILION, WIDTH_IN, count_along, scale_values, stroke, styled
 from bigru.report.record import NETWORK, RunRecord
 
 # A baseline beyond these gets no colour of its own, but its name stands at its line.
@@ -48,9 +48,8 @@ def horizon(record: RunRecord) -> Figure:
         )
     scale = scale_values(axes, np.concatenate([*lines.values(), np.empty(0)]))
     axes.set_xlim(1 if len(frames) > 1 else 0, max(2, len(frames)))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     ahead = ", ".join(f"{len(frames) / fps:.2f} s at {fps:g} fps" for fps, _ in record.by_frame_rate[:3])
-    axes.set_xlabel(f"future frame ({len(frames)} = {ahead})" if ahead else "future frame")
+    count_along(axes, f"future frame ({len(frames)} = {ahead})" if ahead else "future frame", most=7)
     axes.set_ylabel(f"per-joint error (px){scale}")
     still = lines.get("repeat last frame")
     if still is not None and (first := beaten_from(lines[NETWORK], still)):

@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from bigru.files import printable
 from bigru.report.comparison import differing_settings, inputs, names, same_test_windows
-from bigru.report.figures import DPI, INK, WIDTH_IN, lone_points, scale_values, styled
+from bigru.report.figures import DPI, INK, WIDTH_IN, count_along, lone_points, scale_values, styled
 from bigru.report.record import NETWORK, RunRecord
 
 # Okabe and Ito's palette without its yellow, which is lost on white; then the same colours, broken.
@@ -52,8 +51,7 @@ def comparison(records: Sequence[RunRecord]) -> Figure:
         handles.append(Line2D([], [], linewidth=1.5, label=name, **look))
     for axes, x, title in ((epochs, "epoch", "validation"), (frames, "future frame", "test")):
         axes.set_title(title, loc="left")
-        axes.set_xlabel(x)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        count_along(axes, x)
         scale = scale_values(axes, np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines]))
         axes.set_ylabel(f"per-joint error (px){scale}")
     figure.legend(

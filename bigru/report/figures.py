@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from bigru.files import printable
 from bigru.layout import JOINTS_PER_HAND, UNIT_PX
@@ -129,8 +129,7 @@ def _draw_curves(axes: Axes, record: RunRecord, names: Sequence[str]) -> str:
     axes.text(best, 1.015, f"{best}", transform=above, ha="center", va="bottom", fontsize=7, color=INK)
     margin = max(0.5, 0.02 * len(epochs))
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
+    count_along(axes, "epoch")
     return scale_values(axes, np.array(curves, dtype=float))
 
 
@@ -138,6 +137,12 @@ def lone_points(values: list[float]) -> list[int]:
     """Returns the indices of values between NaN, or of a single one, which a line would not show."""
     seen = np.concatenate([[False], np.isfinite(values), [False]])
     return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()
+
+
+def count_along(axes: Axes, label: str, most: int = 6) -> None:
+    """Labels the x axis, which counts epochs or frames, and ticks it at whole numbers, `most` intervals of them."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def scale_values(axes: Axes, values: np.ndarray) -> str:
@@ -159,7 +164,7 @@ def scale_values(axes: Axes, values: np.ndarray) -> str:
         axes.set_yscale("log")
         axes.set_ylim(values.min() / 1.2, values.max() * 1.2)
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         return ", log scale"
     return ""
