@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher
 
 from bigru import BiGRU
-from bigru.kernels import choice, recurrence
+from bigru.kernels import choice, plan
 from bigru.kernels.config import H100
 
 NAMES = ("triton", "resident")
@@ -134,7 +134,7 @@ def idle() -> Idle:
     """Makes Triton's driver one that launches nothing, and the CPU an H100."""
     driver = Idle()
     triton.runtime.driver.set_active(driver)
-    choice.describe = recurrence.describe = lambda device: H100  # type: ignore[attr-defined,assignment]
+    choice.describe = plan.describe = lambda device: H100  # type: ignore[attr-defined,assignment]
     return driver
 
 

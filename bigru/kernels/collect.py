@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from bigru.kernels.kernel import Launcher
+from bigru.kernels.launch import Launcher
 
 ROWS, COLUMNS = 64, 32
 """One block: 128 bytes of a row of fp32 numbers, and 16 numbers a thread."""
@@ -64,7 +62,7 @@ def collect_kernel(
             tl.store(sums + 5 * H, tl.sum(q, 0), c < H)
 
 
-LAUNCH = Launcher(collect_kernel)
+LAUNCHER = Launcher(collect_kernel)
 
 
 class Wanted(NamedTuple):
@@ -80,32 +78,3 @@ class Wanted(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Returns the compiler's options."""
         return {"num_warps": 4, "enable_fp_fusion": True}
-
-
-def collect(
-    dgi: Tensor, dq: Tensor, y: Tensor, h0: Tensor, states: bool, sums: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Collects, outside autograd, what a layer's gradients are made of.
-
-    Args:
-        dgi, dq: from `bigru.kernels.recurrence.run_backward`.
-        y: (T, B, D, H) every state, contiguous.
-        h0: (D, B, H) initial states, contiguous.
-        states: whether to collect the state before each step; not of a ragged batch.
-        sums: whether to sum for the biases.
-
-    Returns:
-        h_prev (T, B, D, H), and the gradients of the biases (2D, 3H): b_ih, b_hh of the first direction, then of the
-        second. None for what is not asked for.
-    """
-    batch, hidden = h0.shape[1:]
-    rows = dq.numel() // (2 * hidden)
-    span = max(ROWS, -(-rows // (PROGRAMS * ROWS)) * ROWS)
-    programs = -(-rows // span)
-    h_prev = torch.empty_like(y) if states else None
-    parts = dq.new_empty((programs, 4, 3 * hidden), dtype=torch.float32) if sums else None
-    if rows and (states or sums):
-        LAUNCH(
-            Wanted(states, sums), None, (programs, 2, 1), (dgi, dq, y, h0, h_prev, parts), rows, span, batch, H=hidden
-        )
-    return h_prev, None if parts is None else parts.sum(0, dtype=dq.dtype)

@@ -74,7 +74,8 @@ from bigru.kernels.exchange import (
     _state_product,
     _wait,
 )
-from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher
+from bigru.kernels.kernel import Backward, Forward, Kernel
+from bigru.kernels.launch import Launcher
 from bigru.kernels.mend import mend
 from bigru.kernels.varlen import steps_and_table
 
@@ -306,11 +307,12 @@ class CooperativeKernel(Kernel):
         state = gi.new_zeros(
             config.groups(batch), 2, 2 if config.split else 1, config.rows, config.padded, dtype=operand
         )
+        launch = FORWARD.prepare(
+            config, varlen is not None, gi.dtype, gi.get_device(), H=hidden, WARPS=config.num_warps,
+            HAS_BIAS=b_hn is not None, SAVE=gates is not None,
+        )  # fmt: skip
         for arrivals, first_b, first_d, grid in _launches(config, h0):
-            FORWARD(
-                config, varlen, grid, (*tensors, state, arrivals, table), steps, batch, first_b, first_d, H=hidden,
-                WARPS=config.num_warps, HAS_BIAS=b_hn is not None, SAVE=gates is not None,
-            )  # fmt: skip
+            launch(grid, (*tensors, state, arrivals, table), (steps, batch, first_b, first_d))
         mend(operands)
 
     def backward(self, operands: Backward, config: CooperativeConfig) -> None:
@@ -319,9 +321,10 @@ class CooperativeKernel(Kernel):
         steps, table = steps_and_table(operands.y, varlen)
         shape = config.groups(batch), 2, config.programs, config.rows, config.padded
         shares = torch.empty(shape, dtype=torch.float32, device=operands.y.device)
+        y = operands.y
+        launch = BACKWARD.prepare(config, varlen is not None, y.dtype, y.get_device(), H=hidden)
         for arrivals, first_b, first_d, grid in _launches(config, operands.h0):
-            exchanged = shares, arrivals, table, h_prev
-            BACKWARD(config, varlen, grid, (*tensors, *exchanged), steps, batch, first_b, first_d, H=hidden)
+            launch(grid, (*tensors, shares, arrivals, table, h_prev), (steps, batch, first_b, first_d))
 
     def functions(self, config: CooperativeConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         # The state is exchanged in the products' dtype.

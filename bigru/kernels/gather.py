@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from bigru.kernels.kernel import Launcher
+from bigru.kernels.launch import Launcher
 
 BLOCK = 1024
 """Numbers that one program writes."""
@@ -52,7 +50,7 @@ def gather_kernel(
         tl.store(out_ptr + o, tl.load(x, o < total, 0.0), o < total)
 
 
-LAUNCH = Launcher(gather_kernel, alignment=1)
+LAUNCHER = Launcher(gather_kernel, alignment=1)
 
 
 class Layout(NamedTuple):
@@ -81,50 +79,3 @@ def lay_out(hidden: int, inputs: int, biased: bool, rows: int, dtypes: tuple[tor
     sizes = 6 * hidden * hidden, 6 * hidden * inputs, 6 * hidden * biased, 2 * hidden * biased, 2 * hidden * rows
     *starts, end = itertools.accumulate(-(-size // 64) * 64 for size in sizes)
     return Layout(hidden, inputs, biased, (*starts, -(-end // BLOCK) * BLOCK), dtypes)
-
-
-def gather(
-    x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], batch: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gathers a layer's operands, outside autograd.
-
-    Args:
-        x: (T, B, I) input of any strides, or (P, I).
-        h0: (D, B, H) initial states; None for zeros.
-        weights: as for `bigru.kernels.layer.fused_gru_layer`.
-        batch: B.
-        dtype: the dtype of all that is returned.
-
-    Returns:
-        x (T * B, I), or (P, I); h0; w_ih (I, D * 3H), transposed; w_hh (D, 3H, H), followed by all else, so that it
-        is aligned; b_ih + b_hh (D * 3H), where b_hh_n counts as zero, and b_hn (D, H), both None without biases.
-
-    Raises:
-        RuntimeError: a weight is on another device, or has no memory.
-    """
-    hidden, inputs = weights[1].shape[1], x.shape[-1]
-    biased, copied = len(weights) == 8, x.dtype != dtype or not x.is_contiguous()
-    dtypes = x.dtype, dtype, *[weight.dtype for weight in weights]
-    layout = lay_out(hidden, inputs, biased, batch if h0 is None else 0, dtypes)
-    w_ih, bias, b_hn, state, first_x = layout.starts
-    total = first_x + (x.numel() if copied else 0)
-    out = x.new_empty(total, dtype=dtype)
-    # A kernel would read anywhere.
-    if not all(map(Tensor.data_ptr, weights)) or {*map(Tensor.get_device, weights)} != {x.get_device()}:
-        found = [str(weight.device) for weight in weights]
-        raise RuntimeError(f"weights: expected all in memory on {x.device} like input, got {found}")
-    tensors = weights if all(map(Tensor.is_contiguous, weights)) else [weight.contiguous() for weight in weights]
-    if not biased:
-        tensors = [*tensors[:2], out, out, *tensors[2:], out, out]
-    columns, strides = (x.shape[1], x.stride()) if x.dim() == 3 else (1, (x.stride(0), 0, x.stride(1)))
-    grid = -(-total // BLOCK), 1, 1
-    LAUNCH(layout, None, grid, (*tensors, x, out), first_x, total, columns, *strides)
-    x = out.as_strided((x.numel() // inputs, inputs), (inputs, 1), first_x) if copied else x.view(-1, inputs)
-    if h0 is None:
-        h0 = out.as_strided((2, batch, hidden), (batch * hidden, hidden, 1), state)
-    else:
-        h0 = h0.to(dtype).contiguous()
-    biases: tuple[Any, Any] = (None, None)
-    if biased:
-        biases = out.as_strided((6 * hidden,), (1,), bias), out.as_strided((2, hidden), (hidden, 1), b_hn)
-    return x, h0, out.as_strided((inputs, 6 * hidden), (1, inputs), w_ih), out, *biases

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from bigru.kernels.backends import KERNELS
 from bigru.kernels.choice import choice_of
 from bigru.kernels.compiling import not_compiled
 from bigru.kernels.config import autocasts, dtype_of_call, without_autocast
 from bigru.kernels.decompositions import onnx_gru_layer, writes_onnx
-from bigru.kernels.layer import fused_gru_layer, makes_states, wants_gradient
+from bigru.kernels.launched import Common, launched_gru, launches
+from bigru.kernels.layer import fused_gru_layer
 from bigru.kernels.reference import gru_recurrence, layer_operands
 from bigru.kernels.registry import check_options
 from bigru.kernels.twin import own_callable, twin, unlike_bigru
@@ -161,7 +161,7 @@ class BiGRU(nn.RNNBase):
         x = input if batched else input.unsqueeze(1)
         if hx is not None and not batched:
             hx = hx.unsqueeze(1)
-        weights, given = self._weights(), hx is not None
+        weights = self._weights()
         steps, batch = x.shape[:2] if time_first else (x.shape[1], x.shape[0])
         self._check(x, hx, weights, batch)
         if torch.compiler.is_compiling():
@@ -170,15 +170,14 @@ class BiGRU(nn.RNNBase):
         elif steps == 0:
             raise RuntimeError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
         backend = self._backend_that_serves(input)
-        hx = self._states(x, hx, batch, backend)
         # A compiler would unroll ATen's GRU over time, and again for every length.
         if backend == "torch" and not torch.compiler.is_compiling():
+            hx = self._zeros(x, batch) if hx is None else hx
             y, h_n = torch._VF.gru(
                 x, hx, weights, self.bias, self.num_layers, self.dropout, self.training, True, not time_first
             )
         else:
-            x = x if time_first else x.transpose(0, 1)
-            y, h_n = self._forward_layers(x, hx, weights, backend, batch_first=not time_first, given=given)
+            y, h_n = self._forward_layers(x, hx, weights, backend, batch, batch_first=not time_first)
         return (y, h_n) if batched else (y.squeeze(1), h_n.squeeze(1))
 
     def resolve_backend(self, input: Tensor | PackedSequence) -> str:
@@ -247,10 +246,8 @@ class BiGRU(nn.RNNBase):
         names = self._flat_weights_names
         return [getattr(self, name) if (weight := own.get(name)) is None else weight for name in names]
 
-    def _states(self, x: Tensor, hx: Tensor | None, batch: int | Tensor, backend: str) -> Any:
-        """`hx`, or zeros; or None, if the backend makes them."""
-        if hx is not None or (backend in KERNELS and makes_states(backend)):
-            return hx
+    def _zeros(self, x: Tensor, batch: int | Tensor) -> Tensor:
+        """Initial states where there are none."""
         shape: tuple[Any, ...] = (2 * self.num_layers, batch, self.hidden_size)
         return x.new_zeros(shape)  # of x's class too
 
@@ -287,35 +284,33 @@ class BiGRU(nn.RNNBase):
     def _forward_layers(
         self,
         x: Tensor,
-        hx: Any,
+        hx: Tensor | None,
         weights: list[Tensor],
         backend: str,
+        batch: Any,
         varlen: Varlen | None = None,
         batch_first: bool = False,
         lengths: Tensor | None = None,
-        given: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """y, of the batch first if asked, and h_n, of x (T, B, I) or, packed, (P, I); `lengths` for "onnx" alone.
-
-        `given` is False if `hx` is zeros that stand for no initial state.
-        """
-        per_layer = len(weights) // self.num_layers
-        device = x.device.type
+        """y and h_n, of x (T, B, I), both of the batch first if asked, or (P, I), packed; `lengths` are for "onnx"."""
+        device, precision, hidden = x.device.type, self.precision, self.hidden_size
         # Everything is of autocast's dtype, as in cuDNN's GRU, but the user's own rather than always fp16. ATen's GRU
         # on a CPU heeds no autocast, so neither does what stands for it.
         dtype = x.dtype if backend == "torch" and device == "cpu" else dtype_of_call(x.dtype, device)
+        if launches(backend, varlen is not None):
+            common = Common(backend, precision, dtype, hidden, batch, varlen)
+            dropout = self.dropout if self.training else 0.0
+            return launched_gru(x, hx, weights, common, self.num_layers, batch_first, dropout)
+        hx, given = self._zeros(x, batch) if hx is None else hx, hx is not None
+        x = x.transpose(0, 1) if batch_first else x
+        per_layer = len(weights) // self.num_layers
         sizes = None if varlen is None else varlen.batch_sizes.tolist()
-        states, out = [], None
-        if backend in KERNELS and makes_states(backend) and not wants_gradient(x, hx, weights):
-            batch = x.shape[1] if varlen is None else varlen.batch
-            shape = 2 * self.num_layers, batch, self.hidden_size
-            out = x.new_empty(shape) if x.dtype == dtype else x.new_empty(shape, dtype=dtype)
-        h_ns = [None] * self.num_layers if out is None else out.split_with_sizes([2] * self.num_layers)
+        states = []
         with without_autocast(device):
             for layer in range(self.num_layers):
                 last = layer == self.num_layers - 1
                 own = weights[layer * per_layer : (layer + 1) * per_layer]
-                h0: Any = None if hx is None else hx[2 * layer : 2 * layer + 2]
+                h0 = hx[2 * layer : 2 * layer + 2]
                 if backend == "onnx":
                     x, h_n = onnx_gru_layer(x, h0, own, lengths)
                     x = x.transpose(0, 1) if last and batch_first else x
@@ -327,12 +322,12 @@ class BiGRU(nn.RNNBase):
                     x = (x.transpose(0, 1) if batch_first else x).clone() if last else x
                 else:
                     kernel = "scan" if backend == "torch" else backend
-                    how = self.hidden_size, dtype, self.precision, kernel, varlen, last and batch_first
-                    x, h_n = fused_gru_layer(x, h0, own, *how, h_ns[layer], given)
+                    how = hidden, dtype, precision, kernel, varlen, last and batch_first, given
+                    x, h_n = fused_gru_layer(x, h0, own, *how)
                 states.append(h_n)
                 if self.dropout and not last:
                     x = nn.functional.dropout(x, self.dropout, self.training)
-        return x, torch.cat(states) if out is None else out
+        return x, torch.cat(states)
 
     @not_compiled("the number of rows at each step of a PackedSequence is data")
     def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
@@ -343,17 +338,17 @@ class BiGRU(nn.RNNBase):
         batch = packed.batch_sizes[0] if varlen is None else varlen.batch
         if hx is not None and packed.sorted_indices is not None and hx.shape[1] == batch:
             hx = hx.index_select(1, packed.sorted_indices)
-        weights, given = self._weights(), hx is not None
+        weights = self._weights()
         self._check(packed.data, hx, weights, batch)
         backend = self._backend_that_serves(packed)
-        hx = self._states(packed.data, hx, batch, backend)
         if backend == "torch":
+            hx = self._zeros(packed.data, batch) if hx is None else hx
             y, h_n = torch._VF.gru(
                 packed.data, packed.batch_sizes, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
                 True,
             )  # fmt: skip
         else:
-            y, h_n = self._forward_layers(packed.data, hx, weights, backend, varlen or varlen_of(packed), given=given)
+            y, h_n = self._forward_layers(packed.data, hx, weights, backend, batch, varlen or varlen_of(packed))
         if packed.unsorted_indices is not None:
             h_n = h_n.index_select(1, packed.unsorted_indices)
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
@@ -368,11 +363,12 @@ class BiGRU(nn.RNNBase):
             raise ValueError(f"lengths: expected 3-D input beside them, got {input.dim()}-D")
         batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
         if writes_onnx():
-            weights, x = self._weights(), input.transpose(0, 1) if self.batch_first else input
-            self._check(x, hx, weights, batch)
-            hx = self._states(x, hx, batch, "onnx")
-            lengths = torch.as_tensor(lengths, device=x.device)
-            return self._forward_layers(x, hx, weights, "onnx", batch_first=self.batch_first, lengths=lengths)
+            weights = self._weights()
+            self._check(input, hx, weights, batch)
+            lengths = torch.as_tensor(lengths, device=input.device)
+            return self._forward_layers(
+                input, hx, weights, "onnx", batch, batch_first=self.batch_first, lengths=lengths
+            )
         lengths = checked_lengths(lengths, steps, batch)
         if batch == 0:
             return self.forward(input, hx)

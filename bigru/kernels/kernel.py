@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bigru.kernels.config import Call
-from bigru.kernels.varlen import Varlen, steps_and_table
+from bigru.kernels.varlen import Varlen
 
 
 class Forward(NamedTuple):
@@ -117,6 +114,16 @@ class Kernel(ABC):
         """Runs the backward recurrence in a configuration from `choose`."""
         raise NotImplementedError
 
+    def launchers(self, config: Any) -> Any:
+        """Returns what serves a call in one launch of each direction, of the operands in their order, or None.
+
+        Returns:
+            The forward pass's `bigru.kernels.launch.Launcher`, its compile-time arguments beside those of the
+            configuration, H, HAS_BIAS and SAVE, and the backward pass's launcher. Whatever else `forward` does is for
+            initial states that are given.
+        """
+        return None
+
     def functions(self, config: Any) -> dict[str, tuple[Any, dict[str, str]]]:
         """Returns the jit functions that a configuration launches, for `bigru.kernels.resources`.
 
@@ -125,71 +132,3 @@ class Kernel(ABC):
             storage's dtype; "operand" stands for the dtype of the products' factors.
         """
         return {}
-
-
-class Launcher:
-    """Launches a jit function: through Triton's own path the first time, which compiles it, then directly.
-
-    Triton binds and specialises the arguments at every call, which takes three times as long as the launch.
-
-    Args:
-        function: the jit function: pointers, integers, constants.
-        alignment: what the addresses are multiples of, in bytes, where the launch is direct; Triton compiles anew for
-            others.
-    """
-
-    def __init__(self, function: Any, alignment: int = 16) -> None:
-        self.function, self._odd = function, alignment - 1
-        self._compiled: dict[Any, tuple[Any, list[Any]]] = {}
-
-    def __call__(
-        self, config: Any, varlen: Varlen | None, grid: tuple[int, int, int], tensors: Sequence[Tensor | None],
-        *sizes: int, **constants: Any,
-    ) -> None:  # fmt: skip
-        """Launches on the current device and stream.
-
-        Args:
-            config: the configuration. With it, the first tensor's dtype says all others'.
-            varlen: the layout, without which some pointers are None.
-            grid: the numbers of programs.
-            tensors: what the pointers are to.
-            sizes: the integers.
-            constants: compile-time arguments beside those of the configuration.
-        """
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        odd = self._odd and functools.reduce(operator.or_, filter(None, addresses), 0) & self._odd
-        aligned = not odd and torch.version.hip is None  # for AMD Triton compiles anew for large tensors too
-        first: Any = tensors[0]
-        key = config, varlen is None, grid, first.dtype, first.get_device(), *constants.values()
-        if aligned and (found := self._compiled.get(key)):
-            launch, last = found
-            launch(*addresses, *sizes, *last)
-            return
-        constants |= config.constants()
-        compiled = self.function[grid](*tensors, *sizes, **constants, **config.options())
-        if aligned and compiled is not None:  # None: in the interpreter
-            if len(self._compiled) >= 1024:  # of batches of ever other sizes
-                self._compiled.clear()
-            last = [constants[parameter.name] for parameter in self.function.params if parameter.is_constexpr]
-            self._compiled[key] = compiled[grid], last
-
-
-def launch_forward(launcher: Launcher, operands: Forward, config: Any, **constants: Any) -> None:
-    """Launches a jit function that takes these operands, a program for each block of rows and direction."""
-    gi, w_hh, b_hn, h0, y, h_n, gates, varlen, _ = operands
-    directions, batch, hidden = h0.shape
-    steps, table = steps_and_table(y, varlen)
-    tensors = gi, w_hh, gi if b_hn is None else b_hn, h0, y, h_n, y if gates is None else gates, table
-    launcher(
-        config, varlen, (-(-batch // config.rows), directions, 1), tensors, steps, batch, H=hidden,
-        HAS_BIAS=b_hn is not None, SAVE=gates is not None, **constants,
-    )  # fmt: skip
-
-
-def launch_backward(launcher: Launcher, operands: Backward, config: Any) -> None:
-    """Launches a jit function as `launch_forward` does."""
-    *tensors, varlen, h_prev = operands
-    directions, batch, hidden = operands.h0.shape
-    steps, table = steps_and_table(operands.y, varlen)
-    grid = -(-batch // config.rows), directions, 1
-    launcher(config, varlen, grid, (*tensors, table, h_prev), steps, batch, H=hidden)

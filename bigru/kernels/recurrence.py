@@ -5,7 +5,6 @@ mode a layer calls `run_forward` and `run_backward` directly; the operators are 
 and for whatever else records operators.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from bigru.kernels import registry
 from bigru.kernels.config import Call, describe
 from bigru.kernels.decompositions import onnx_recurrence
-from bigru.kernels.kernel import Backward, Forward
+from bigru.kernels.kernel import Backward, Forward, Kernel
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
 from bigru.kernels.varlen import Varlen
 
@@ -55,31 +54,23 @@ def run_forward(
     b_hn = None if b_hn is None else b_hn.contiguous()
     y, h_n = gi.new_empty(*rows, hidden), torch.empty_like(h0)
     gates = gi.new_empty(registry.get(how.kernel).gates_shape(rows, hidden) if save else (0,))
-    with on_device_of(gi):
-        start_forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, how.varlen, how.given), how)
+    if h0.shape[1] > 0:
+        with on_device_of(gi):
+            operands = Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, how.varlen, how.given)
+            kernel, config = _configured(how, y, *h0.shape[1:])
+            kernel.forward(operands, config)
     return y, h_n, gates
 
 
-def start_forward(operands: Forward, how: How) -> None:
-    """Runs the forward recurrence into memory, on the current device."""
-    _, batch, hidden = operands.h0.shape
-    if batch > 0:
-        y = operands.y
-        config = _config(how.kernel, how.precision, y.device, y.dtype, hidden, how.varlen is not None, batch)
-        registry.get(how.kernel).forward(operands, config)
-
-
 def run_backward(
-    dy: Tensor | None, dh_n: Tensor | None, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, how: How,
-    h_prev: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor | None, dh_n: Tensor | None, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, how: How
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the backward recurrence in a kernel, outside autograd.
 
     Args:
         dy, dh_n: gradients of y and h_n; None for zeros.
         y, gates: as `run_forward` of the same kernel returned them.
         h0, w_hh, how: as for `run_forward`.
-        h_prev: (P, D, H) memory, contiguous; with a `varlen`, filled with the state before each step.
 
     Returns:
         dgi, dq and dh0, as in `bigru.kernels.kernel.Backward`.
@@ -92,9 +83,9 @@ def run_backward(
     dq, dh0 = torch.empty_like(y), torch.empty_like(h0)
     if batch > 0:
         with on_device_of(y):
-            operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, how.varlen, h_prev)
-            config = _config(how.kernel, how.precision, y.device, y.dtype, hidden, how.varlen is not None, batch)
-            registry.get(how.kernel).backward(operands, config)
+            operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, how.varlen)
+            kernel, config = _configured(how, y, batch, hidden)
+            kernel.backward(operands, config)
     return dgi, dq, dh0
 
 
@@ -116,12 +107,11 @@ def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
     return dw_hh
 
 
-@functools.lru_cache(maxsize=1024)
-def _config(
-    kernel: str, precision: str, device: torch.device, dtype: torch.dtype, hidden: int, varlen: bool, batch: int
-) -> Any:
-    """Returns the launch configuration of a call."""
-    return registry.get(kernel).choose(Call(describe(device), dtype, hidden, precision, varlen), batch)
+def _configured(how: How, y: Tensor, batch: int, hidden: int) -> tuple[Kernel, Any]:
+    """Returns the kernel of a call and its launch configuration."""
+    kernel = registry.get(how.kernel)
+    call = Call(describe(y.device), y.dtype, hidden, how.precision, how.varlen is not None)
+    return kernel, kernel.choose(call, batch)
 
 
 _HERE = nullcontext()

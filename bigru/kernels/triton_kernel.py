@@ -46,7 +46,8 @@ from bigru.kernels.cell import (
     _store_gates,
 )
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
-from bigru.kernels.kernel import Backward, Forward, Kernel, Launcher, launch_backward, launch_forward
+from bigru.kernels.kernel import Backward, Forward, Kernel
+from bigru.kernels.launch import Launcher, launch_backward, launch_forward
 from bigru.kernels.mend import mend
 from bigru.kernels.triton_tile import _from_tile, _load_gates_weights, _tile, _to_tile
 from bigru.kernels.varlen import steps_and_table
@@ -331,10 +332,11 @@ class TritonKernel(Kernel):
         state = torch.empty((2, *h0.shape), dtype=torch.float32, device=gi.device)
         state.copy_(h0)
         tensors = gi, w_hh, gi if b_hn is None else b_hn, state, y, y if gates is None else gates, table
-        FORWARD_STREAMED(
-            config, varlen, (-(-batch // config.rows), 2, 1), tensors, steps, batch, hidden, H=hidden,
-            HAS_BIAS=b_hn is not None, SAVE=gates is not None, ACCURATE=config.accurate,
+        launch = FORWARD_STREAMED.prepare(
+            config, varlen is not None, gi.dtype, gi.get_device(), H=hidden, HAS_BIAS=b_hn is not None,
+            SAVE=gates is not None, ACCURATE=config.accurate,
         )  # fmt: skip
+        launch((-(-batch // config.rows), 2, 1), tensors, (steps, batch, hidden))
         h_n.copy_(state[steps % 2])
 
     def backward(self, operands: Backward, config: TritonConfig) -> None:
@@ -346,8 +348,12 @@ class TritonKernel(Kernel):
         steps, table = steps_and_table(y, varlen)
         dh = dh_n.to(torch.float32, copy=True)
         tensors = dy, y, gates, h0, w_hh, dh, dgi, dq, table, h_prev
-        BACKWARD_STREAMED(config, varlen, (-(-batch // config.rows), 2, 1), tensors, steps, batch, hidden, H=hidden)
+        launch = BACKWARD_STREAMED.prepare(config, varlen is not None, y.dtype, y.get_device(), H=hidden)
+        launch((-(-batch // config.rows), 2, 1), tensors, (steps, batch, hidden))
         dh0.copy_(dh)
+
+    def launchers(self, config: TritonConfig) -> tuple[Launcher, dict[str, Any], Launcher] | None:
+        return (FORWARD, {"ACCURATE": config.accurate}, BACKWARD) if config.persistent else None
 
     def functions(self, config: TritonConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         if config.persistent:
