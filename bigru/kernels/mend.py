@@ -17,6 +17,8 @@ and `gates_ptr` None where there are none. The numbers of one unit's gates lie `
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,7 @@ import triton.language as tl
 from bigru.kernels.cell import SIZES, _cell, _row
 from bigru.kernels.config import TritonConfig
 from bigru.kernels.kernel import Forward
+from bigru.kernels.launch import Launcher
 from bigru.kernels.varlen import steps_and_table
 
 LIMIT = tl.constexpr(4096.0)
@@ -88,6 +91,24 @@ def gru_mend_kernel(
         t += 1 - 2 * d
 
 
+LAUNCHER = Launcher(gru_mend_kernel)
+
+
+class Mended(NamedTuple):
+    """Which pointers there are; the kernel's configuration."""
+
+    biased: bool
+    saved: bool
+
+    def constants(self) -> dict[str, Any]:
+        """Returns the kernel's compile-time arguments."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        """Returns the compiler's options."""
+        return CONFIG.options()
+
+
 def mend(operands: Forward, gates_innermost: bool = False) -> None:
     """Computes anew, in a forward pass with scaled products, the sequences that these got wrong.
 
@@ -103,7 +124,8 @@ def mend(operands: Forward, gates_innermost: bool = False) -> None:
     directions, batch, hidden = h0.shape
     steps, table = steps_and_table(y, varlen)
     unit, gate = (4, 1) if gates_innermost else (1, hidden)
-    gru_mend_kernel[batch, directions](
-        gi, w_hh, b_hn, h0, y, h_n, gates, table, steps, batch, hidden, unit, gate,
-        **CONFIG.options(),
+    launch = LAUNCHER.prepare(
+        Mended(b_hn is not None, gates is not None), varlen is not None, gi.dtype, gi.get_device()
     )  # fmt: skip
+    tensors = gi, w_hh, b_hn, h0, y, h_n, gates, table
+    launch((batch, directions, 1), tensors, (steps, batch, hidden, unit, gate))
