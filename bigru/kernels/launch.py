@@ -26,8 +26,7 @@ class Launcher:
 
     Args:
         function: the jit function.
-        alignment: what the addresses are multiples of, in bytes, where a launch is direct; Triton compiles anew for
-            others.
+        alignment: the multiple, in bytes, for addresses off which Triton compiles the function anew.
     """
 
     def __init__(self, function: Any, alignment: int = 16) -> None:
@@ -56,7 +55,7 @@ class Launch:
     def __init__(self, launcher: Launcher, config: Any, *key: Any, **constants: Any) -> None:
         self._launcher, self._config, self._constants = launcher, config, constants | config.constants()
         self._odd = launcher.alignment - 1
-        self._direct: Callable[..., None] | None = None
+        self._direct: dict[tuple[bool, ...], Callable[..., None]] = {}
         self._last: list[Any] = []
 
     def __call__(
@@ -77,9 +76,12 @@ class Launch:
                 None if tensor is None else tensor.data_ptr() + offset
                 for tensor, offset in zip(tensors, offsets, strict=True)
             ]
-        aligned = not (self._odd and functools.reduce(operator.or_, filter(None, addresses), 0) & self._odd)
-        if aligned and self._direct is not None:
-            self._direct(*grid, *addresses, *sizes, *self._last)
+        # Triton compiles anew for other addresses that are no multiples; mostly there are none.
+        odd: tuple[bool, ...] = ()
+        if self._odd and functools.reduce(operator.or_, filter(None, addresses), 0) & self._odd:
+            odd = tuple([bool(address and address & self._odd) for address in addresses])
+        if (launch := self._direct.get(odd)) is not None:
+            launch(*grid, *addresses, *sizes, *self._last)
             return
         if offsets is not None:
             tensors = [
@@ -89,9 +91,9 @@ class Launch:
         function = self._launcher.function
         compiled = function[grid](*tensors, *sizes, **self._constants, **self._config.options())
         # Not in the interpreter, and not for AMD, for which Triton compiles anew for large tensors too.
-        if aligned and compiled is not None and torch.version.hip is None:
+        if compiled is not None and torch.version.hip is None:
             self._last = [self._constants[parameter.name] for parameter in function.params if parameter.is_constexpr]
-            self._direct = direct(compiled)
+            self._direct[odd] = direct(compiled)
 
 
 def direct(compiled: Any) -> Callable[..., None]:
