@@ -69,9 +69,12 @@ def _choose(
     steps: int | None,
     batch: int | None,
 ) -> tuple[Any, ...]:
-    # A call may take microseconds. On a GPU "auto" heeds torch.backends too; else the answer depends on these alone.
-    asked = _ask if backend == "auto" and device.type != "cpu" else _remembered
-    return tuple(asked(backend, device, dtype, hidden, precision, varlen, steps, batch, torch.get_num_threads()))
+    # A call may take microseconds. Where a GPU's "auto" finds no kernel it heeds torch.backends, which may change.
+    about = backend, device, dtype, hidden, precision, varlen, steps, batch, torch.get_num_threads()
+    choice = _remembered(*about)
+    if choice.backend == "torch" and backend == "auto" and device.type != "cpu":
+        choice = _ask(*about)
+    return tuple(choice)
 
 
 def _ask(backend: str, device: torch.device, *about: Any) -> Choice:
