@@ -27,10 +27,13 @@ class Launcher:
     Args:
         function: the jit function.
         alignment: the multiple, in bytes, for addresses off which Triton compiles the function anew.
+        triton_version: the installed one.
     """
 
-    def __init__(self, function: Any, alignment: int = 16) -> None:
-        self.function, self.alignment = function, alignment
+    def __init__(
+        self, function: Any, alignment: int = 16, triton_version: tuple[int, ...] = TRITON_VERSION
+    ) -> None:  # fmt: skip
+        self.function, self.alignment, self.triton_version = function, alignment, triton_version
         self._prepared = functools.lru_cache(maxsize=1024)(functools.partial(Launch, self))
 
     def prepare(self, config: Any, ragged: bool, dtype: torch.dtype, device: int, **constants: Any) -> Launch:
@@ -93,18 +96,18 @@ class Launch:
         # Not in the interpreter, and not for AMD, for which Triton compiles anew for large tensors too.
         if compiled is not None and torch.version.hip is None:
             self._last = [self._constants[parameter.name] for parameter in function.params if parameter.is_constexpr]
-            self._direct[odd] = direct(compiled)
+            self._direct[odd] = direct(compiled, self._launcher.triton_version)
 
 
-def direct(compiled: Any) -> Callable[..., None]:
+def direct(compiled: Any, triton_version: tuple[int, ...], driver: Any = None) -> Callable[..., None]:
     """Returns a function of a grid and a compiled kernel's arguments that launches it on the current stream."""
 
     def launch(x: int, y: int, z: int, *arguments: Any) -> None:
         compiled[x, y, z](*arguments)
 
-    if not KNOWN[0] <= TRITON_VERSION <= KNOWN[1]:
+    if not KNOWN[0] <= triton_version <= KNOWN[1]:
         return launch
-    driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
+    driver, hooks = driver or triton.runtime.driver.active, triton.knobs.runtime
     run, device, current_stream = compiled.run, driver.get_current_device(), driver.get_current_stream
     function, metadata = compiled.function, compiled.packed_metadata
 

@@ -60,15 +60,12 @@ class Config(NamedTuple):
         return {"num_warps": 4}
 
 
-@pytest.fixture
-def unknown_triton(monkeypatch):
-    """One whose launcher's arguments are not known."""
-    monkeypatch.setattr("bigru.kernels.launch.TRITON_VERSION", (99, 0))
+UNKNOWN = 99, 0
+"""A version of triton whose launcher's arguments are not known."""
 
 
-@pytest.mark.usefixtures("unknown_triton")
 def test_a_launch_asks_triton_once():
-    grid, x, launcher = (3, 2, 1), torch.zeros(64), Launcher(Jit(launches := []))
+    grid, x, launcher = (3, 2, 1), torch.zeros(64), Launcher(Jit(launches := []), triton_version=UNKNOWN)
     named = {"H": 16, "N": 8, "num_warps": 4}
     launch = launcher.prepare(Config(8), False, x.dtype, -1, H=16)
     launch(grid, (x, None), (5,))
@@ -81,9 +78,8 @@ def test_a_launch_asks_triton_once():
     assert launches.pop(0) == (grid, (x[1:].data_ptr(), None, 5, 16, 8), {})
 
 
-@pytest.mark.usefixtures("unknown_triton")
 def test_a_launch_at_offsets():
-    x, launcher = torch.zeros(64), Launcher(Jit(launches := []))
+    x, launcher = torch.zeros(64), Launcher(Jit(launches := []), triton_version=UNKNOWN)
     launch = launcher.prepare(Config(8), False, x.dtype, -1, H=16)
     launch((1, 1, 1), (x, None), (5,), (16, 0))
     assert launches[0][1][0].data_ptr() == x.data_ptr() + 16
@@ -93,7 +89,7 @@ def test_a_launch_at_offsets():
     assert launches[2][1][0].data_ptr() == x.data_ptr() + 4
 
 
-def test_a_launch_past_the_hooks_of_a_profiler(monkeypatch):
+def test_a_launch_past_the_hooks_of_a_profiler():
     """In a known triton: while nobody listens, none are called."""
     knobs = pytest.importorskip("triton").knobs
     launched, hooks = [], knobs.runtime.launch_enter_hook
@@ -105,9 +101,7 @@ def test_a_launch_past_the_hooks_of_a_profiler(monkeypatch):
             return lambda *args: launched.append((grid, *args))
 
     active = SimpleNamespace(get_current_device=lambda: 4, get_current_stream=lambda device: device + 3)
-    driver = SimpleNamespace(driver=SimpleNamespace(active=active))
-    monkeypatch.setattr("bigru.kernels.launch.triton", SimpleNamespace(runtime=driver, knobs=knobs))
-    launch = direct(Compiled())
+    launch = direct(Compiled(), (3, 6), active)
     launch(3, 2, 1, 10, None)
     hooks.add(print)
     try:
