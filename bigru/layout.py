@@ -20,3 +20,5 @@ MODALITY_SHAPES = {"gaze": (2,), "objects": (30, 4), "surrogate": (2, 4)}
 """Shape of one frame of what may be fed beside the hands, in the order of the features."""
 MODALITY_SIZES = {name: math.prod(shape) for name, shape in MODALITY_SHAPES.items()}
 """Features per frame of each modality: 2, 120 and 8."""
+ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
+"""What forecast positions count from, by the configuration's `centre`."""

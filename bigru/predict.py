@@ -102,7 +102,8 @@ def find_clips(paths: Sequence[Path]) -> list[Path]:
 def _carry_out(model: HandForecaster, config: DataConfig, clip: Path, arguments: Arguments) -> bool:
     """Forecasts one clip, says what was written or why not, and tells whether it was."""
     from bigru.data.hdf5 import ClipError
-    from bigru.model.prediction import forecast, write, write_stream
+    from bigru.model.prediction import forecast, write
+    from bigru.streaming import write_stream
 
     try:
         if arguments.stream:

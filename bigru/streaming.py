@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from bigru.config import DataConfig
 from bigru.data.clips import Clip, read_clip
 from bigru.data.windows import frame_features, hands_origin
-from bigru.layout import CENTRED_UNIT, JOINTS_PER_HAND, MODALITY_SHAPES, POSE_SIZE
+from bigru.files import printable, write_npz
+from bigru.layout import CENTRED_UNIT, JOINTS_PER_HAND, MODALITY_SHAPES, ORIGINS, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.model.load import load_model
 
@@ -54,6 +55,29 @@ def replay(model: HandForecaster, clip: Path, config: DataConfig, fps: float | N
         for number, hands in enumerate(content.hands)
     ]
     return [forecast for forecast in forecasts if forecast is not None]
+
+
+def write_stream(model: HandForecaster, config: DataConfig, clip: Path, out: Path, fps: float | None = None) -> str:
+    """Forecasts after every frame of a clip and writes CLIP.stream.npz; returns lines about the latency and the file.
+
+    The file holds predicted (N, T, 2, 21, 2) as in CLIP.npz, frame (N,), the last frame that each forecast has seen,
+    latency_s (N,), and origin.
+    """
+    forecasts = replay(model, clip, config, fps)
+    latency_s = np.array([forecast.latency_s for forecast in forecasts])
+    device, threads = next(model.parameters()).device, torch.get_num_threads()
+    where = f"{threads} thread{'s' * (threads > 1)} of the CPU" if device.type == "cpu" else str(device)
+    median, slow = 1e3 * np.percentile(latency_s, (50, 99))
+    path = out / f"{clip.stem}.stream.npz"
+    out.mkdir(parents=True, exist_ok=True)
+    predicted = np.stack([forecast.positions for forecast in forecasts])
+    frames = [forecast.frame for forecast in forecasts]
+    arrays = {"predicted": predicted, "frame": frames, "latency_s": latency_s, "origin": ORIGINS[config.centre]}
+    write_npz(path, arrays)
+    return (
+        f"{printable(clip.stem)}: {len(forecasts)} forecasts of {config.predicted} frames on {where}, "
+        f"latency median {median:.2f} ms, 99th percentile {slow:.2f} ms\n  {printable(path)}"
+    )
 
 
 class ForecastStream:

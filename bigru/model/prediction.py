@@ -23,17 +23,14 @@ import torch
 from bigru.config import ConfigError, DataConfig
 from bigru.data.clips import read_clip
 from bigru.data.windows import frame_features, hands_origin
-from bigru.files import printable, write_atomically, write_npz
-from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, POSE_SIZE
+from bigru.files import write_atomically
+from bigru.layout import CENTRED_UNIT, IMAGE_PX, JOINTS_PER_HAND, ORIGINS, POSE_SIZE
 from bigru.model.forecaster import HandForecaster
 from bigru.report import figures
 from bigru.report.animation import gif
 from bigru.report.record import Samples
-from bigru.streaming import replay
 
 IMAGE = np.array(IMAGE_PX)
-ORIGINS = {"frame": "wrists_midpoint_of_this_frame", "last": "image_corner"}
-"""What positions count from, by the centring of the weights."""
 HANDS = ("left", "right")
 # MediaPipe's names.
 THUMB, FINGER = ("CMC", "MCP", "IP", "TIP"), ("MCP", "PIP", "DIP", "TIP")
@@ -226,29 +223,6 @@ def as_csv(result: Forecast) -> str:
             named = (HANDS[hand], joint, JOINT_NAMES[joint], origin)
             writer.writerow([frame, f"{time_s:.4f}", f"{ahead_s:.4f}", *named, *cells, *rate])
     return buffer.getvalue()
-
-
-def write_stream(model: HandForecaster, config: DataConfig, clip: Path, out: Path, fps: float | None = None) -> str:
-    """Forecasts after every frame of a clip and writes CLIP.stream.npz; returns lines about the latency and the file.
-
-    The file holds predicted (N, T, 2, 21, 2) as in CLIP.npz, frame (N,), the last frame that each forecast has seen,
-    latency_s (N,), and origin.
-    """
-    forecasts = replay(model, clip, config, fps)
-    latency_s = np.array([forecast.latency_s for forecast in forecasts])
-    device, threads = next(model.parameters()).device, torch.get_num_threads()
-    where = f"{threads} thread{'s' * (threads > 1)} of the CPU" if device.type == "cpu" else str(device)
-    median, slow = 1e3 * np.percentile(latency_s, (50, 99))
-    path = out / f"{clip.stem}.stream.npz"
-    out.mkdir(parents=True, exist_ok=True)
-    predicted = np.stack([forecast.positions for forecast in forecasts])
-    frames = [forecast.frame for forecast in forecasts]
-    arrays = {"predicted": predicted, "frame": frames, "latency_s": latency_s, "origin": ORIGINS[config.centre]}
-    write_npz(path, arrays)
-    return (
-        f"{printable(clip.stem)}: {len(forecasts)} forecasts of {config.predicted} frames on {where}, "
-        f"latency median {median:.2f} ms, 99th percentile {slow:.2f} ms\n  {printable(path)}"
-    )
 
 
 def _times(result: Forecast) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
