@@ -91,7 +91,9 @@ def launched_gru(
                 x = plan.forward(x, h0, own, common.varlen, False, h_n)[0]
             if dropout and not last:
                 x = nn.functional.dropout(x, dropout)
-    return x, torch.cat(states) if h_n is None else h_n
+    if h_n is None:
+        h_n = states[0] if layers == 1 else torch.cat(states)
+    return x, h_n
 
 
 @functools.cache
