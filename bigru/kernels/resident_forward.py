@@ -31,6 +31,20 @@ from bigru.kernels.resident_tiles import (
 )
 
 
+@gluon.constexpr_function
+def _roomy(dtype, HP):
+    """Whether a step has registers for what it computes early: fp32's W_hh leaves none at H=128, and below 64 units
+    ptxas stops at 80."""
+    return dtype != gl.float32 and HP >= 64
+
+
+@gluon.constexpr_function
+def _depth(dtype, HP, SAVE):
+    """Columns of W_hh in one product: 16, the depth of one MMA, or 32, which one ldmatrix reads of 8 batch rows."""
+    # With 32 and no gates saved, ptxas stops at 100 registers at H=64, and has loads wait for one another.
+    return 32 if _roomy(dtype, HP) and (SAVE or HP == 128) else 16
+
+
 @gluon.jit
 def _forward_step(
     fixed, lengths, read, write, h, gates_in, t, t_next, H: gl.constexpr, HP: gl.constexpr, N: gl.constexpr,
@@ -43,20 +57,26 @@ def _forward_step(
     scale, unscale = scales
     offs_gi, offs_y, offs_gates = offs
     UNITS: gl.constexpr = _units(HP, N, SPLIT)
-    row, row_next = _row(t, place), _row(t_next, place)
+    ROOMY: gl.constexpr = _roomy(gi_ptr.dtype.element_ty, HP)
+    DEPTH: gl.constexpr = _depth(gi_ptr.dtype.element_ty, HP, SAVE)
+    row_next = _row(t_next, place)
     present = _present(t, lengths, UNITS)
-    x = _load_chunks(read, HP)
+    x = _load_chunks(read, HP, DEPTH)
     zero = gl.zeros([HP, 2 * N if SPLIT else N], gl.float32, _accumulator(HP))
-    h_r = _to_units(_multiply_all(w_r, x, zero, HP, SPLIT), HP, N, SPLIT) * unscale
-    h_z = _to_units(_multiply_all(w_z, x, zero, HP, SPLIT), HP, N, SPLIT) * unscale
-    q = _to_units(_multiply_all(w_n, x, zero, HP, SPLIT), HP, N, SPLIT) * unscale + b_hn
+    h_r = _to_units(_multiply_all(w_r, x, zero, HP // DEPTH, SPLIT), HP, N, SPLIT) * unscale
+    h_z = _to_units(_multiply_all(w_z, x, zero, HP // DEPTH, SPLIT), HP, N, SPLIT) * unscale
+    q = _to_units(_multiply_all(w_n, x, zero, HP // DEPTH, SPLIT), HP, N, SPLIT) * unscale + b_hn
     r = _sigmoid(gates_in[0].to(gl.float32) + h_r, not SPLIT)
     z = _sigmoid(gates_in[1].to(gl.float32) + h_z, not SPLIT)
+    if ROOMY:
+        # n is known last, so only one operation on it is left to wait for.
+        rest, kept = 1.0 - z, z * h
     n = _tanh(gates_in[2].to(gl.float32) + r * q, not SPLIT)
     # Asked for now, into the registers of this step's; the next step's products hide the latency.
     gates_in = _load_gates_in(gi_ptr, row_next, offs_gi, _present(t_next, lengths, UNITS), H)
-    h = _keep(present, n + z * (h - n), h)
+    h = _keep(present, n * rest + kept if ROOMY else n + z * (h - n), h)
     _put(write, h * scale, HP, N, SPLIT)
+    row = _row(t, place)
     gl.store(y_ptr + row * H + offs_y, h.to(y_ptr.dtype.element_ty), present)
     if SAVE:
         quads = _to_quads(r, z, n, q, HP, N, SPLIT).to(gates_ptr.dtype.element_ty)
@@ -77,7 +97,7 @@ def gru_forward_resident_kernel(
     b0 = gl.program_id(0) * N
     d = gl.program_id(1)
     w = w_hh_ptr + d * (3 * H * H)
-    w_r, w_z, w_n, w_scale = _load_operands(w, H, 1, H, HP)
+    w_r, w_z, w_n, w_scale = _load_operands(w, H, 1, H, HP, _depth(gi_ptr.dtype.element_ty, HP, SAVE))
     j, b = _indices(B, b0, H, UNITS, 1)
     jg, bg = _indices(B, b0, H, QUADS, 4)
     offs_gi, offs_y, offs_gates = b * (6 * H) + j, b * (2 * H) + j, bg * (8 * H) + jg

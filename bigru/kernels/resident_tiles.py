@@ -117,7 +117,7 @@ def _inverse(scale):
 
 
 @gluon.jit
-def _load_operands(w, unit_stride, k_stride, H: gl.constexpr, HP: gl.constexpr):
+def _load_operands(w, unit_stride, k_stride, H: gl.constexpr, HP: gl.constexpr, DEPTH: gl.constexpr = 16):
     """The recurrent weights of r, z and n as A operands, high and low part of each, and their common scale.
 
     fp32 is scaled and split; 16-bit weights are taken as they are."""
@@ -126,9 +126,9 @@ def _load_operands(w, unit_stride, k_stride, H: gl.constexpr, HP: gl.constexpr):
         # What one scale loses of a gate far below the others, the sums of products would not show.
         peak = gl.maximum(_peak(w, H, HP), gl.maximum(_peak(w + H * H, H, HP), _peak(w + 2 * H * H, H, HP)))
         scale = _scale_of(peak)
-    r = _load_operand(w, unit_stride, k_stride, scale, H, HP)
-    z = _load_operand(w + H * H, unit_stride, k_stride, scale, H, HP)
-    n = _load_operand(w + 2 * H * H, unit_stride, k_stride, scale, H, HP)
+    r = _load_operand(w, unit_stride, k_stride, scale, H, HP, DEPTH)
+    z = _load_operand(w + H * H, unit_stride, k_stride, scale, H, HP, DEPTH)
+    n = _load_operand(w + 2 * H * H, unit_stride, k_stride, scale, H, HP, DEPTH)
     return r, z, n, scale
 
 
@@ -146,23 +146,23 @@ def _peak(w, H: gl.constexpr, HP: gl.constexpr):
 
 
 @gluon.jit
-def _load_operand(w, unit_stride, k_stride, scale, H: gl.constexpr, HP: gl.constexpr):
-    """High and low parts of one gate's weights, each in chunks of 16 columns, the depth of one MMA."""
+def _load_operand(w, unit_stride, k_stride, scale, H: gl.constexpr, HP: gl.constexpr, DEPTH: gl.constexpr):
+    """High and low parts of one gate's weights, each in chunks of DEPTH columns; one MMA takes 16."""
     LAYOUT: gl.constexpr = gl.DotOperandLayout(0, _accumulator(HP), 2)
     p = gl.arange(0, HP, layout=gl.SliceLayout(1, LAYOUT))
     # Row p of a warp's 16 is the unit that `_units` names so.
     unit = gl.minimum((p & ~15) | ((p & 7) << 1) | ((p >> 3) & 1), H - 1)
     highs = ()
     lows = ()
-    for c in gl.static_range(HP // 16):
-        k = c * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, LAYOUT))
+    for c in gl.static_range(HP // DEPTH):
+        k = c * DEPTH + gl.arange(0, DEPTH, layout=gl.SliceLayout(0, LAYOUT))
         high = gl.load(w + unit[:, None] * unit_stride + gl.minimum(k, H - 1)[None, :] * k_stride)
         if H < HP:
             high = gl.where((k < H)[None, :], high, 0.0)
         low = high
         if w.dtype.element_ty == gl.float32:
             high, low = _halves(high * scale)
-            if c % 4 == 3:
+            if (c + 1) * DEPTH % 64 == 0:
                 # What comes next is not to be loaded while these weights, not yet packed, fill the registers.
                 barrier()
         highs += (high,)
@@ -211,26 +211,26 @@ def _multiply(weights, c: gl.constexpr, x, acc, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def _load_chunk(buffer, c: gl.constexpr, HP: gl.constexpr):
+def _load_chunk(buffer, c: gl.constexpr, HP: gl.constexpr, DEPTH: gl.constexpr = 16):
     """Chunk c of what `_put` stored, as B operand."""
-    return buffer.slice(c * 16, 16, 1).permute((1, 0)).load(gl.DotOperandLayout(1, _accumulator(HP), 2))
+    return buffer.slice(c * DEPTH, DEPTH, 1).permute((1, 0)).load(gl.DotOperandLayout(1, _accumulator(HP), 2))
 
 
 @gluon.jit
-def _load_chunks(buffer, HP: gl.constexpr):
+def _load_chunks(buffer, HP: gl.constexpr, DEPTH: gl.constexpr):
     chunks = ()
-    for c in gl.static_range(HP // 16):
-        chunks += (_load_chunk(buffer, c, HP),)
+    for c in gl.static_range(HP // DEPTH):
+        chunks += (_load_chunk(buffer, c, HP, DEPTH),)
     return chunks
 
 
 @gluon.jit
-def _multiply_all(weights, chunks, acc, HP: gl.constexpr, SPLIT: gl.constexpr):
+def _multiply_all(weights, chunks, acc, CHUNKS: gl.constexpr, SPLIT: gl.constexpr):
     """Adds the product of a gate's weights and all chunks of the other factor."""
     if SPLIT:
-        for c in gl.static_range(HP // 16):
+        for c in gl.static_range(CHUNKS):
             acc = mma_v2(weights[1][c], chunks[c], acc)
-    for c in gl.static_range(HP // 16):
+    for c in gl.static_range(CHUNKS):
         acc = mma_v2(weights[0][c], chunks[c], acc)
     return acc
 

@@ -141,3 +141,15 @@ class TestChooseResident:
         assert choose_resident(Call(B200, torch.float32, 128), 1).options()["num_warps"] == 8
         assert choose_resident(Call(H100, torch.bfloat16, 128), 1).options()["maxnreg"] == 255
         assert "maxnreg" not in choose_resident(Call(H100, torch.bfloat16, 64), 1).options()
+
+    @pytest.mark.parametrize(
+        ("hidden", "dtype", "precision", "limited"),
+        [
+            (32, torch.float32, "fp32", True),
+            (33, torch.float32, "fp32", False),
+            (32, torch.float32, "tf32", False),
+            (32, torch.float16, "fp32", False),
+        ],
+    )
+    def test_all_registers_for_two_parts_below_64_too(self, hidden, dtype, precision, limited):
+        assert ("maxnreg" in choose_resident(Call(H100, dtype, hidden, precision), 1).options()) == limited
