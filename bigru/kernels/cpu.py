@@ -106,6 +106,7 @@ class CpuKernel(Kernel):
         Returns:
             y (T, B, D * H), or (P, D * H), no view, and h_n (D, B, H).
         """
+        x, h0 = x.resolve_neg(), h0.resolve_neg()  # they are read by address
         x = x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
         h0, weights = h0.contiguous(), [weight.contiguous() for weight in weights]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h0, *weights)):
@@ -171,8 +172,9 @@ class _Layer(torch.autograd.Function):
         y, gates, h0, *weights = (tensor.contiguous() for tensor in (y, gates, h0, *weights))
         y = y.unflatten(-1, (2, hidden))
         dy = torch.zeros_like(y) if dy is None else dy.unflatten(-1, (2, hidden))
+        dy = dy.resolve_neg()
         dy = dy if dy.stride()[-2:] == (hidden, 1) else dy.contiguous()
-        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.contiguous()
+        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.resolve_neg().contiguous()
         dgi, dh0 = y.new_empty(*y.shape[:-1], 3 * hidden), torch.empty_like(h0)
         dq = torch.empty_like(y)
         if h0.shape[1] > 0:

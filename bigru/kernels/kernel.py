@@ -83,7 +83,7 @@ class Kernel(ABC):
     """Time steps in one turn of the kernel's loop."""
 
     layer: Callable[[Tensor, Tensor, Sequence[Tensor], Varlen | None, bool], tuple[Tensor, Tensor]] | None = None
-    """Runs a whole layer, input products and gradients included, in eager mode; None if `bigru.kernels.layer` does."""
+    """Runs a whole layer, all products and gradients included, in eager mode; None if `bigru.kernels.launched` does."""
 
     @abstractmethod
     def refusal(self, call: Call) -> str | None:

@@ -112,7 +112,8 @@ def direct(compiled: Any, triton_version: tuple[int, ...], driver: Any = None) -
     function, metadata = compiled.function, compiled.packed_metadata
 
     def launch_without_hooks(x: int, y: int, z: int, *arguments: Any) -> None:
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
             launch(x, y, z, *arguments)
         else:
             run(x, y, z, current_stream(device), function, metadata, None, None, None, *arguments)

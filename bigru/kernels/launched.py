@@ -73,9 +73,9 @@ def launched_gru(
     refuse_transforms(x, hx, *weights)
     refuse_traced(common.varlen)
     each, size = len(weights) // layers, 2 * common.batch * common.hidden
-    gradient = torch.is_grad_enabled() and any(map(_wants_gradient, (x, *weights, *(() if hx is None else (hx,)))))
-    hx = None if hx is None else hx.to(common.dtype).contiguous()
-    h_n = None if gradient else x.new_empty((2 * layers, common.batch, common.hidden), dtype=common.dtype)
+    x, hx = x.resolve_neg(), None if hx is None else hx.to(common.dtype).resolve_neg().contiguous()
+    wanted = torch.is_grad_enabled() and any(map(_wants_gradient, (x, *weights, *(() if hx is None else (hx,)))))
+    h_n = None if wanted else x.new_empty((2 * layers, common.batch, common.hidden), dtype=common.dtype)
     states = []
     with without_autocast(x.device.type), on_device_of(x):
         for layer in range(layers):
@@ -83,12 +83,13 @@ def launched_gru(
             swaps = batch_first and layer == 0, batch_first and last
             h0 = None if hx is None else hx[2 * layer : 2 * layer + 2]
             check_weights(own, x.shape[-1], common.hidden)
-            if gradient:
+            # Layers below all that is trained keep nothing.
+            if wanted and any(map(_wants_gradient, (x, *own) if h0 is None else (x, h0, *own))):
                 x, state = _Layer.apply(x, h0, common, swaps, *own)
-                states.append(state)
             else:
-                plan = _plan(x, h0, own, common, swaps, layer * size)
-                x = plan.forward(x, h0, own, common.varlen, False, h_n)[0]
+                plan = _plan(x, h0, own, common, swaps, 0 if wanted else layer * size)
+                x, state, *_ = plan.forward(x, h0, own, common.varlen, False, h_n)
+            states.append(state)
             if dropout and not last:
                 x = nn.functional.dropout(x, dropout)
     if h_n is None:

@@ -186,17 +186,19 @@ class Plan:
         """
         for_x, for_h0, for_w_ih, for_w_hh, for_biases = wanted
         # A hook of saved tensors may have given them back in another layout.
-        gates, out, h0 = gates.contiguous(), out.contiguous(), None if h0 is None else h0.contiguous()
+        gates, h0 = gates.contiguous(), None if h0 is None else h0.contiguous()
+        if out.storage_offset() or not out.is_contiguous():
+            out = out.clone(memory_format=torch.contiguous_format)
         if y.stride() != self.y[1]:
             y = y.new_empty_strided(*self.y).copy_(y)
         if self.swaps_y and dy is not None:
             dy = dy.transpose(0, 1)
         before = for_w_hh or varlen is not None
         memory = y.new_empty(self.memory_before if before else self.memory)
-        dy = torch.zeros_like(y) if dy is None else dy.contiguous()
+        dy = torch.zeros_like(y) if dy is None else dy.resolve_neg().contiguous()
         offsets = self.backward_offsets
         if dh_n is not None:
-            dh_n = dh_n.contiguous()
+            dh_n = dh_n.resolve_neg().contiguous()
         elif h0 is None and self.backward_launch is not None:
             dh_n, offsets = out, self.backward_offsets_zeros
         else:
@@ -253,7 +255,7 @@ class Plan:
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _swapped(shape: tuple[int, ...], swaps: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,14 +1,13 @@
-"""The recurrence in any kernel, and the custom operators `bigru::gru_forward` and `bigru::gru_backward`.
+"""The recurrence in any kernel, as the custom operators `bigru::gru_forward` and `bigru::gru_backward`.
 
-Input products stay outside (`bigru.kernels.layer`), so that ATen's matrix product and its gradient serve them. In eager
-mode a layer calls `run_forward` and `run_backward` directly; the operators are the same two functions for compilers,
-and for whatever else records operators.
+They are for compilers and for whatever else records operators; in eager mode layers do without. Input products stay
+outside (`bigru.kernels.layer`), so that ATen's matrix product and its gradient serve them.
 """
 
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,73 +19,6 @@ from bigru.kernels.config import Call, describe
 from bigru.kernels.decompositions import onnx_recurrence
 from bigru.kernels.kernel import Backward, Forward, Kernel
 from bigru.kernels.transforms import INSTEAD, refuse_transforms
-from bigru.kernels.varlen import Varlen
-
-
-class How(NamedTuple):
-    """The way a recurrence is run."""
-
-    precision: str
-    """"fp32" or "tf32", for fp32 storage."""
-    kernel: str
-    """Name of a kernel that does not refuse the call."""
-    varlen: Varlen | None = None
-    """The layout of sequences of different lengths."""
-    given: bool = True
-    """True if the initial states are the caller's own, False if they are zeros that stand for none."""
-
-
-def run_forward(
-    gi: Tensor, w_hh: Tensor, b_hn: Tensor | None, h0: Tensor, how: How, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the forward recurrence in a kernel, outside autograd; the equations are in `bigru.kernels.reference`.
-
-    Args:
-        gi, w_hh, b_hn, h0: as in `bigru.kernels.kernel.Forward`, of one dtype; not yet contiguous.
-        how: precision, kernel and layout.
-        save: whether to keep what the backward pass needs.
-
-    Returns:
-        y (T, B, D, H), h_n (D, B, H) and the gates, which are the kernel's own affair and empty unless `save`.
-    """
-    rows, hidden = tuple(gi.shape[:-1]), h0.shape[2]
-    gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
-    b_hn = None if b_hn is None else b_hn.contiguous()
-    y, h_n = gi.new_empty(*rows, hidden), torch.empty_like(h0)
-    gates = gi.new_empty(registry.get(how.kernel).gates_shape(rows, hidden) if save else (0,))
-    if h0.shape[1] > 0:
-        with on_device_of(gi):
-            operands = Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, how.varlen, how.given)
-            kernel, config = _configured(how, y, *h0.shape[1:])
-            kernel.forward(operands, config)
-    return y, h_n, gates
-
-
-def run_backward(
-    dy: Tensor | None, dh_n: Tensor | None, y: Tensor, gates: Tensor, h0: Tensor, w_hh: Tensor, how: How
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the backward recurrence in a kernel, outside autograd.
-
-    Args:
-        dy, dh_n: gradients of y and h_n; None for zeros.
-        y, gates: as `run_forward` of the same kernel returned them.
-        h0, w_hh, how: as for `run_forward`.
-
-    Returns:
-        dgi, dq and dh0, as in `bigru.kernels.kernel.Backward`.
-    """
-    batch, hidden = h0.shape[1:]
-    dy = torch.zeros_like(y) if dy is None else dy
-    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    dy, dh_n, y, gates, h0, w_hh = (tensor.contiguous() for tensor in (dy, dh_n, y, gates, h0, w_hh))
-    dgi = y.new_empty(*y.shape[:-1], 3 * hidden)
-    dq, dh0 = torch.empty_like(y), torch.empty_like(h0)
-    if batch > 0:
-        with on_device_of(y):
-            operands = Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0, how.varlen)
-            kernel, config = _configured(how, y, batch, hidden)
-            kernel.backward(operands, config)
-    return dgi, dq, dh0
 
 
 def states_before(y: Tensor, h0: Tensor) -> Tensor:
@@ -97,7 +29,7 @@ def states_before(y: Tensor, h0: Tensor) -> Tensor:
 def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
     """Computes the gradient of w_hh, (D, 3H, H): dgh h_prev^T, summed over time and batch.
 
-    `h_prev` is the state before each step, (D, T * B, H); dgi and dq are from `run_backward`.
+    `h_prev` is the state before each step, (D, T * B, H); dgi and dq are from the backward pass.
     """
     hidden = dq.shape[-1]
     dgi_d, dq_d = dgi.view(-1, 2, 3 * hidden).permute(1, 2, 0), dq.view(-1, 2, hidden).permute(1, 2, 0)
@@ -107,11 +39,11 @@ def recurrent_gradients(dgi: Tensor, dq: Tensor, h_prev: Tensor) -> Tensor:
     return dw_hh
 
 
-def _configured(how: How, y: Tensor, batch: int, hidden: int) -> tuple[Kernel, Any]:
+def _configured(kernel: str, precision: str, h0: Tensor) -> tuple[Kernel, Any]:
     """Returns the kernel of a call and its launch configuration."""
-    kernel = registry.get(how.kernel)
-    call = Call(describe(y.device), y.dtype, hidden, how.precision, how.varlen is not None)
-    return kernel, kernel.choose(call, batch)
+    _, batch, hidden = h0.shape
+    found = registry.get(kernel)
+    return found, found.choose(Call(describe(h0.device), h0.dtype, hidden, precision), batch)
 
 
 _HERE = nullcontext()
@@ -135,9 +67,10 @@ def fused_gru_recurrence(
     """Runs the recurrence as a differentiable operator.
 
     Args:
-        gi, w_hh, b_hn, h0, precision: as for `run_forward`.
+        gi, w_hh, b_hn, h0: as in `bigru.kernels.kernel.Forward`, of one dtype; not yet contiguous.
+        precision: "fp32" or "tf32", for fp32 storage.
         kernel: one of `registry.KERNELS`.
-        given: as in `How`.
+        given: whether the initial states are the caller's own, not zeros that stand for none.
 
     Returns:
         y (T, B, D, H) and h_n (D, B, H).
@@ -173,7 +106,16 @@ def gru_forward(
     """Returns y, h_n and, if `save`, the gates that the backward operator needs (else an empty tensor)."""
     kernel_name = _at_hand(kernel_name, gi)
     check_operands(gi, w_hh, b_hn, h0, precision, kernel_name)
-    return run_forward(gi, w_hh, b_hn, h0, How(precision, kernel_name, given=given), save)
+    rows, hidden = tuple(gi.shape[:-1]), h0.shape[2]
+    gi, w_hh, h0 = gi.contiguous(), w_hh.contiguous(), h0.contiguous()
+    b_hn = None if b_hn is None else b_hn.contiguous()
+    y, h_n = gi.new_empty(*rows, hidden), torch.empty_like(h0)
+    gates = gi.new_empty(registry.get(kernel_name).gates_shape(rows, hidden) if save else (0,))
+    if h0.shape[1] > 0:
+        kernel, config = _configured(kernel_name, precision, h0)
+        with on_device_of(gi):
+            kernel.forward(Forward(gi, w_hh, b_hn, h0, y, h_n, gates if save else None, None, given), config)
+    return y, h_n, gates
 
 
 @gru_forward.register_fake
@@ -219,7 +161,15 @@ def gru_backward(
     kernel_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of gi, of q and of h0. Not differentiable itself: a second derivative raises."""
-    return run_backward(dy, dh_n, y, gates, h0, w_hh, How(precision, _at_hand(kernel_name, y)))
+    dy = torch.zeros_like(y) if dy is None else dy
+    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+    dy, dh_n, y, gates, h0, w_hh = (tensor.contiguous() for tensor in (dy, dh_n, y, gates, h0, w_hh))
+    dgi, dq, dh0 = y.new_empty(*y.shape[:-1], 3 * y.shape[-1]), torch.empty_like(y), torch.empty_like(h0)
+    if h0.shape[1] > 0:
+        kernel, config = _configured(_at_hand(kernel_name, y), precision, h0)
+        with on_device_of(y):
+            kernel.backward(Backward(dy, dh_n, y, gates, h0, w_hh, dgi, dq, dh0), config)
+    return dgi, dq, dh0
 
 
 @gru_backward.register_fake

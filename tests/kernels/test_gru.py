@@ -300,3 +300,20 @@ class TestFusedLayer:
             assert kept == []
             gru.requires_grad_(True)(torch.randn(2, 2, 3, device=triton_device))
         assert len(kept) == 4  # y, gates, x and what was gathered
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_numbers_with_their_sign_elsewhere(backend, triton_device):
+    """A view like x.conj().imag says by a bit that its numbers are those in memory, negated."""
+
+    def negated(*size):
+        return torch.randn(*size, dtype=torch.cfloat, device=device).conj().imag
+
+    device = torch.device("cpu") if backend == "cpu" else triton_device
+    gru = BiGRU(3, 4, backend=backend, device=device)
+    views = negated(3, 2, 3), negated(2, 2, 4), negated(3, 2, 8), negated(2, 2, 4)
+    results = []
+    for x, hx, *upstream in (views, [view.resolve_neg() for view in views]):
+        y, h_n = gru(x, hx)
+        results.append([y, h_n, *torch.autograd.grad((y, h_n), [*gru.parameters()], upstream)])
+    near(*results, 1e-6)

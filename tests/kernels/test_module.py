@@ -315,7 +315,8 @@ class TestWhatIsGiven:
             return tensor.transpose(0, -1).contiguous() if tensor.dim() > 1 else tensor
 
         def unpacked(tensor):
-            return tensor.transpose(0, -1) if tensor.dim() > 1 else tensor
+            # Or give them back inside larger memory, as those that offload do.
+            return tensor.transpose(0, -1) if tensor.dim() > 1 else torch.cat([tensor.new_ones(64), tensor])[64:]
 
         def hooked(x):
             with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
