@@ -311,12 +311,8 @@ class CooperativeConfig:
                 yield first_block * self.rows, first_d, (self.programs, blocks, self.directions)
 
 
-MOST_WIDE = 640 * 16
-"""Most fp32 weights of one gate in a program under a triton newer than 3.6: with more, triton 3.9 spills."""
-
-
 @functools.lru_cache
-def choose_cooperative(call: Call, batch: int, newer_triton: bool) -> CooperativeConfig:
+def choose_cooperative(call: Call, batch: int) -> CooperativeConfig:
     """Returns the cheapest of `cooperative_configs`, of which there must be one, for B rows."""
 
     def price(config: CooperativeConfig) -> tuple[int, int]:
@@ -326,10 +322,10 @@ def choose_cooperative(call: Call, batch: int, newer_triton: bool) -> Cooperativ
         weights = 3 * config.units * config.padded * 2 * parts
         return len(list(config.launches(batch))), weights + 4 * config.rows * config.padded * 2 * parts
 
-    return min(cooperative_configs(call, newer_triton), key=price)
+    return min(cooperative_configs(call), key=price)
 
 
-def cooperative_configs(call: Call, newer_triton: bool) -> Iterator[CooperativeConfig]:
+def cooperative_configs(call: Call) -> Iterator[CooperativeConfig]:
     """Yields the configurations whose programs all find room on the GPU at once, one on each processor."""
     hidden, device = call.hidden, call.device
     # Chunks of 128 where they pad H less. With chunks of 512, or with more units or rows, some kernels spill.
@@ -340,15 +336,12 @@ def cooperative_configs(call: Call, newer_triton: bool) -> Iterator[CooperativeC
         for rows in (16, 32):
             blocks, directions = max(1, groups // 2), min(2, groups)
             config = CooperativeConfig(units, rows, chunk, programs, blocks, directions, call.accurate)
-            spills = newer_triton and call.dtype == torch.float32 and units * config.padded > MOST_WIDE
-            if groups >= 1 and not spills and cooperative_shared_memory(config, newer_triton) <= device.shared_memory:
+            if groups >= 1 and cooperative_shared_memory(config) <= device.shared_memory:
                 yield config
 
 
-def cooperative_shared_memory(config: CooperativeConfig, newer_triton: bool) -> int:
+def cooperative_shared_memory(config: CooperativeConfig) -> int:
     """Returns the bytes that one program needs, as compiled for sm_80, sm_90 and sm_100, or a little more."""
     weights = 3 * config.units * config.padded * (4 if config.split else 2)
-    # The forward kernel's sums over warps, or the tile of the state or of the shares that passes through; from triton
-    # 3.9 on, all tiles of the state at once.
-    state = config.rows * config.padded * (4 if config.split else 2) if newer_triton else 0
-    return weights + max(config.num_warps * config.rows * config.units * 4, 64 * config.chunk, state)
+    # The forward kernel's sums over warps, or the tile of the shares that passes through.
+    return weights + max(config.num_warps * config.rows * config.units * 4, 64 * config.chunk)

@@ -24,11 +24,11 @@ which has TF32's ten bits of mantissa at half its bytes. State, accumulation and
 Offsets inside one time step are 32-bit, the step's own offset is 64-bit.
 
 Pointers are to the operands that `bigru.kernels.kernel` describes, to `Varlen.table` or None, and to what a launch's
-groups exchange: `state_ptr` (groups, 2, parts, N, padded H) of the products' dtype and `arrivals_ptr` (groups, COUNTER)
-int64, both zero on entry, and `shares_ptr` (groups, 2, PROGRAMS, N, padded H) fp32. b_hn is not touched unless
-HAS_BIAS, the gates not unless SAVE. S are the hidden units of a program, N the rows of a group, CHUNK the columns of
-W_hh in one product, of which each of WARPS multiplies a part; first_b and first_d are a launch's first row and
-direction.
+groups exchange: `state_ptr` (groups, 2, parts, N * padded H) of the products' dtype, in the order of `_places`, and
+`arrivals_ptr` (groups, COUNTER) int64, both zero on entry, and `shares_ptr` (groups, 2, PROGRAMS, N, padded H) fp32.
+b_hn is not touched unless HAS_BIAS, the gates not unless SAVE. S are the hidden units of a program, N the rows of a
+group, CHUNK the columns of W_hh in one product, of which each of WARPS multiplies a part; first_b and first_d are a
+launch's first row and direction.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bigru.kernels.cell import (
-    TRITON_VERSION,
     _cell,
     _cell_backward,
     _extent,
@@ -66,10 +65,12 @@ from bigru.kernels.config import (
 from bigru.kernels.exchange import (
     _arrive,
     _load_exchanged,
-    _load_rows,
+    _load_gates_rows,
     _load_state,
     _multiply,
     _operand,
+    _peaks,
+    _places,
     _publish_state,
     _state_product,
     _wait,
@@ -107,17 +108,13 @@ def gru_forward_cooperative_kernel(
     # Columns by warp: (WARPS, CHUNK / WARPS).
     k = tl.arange(0, WARPS)[:, None] * (CHUNK // WARPS) + tl.arange(0, CHUNK // WARPS)[None, :]
     w = w_hh_ptr + d * (3 * H * H)
-    w_r = _load_rows(w, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
-    w_z = _load_rows(w + H * H, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
-    w_n = _load_rows(w + 2 * H * H, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS, SPLIT)
-    b_hn = tl.zeros([1, S], tl.float32)
-    if HAS_BIAS:
-        b_hn = tl.load(b_hn_ptr + d * H + j, j < H, 0.0).to(tl.float32)
-
+    peaks = _peaks(w, units[None, None, :], k[:, :, None], H, CHUNK, CHUNKS)
     offs_gi = b * (2 * 3 * H) + j
     offs_y = b * (2 * H) + j
     offs_gates = b * (2 * 4 * H) + j
-    offs_h = (d.to(tl.int64) * B + b0) * H + b * H
+    offs_h = b * H
+    h0_ptr += (d.to(tl.int64) * B + b0) * H
+    h_n_ptr += (d.to(tl.int64) * B + b0) * H
     h = tl.load(h0_ptr + offs_h + j, mask, 0.0).to(tl.float32)
     scale = 1.0
     unscale = 1.0
@@ -135,41 +132,45 @@ def gru_forward_cooperative_kernel(
     # which came after that program's loads of step s - 1 from the same buffer.
     arrivals_ptr += group * COUNTER
     state_ptr += group * (2 * HALF)
-    mine = state_ptr + b * HP + j
-    everyones = state_ptr + b[None] * HP + k[:, None, :]
-    _publish_state(mine, h, scale, N * HP, SCALED, SPLIT)
+    mine = _places(b, j, N, CHUNK, WARPS)
+    _publish_state(state_ptr + mine, h, scale, N * HP, SCALED, SPLIT)
     _arrive(arrivals_ptr)
+    # Loaded last: triton 3.9 moves the weights to shared memory where the loop begins, and loads them no earlier than
+    # that unless there are barriers in between, over which it would keep them all in registers.
+    w_r, w_z, w_n = _load_gates_rows(w, units[None, None, :], k[:, :, None], peaks, H, CHUNK, CHUNKS, SPLIT)
+    b_hn = tl.zeros([N, S], tl.float32)
+    if HAS_BIAS:
+        # As large as what it is added to, whose threads would otherwise be others.
+        b_hn = tl.load(b_hn_ptr + d * H + j.broadcast_to([N, S]), (j < H).broadcast_to([N, S]), 0.0).to(tl.float32)
     extent, start = _extent(varlen_ptr, b0, b, T, B)
     steps = T - start
     t = d * (steps - 1)
-    present = (j < H) & _present(varlen_ptr, extent, t, b, True)
-    i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(varlen_ptr, t, b0, d, T, B), offs_gi, present, H)
     for s in range(steps):
+        # Loads that wait for no other program go before the wait, and hide their latency behind it.
+        row = _row(varlen_ptr, t, b0, d, T, B)
+        present = (j < H) & _present(varlen_ptr, extent, t, b, True)
+        i_r, i_z, i_n = _load_gates_in(gi_ptr, row, offs_gi, present, H)
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
-        x = _load_state(everyones + (s % 2) * HALF, N * HP, CHUNK, CHUNKS, SPLIT)
+        x = _load_state(state_ptr + (s % 2) * HALF, N * HP, N, CHUNK, CHUNKS, WARPS, SPLIT)
         h_r = _state_product(x, w_r, WARPS, N, S, CHUNKS, SPLIT)
         h_z = _state_product(x, w_z, WARPS, N, S, CHUNKS, SPLIT)
         q = _state_product(x, w_n, WARPS, N, S, CHUNKS, SPLIT)
         if SCALED:
-            h_r *= unscale * w_r[2]
-            h_z *= unscale * w_z[2]
-            q *= unscale * w_n[2]
+            h_r *= unscale * peaks[0]
+            h_z *= unscale * peaks[1]
+            q *= unscale * peaks[2]
         q += b_hn
         h = tl.where(failed, float("nan"), h)
         r, z, n, h_new = _cell(i_r, i_z, i_n, h_r, h_z, q, h, SPLIT)
         # A sequence without a row at this step keeps its state.
         h = h_new if varlen_ptr is None else tl.where(t < extent, h_new, h)
-        _publish_state(mine + ((s + 1) % 2) * HALF, h, scale, N * HP, SCALED, SPLIT)
+        _publish_state(state_ptr + ((s + 1) % 2) * HALF + mine, h, scale, N * HP, SCALED, SPLIT)
         _arrive(arrivals_ptr)
         # What no other program waits for comes after the arrival, and hides the exchange's latency.
-        row = _row(varlen_ptr, t, b0, d, T, B)
-        present = (j < H) & _present(varlen_ptr, extent, t, b, True)
         tl.store(y_ptr + row * H + offs_y, h, present)
         if SAVE:
             _store_gates(gates_ptr, row, offs_gates, present, r, z, n, q, H)
         t += 1 - 2 * d
-        mask_next = (j < H) & _present(varlen_ptr, extent, t, b, s + 1 < steps)
-        i_r, i_z, i_n = _load_gates_in(gi_ptr, _row(varlen_ptr, t, b0, d, T, B), offs_gi, mask_next, H)
     tl.store(h_n_ptr + offs_h + j, h, mask)
 
 
@@ -194,12 +195,11 @@ def gru_backward_cooperative_kernel(
     b = tl.arange(0, N)[:, None]
     mask = (i < H) & (b0 + b < B)
     w = w_hh_ptr + d * (3 * H * H)
-    w_r = _load_rows(w, units[:, None], k, H, CHUNK, CHUNKS, SPLIT)
-    w_z = _load_rows(w + H * H, units[:, None], k, H, CHUNK, CHUNKS, SPLIT)
-    w_n = _load_rows(w + 2 * H * H, units[:, None], k, H, CHUNK, CHUNKS, SPLIT)
+    peaks = _peaks(w, units[:, None], k, H, CHUNK, CHUNKS)
+    w_r, w_z, w_n = _load_gates_rows(w, units[:, None], k, peaks, H, CHUNK, CHUNKS, SPLIT)
     w_peak = 1.0
     if SCALED:
-        w_peak = tl.maximum(tl.maximum(w_r[2], w_z[2]), w_n[2])
+        w_peak = tl.maximum(tl.maximum(peaks[0], peaks[1]), peaks[2])
 
     offs_gi = b * (2 * 3 * H) + i
     offs_y = b * (2 * H) + i
@@ -228,9 +228,9 @@ def gru_backward_cooperative_kernel(
             # Gradients have no bound, so each batch row is scaled by its own largest one (of this program's units).
             # The three products add up in one accumulator, so all carry the scale 1024 / w_peak * 1024 / a_peak.
             a_peak = _peak(tl.maximum(tl.maximum(tl.abs(da_r), tl.abs(da_z)), tl.abs(dq)), 1)[:, None]
-            scale_r = (1024.0 / a_peak) * (w_r[2] / w_peak)
-            scale_z = (1024.0 / a_peak) * (w_z[2] / w_peak)
-            scale_n = (1024.0 / a_peak) * (w_n[2] / w_peak)
+            scale_r = (1024.0 / a_peak) * (peaks[0] / w_peak)
+            scale_z = (1024.0 / a_peak) * (peaks[1] / w_peak)
+            scale_n = (1024.0 / a_peak) * (peaks[2] / w_peak)
             unscale = a_peak * (w_peak * (1.0 / (1024.0 * 1024.0)))
         r_high, r_low = _operand(da_r, scale_r, OPERAND, SCALED, SPLIT)
         z_high, z_low = _operand(da_z, scale_z, OPERAND, SCALED, SPLIT)
@@ -274,28 +274,21 @@ class CooperativeKernel(Kernel):
     widths = (192, 256, 512, 1024)  # with padding and without, few programs and many
     varlen_widths = (192, 512, 1024)
     batches = (64,)
-    triton_version: tuple[int, ...] = TRITON_VERSION
-
-    @property
-    def newer_triton(self) -> bool:
-        """True if triton is newer than 3.6, under which every size compiles without a spill."""
-        return self.triton_version > (3, 6)
 
     def refusal(self, call: Call) -> str | None:
         if reason := gpu_refusal(call):
             return reason
         if call.hidden <= ONE_PROCESSOR:
             return f"hidden_size is {call.hidden}, and the cooperative kernels serve {ONE_PROCESSOR + 1} and more"
-        if next(cooperative_configs(call, self.newer_triton), None) is None:
-            under = " under triton {}.{}".format(*self.triton_version) if self.newer_triton else ""
+        if next(cooperative_configs(call), None) is None:
             return (
                 f"hidden_size is {call.hidden}, and W_hh of one direction does not fit the {call.device.processors} "
-                f"processors at once, {call.device.shared_memory // 1024} KiB each{under}"
+                f"processors at once, {call.device.shared_memory // 1024} KiB each"
             )
         return None
 
     def choose(self, call: Call, batch: int) -> CooperativeConfig:
-        return choose_cooperative(call, batch, self.newer_triton)
+        return choose_cooperative(call, batch)
 
     def forward(self, operands: Forward, config: CooperativeConfig) -> None:
         gi, w_hh, b_hn, h0, y, h_n, gates, varlen, _ = operands
@@ -305,7 +298,7 @@ class CooperativeKernel(Kernel):
         operand = torch.float16 if gi.dtype == torch.float32 else gi.dtype
         # Zeroed once: what lies past the last hidden unit is read and never written.
         state = gi.new_zeros(
-            config.groups(batch), 2, 2 if config.split else 1, config.rows, config.padded, dtype=operand
+            config.groups(batch), 2, 2 if config.split else 1, config.rows * config.padded, dtype=operand
         )
         launch = FORWARD.prepare(
             config, varlen is not None, gi.dtype, gi.get_device(), H=hidden, WARPS=config.num_warps,

@@ -72,28 +72,58 @@ def _multiply(x_high, x_low, w_high, w_low, acc, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(w, unit, k, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr):
-    """Rows `unit` of one gate's W_hh: high and low parts, both in chunks of the columns `k`, and the largest number."""
+def _row_peak(w, unit, k, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The largest finite number in rows `unit` of one gate's fp32 W_hh, and 1 for other dtypes."""
+    if w.dtype.element_ty == tl.float32:
+        # Triton makes one of two loads alike, and would keep all chunks in registers; this one names the default.
+        peaks = tl.abs(_finite(tl.load(w + (unit * H + k), (unit < H) & (k < H), 0.0, cache_modifier=".ca")))
+        for c in tl.static_range(1, CHUNKS):
+            column = c * CHUNK + k
+            x = tl.load(w + (unit * H + column), (unit < H) & (column < H), 0.0, cache_modifier=".ca")
+            peaks = tl.maximum(peaks, tl.abs(_finite(x)))
+        return _peak(peaks, None)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _peaks(w, unit, k, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """`_row_peak` of the three gates."""
+    return (
+        _row_peak(w, unit, k, H, CHUNK, CHUNKS),
+        _row_peak(w + H * H, unit, k, H, CHUNK, CHUNKS),
+        _row_peak(w + 2 * H * H, unit, k, H, CHUNK, CHUNKS),
+    )
+
+
+@triton.jit
+def _load_rows(
+    w, unit, k, peak, GATE: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Rows `unit` of one gate's W_hh, scaled by 1024 / peak: high and low parts, both in chunks of the columns `k`."""
     SCALED: tl.constexpr = w.dtype.element_ty == tl.float32
     OPERAND: tl.constexpr = tl.float16 if SCALED else w.dtype.element_ty
-    peak = 1.0
-    scale = 1.0
-    if SCALED:
-        peak = 1e-30
-        for c in tl.static_range(CHUNKS):
-            column = c * CHUNK + k
-            x = tl.load(w + unit * H + column, (unit < H) & (column < H), 0.0)
-            peak = tl.maximum(peak, _peak(_finite(x), None))
-        scale = 1024.0 / peak
     highs: tl.tuple = ()
     lows: tl.tuple = ()
     for c in tl.static_range(CHUNKS):
         column = c * CHUNK + k
-        x = tl.load(w + unit * H + column, (unit < H) & (column < H), 0.0)
-        high, low = _operand(x, scale, OPERAND, SCALED, SPLIT)
+        # One pointer for all gates: with three, triton 3.9 spills one of them on sm_100 at H=1024.
+        x = tl.load(w + (GATE * H * H + unit * H + column), (unit < H) & (column < H), 0.0)
+        high, low = _operand(x, 1024.0 / peak, OPERAND, SCALED, SPLIT)
         highs += (high,)
         lows += (low,)
-    return highs, lows, peak
+    return highs, lows
+
+
+@triton.jit
+def _load_gates_rows(
+    w, unit, k, peaks, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr
+):
+    """`_load_rows` of the three gates."""
+    w_r = _load_rows(w, unit, k, peaks[0], 0, H, CHUNK, CHUNKS, SPLIT)
+    w_z = _load_rows(w, unit, k, peaks[1], 1, H, CHUNK, CHUNKS, SPLIT)
+    return w_r, w_z, _load_rows(w, unit, k, peaks[2], 2, H, CHUNK, CHUNKS, SPLIT)
 
 
 @triton.jit
@@ -105,14 +135,42 @@ def _publish_state(state, h, scale, PART: tl.constexpr, SCALED: tl.constexpr, SP
 
 
 @triton.jit
-def _load_state(state, PART: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr):
+def _places(b, j, N: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr):
+    """Where unit j of row b of the state lies in the exchange.
+
+    The threads of an NVIDIA GPU multiply what they hold, so it lies as they hold it in a product of 16 rows and 16 of a
+    warp's units: thread 4g + c has rows g and g + 8 and units 2c, 2c + 1, 2c + 8 and 2c + 9, 16 bytes. What is loaded
+    from there needs no way through shared memory. From the slowest to the fastest, the axes are the chunks, a warp's
+    sixteens of units, sixteens of rows, warps, g, c, the eights of units, the eights of rows and the two units.
+    """
+    SLICE: tl.constexpr = CHUNK // WARPS
+    place = (j // CHUNK * (SLICE // 16) + j % SLICE // 16) * (N // 16) + b // 16
+    place = (place * WARPS + j % CHUNK // SLICE) * 32 + b % 8 * 4 + j % 8 // 2
+    # Triton does not see that the two stay together; not knowing, 3.6 would store column by column.
+    place = place * 8 + j % 16 // 8 * 4 + b % 16 // 8 * 2 + j % 2
+    return tl.max_contiguous(tl.multiple_of(place, [1, 2]), [1, 2])
+
+
+@triton.jit
+def _load_tile(state, N: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr):
+    """One chunk of the state, (WARPS, N, CHUNK / WARPS)."""
+    place = tl.arange(0, N * CHUNK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    x = _load_exchanged(state + place).reshape([CHUNK // WARPS // 16, N // 16, WARPS, 8, 4, 2, 2, 2])
+    return x.permute([2, 1, 6, 3, 0, 5, 4, 7]).reshape([WARPS, N, CHUNK // WARPS])
+
+
+@triton.jit
+def _load_state(
+    state, PART: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
     highs: tl.tuple = ()
     lows: tl.tuple = ()
     for c in tl.static_range(CHUNKS):
-        x = _load_exchanged(state + c * CHUNK)
+        x = _load_tile(state + c * (N * CHUNK), N, CHUNK, WARPS)
         highs += (x,)
         if SPLIT:
-            x = _load_exchanged(state + PART + c * CHUNK)
+            x = _load_tile(state + PART + c * (N * CHUNK), N, CHUNK, WARPS)
         lows += (x,)
     return highs, lows
 
