@@ -277,6 +277,8 @@ class CooperativeConfig:
     """Directions in one launch, 2 or 1."""
     split: bool
     """fp32 products as three of fp16 (high and low parts of both factors, scaled)."""
+    joined: bool = False
+    """The forward kernel's sums over warps take one trip through shared memory for all gates, with room for four."""
     max_polls: int = 1 << 22
     """Polls until a wait is given up: far more than any step takes; no program waits that long twice."""
     num_warps: int = 8
@@ -335,13 +337,16 @@ def cooperative_configs(call: Call) -> Iterator[CooperativeConfig]:
         groups = device.processors // programs
         for rows in (16, 32):
             blocks, directions = max(1, groups // 2), min(2, groups)
-            config = CooperativeConfig(units, rows, chunk, programs, blocks, directions, call.accurate)
-            if groups >= 1 and cooperative_shared_memory(config) <= device.shared_memory:
-                yield config
+            for joined in (True, False):
+                config = CooperativeConfig(units, rows, chunk, programs, blocks, directions, call.accurate, joined)
+                if groups >= 1 and cooperative_shared_memory(config) <= device.shared_memory:
+                    yield config
+                    break
 
 
 def cooperative_shared_memory(config: CooperativeConfig) -> int:
     """Returns the bytes that one program needs, as compiled for sm_80, sm_90 and sm_100, or a little more."""
     weights = 3 * config.units * config.padded * (4 if config.split else 2)
     # The forward kernel's sums over warps, or the tile of the shares that passes through.
-    return weights + max(config.num_warps * config.rows * config.units * 4, 64 * config.chunk)
+    sums = config.num_warps * config.rows * config.units * 4 * (4 if config.joined else 1)
+    return weights + max(sums, 64 * config.chunk)

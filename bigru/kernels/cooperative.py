@@ -73,6 +73,7 @@ from bigru.kernels.exchange import (
     _places,
     _publish_state,
     _state_product,
+    _sum_gates,
     _wait,
 )
 from bigru.kernels.kernel import Backward, Forward, Kernel
@@ -90,7 +91,7 @@ COUNTER = tl.constexpr(16)
 def gru_forward_cooperative_kernel(
     gi_ptr, w_hh_ptr, b_hn_ptr, h0_ptr, y_ptr, h_n_ptr, gates_ptr, state_ptr, arrivals_ptr, varlen_ptr, T, B, first_b,
     first_d, H: tl.constexpr, S: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, MAX_POLLS: tl.constexpr,
+    JOINED: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, MAX_POLLS: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
     HP: tl.constexpr = CHUNKS * CHUNK
@@ -152,9 +153,11 @@ def gru_forward_cooperative_kernel(
         i_r, i_z, i_n = _load_gates_in(gi_ptr, row, offs_gi, present, H)
         failed = _wait(arrivals_ptr, tl.full([], PROGRAMS, tl.int64) * (s + 1), MAX_POLLS)
         x = _load_state(state_ptr + (s % 2) * HALF, N * HP, N, CHUNK, CHUNKS, WARPS, SPLIT)
-        h_r = _state_product(x, w_r, WARPS, N, S, CHUNKS, SPLIT)
-        h_z = _state_product(x, w_z, WARPS, N, S, CHUNKS, SPLIT)
-        q = _state_product(x, w_n, WARPS, N, S, CHUNKS, SPLIT)
+        h_r = _state_product(x, w_r, WARPS, N, S, CHUNKS, SPLIT, JOINED)
+        h_z = _state_product(x, w_z, WARPS, N, S, CHUNKS, SPLIT, JOINED)
+        q = _state_product(x, w_n, WARPS, N, S, CHUNKS, SPLIT, JOINED)
+        if JOINED:
+            h_r, h_z, q = _sum_gates(h_r, h_z, q, WARPS, N, S)
         if SCALED:
             h_r *= unscale * peaks[0]
             h_z *= unscale * peaks[1]
@@ -302,7 +305,7 @@ class CooperativeKernel(Kernel):
         )
         launch = FORWARD.prepare(
             config, varlen is not None, gi.dtype, gi.get_device(), H=hidden, WARPS=config.num_warps,
-            HAS_BIAS=b_hn is not None, SAVE=gates is not None,
+            JOINED=config.joined, HAS_BIAS=b_hn is not None, SAVE=gates is not None,
         )  # fmt: skip
         for arrivals, first_b, first_d, grid in _launches(config, h0):
             launch(grid, (*tensors, state, arrivals, table), (steps, batch, first_b, first_d))

@@ -177,12 +177,27 @@ def _load_state(
 
 @triton.jit
 def _state_product(
-    x, w, WARPS: tl.constexpr, N: tl.constexpr, S: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr
-):
+    x, w, WARPS: tl.constexpr, N: tl.constexpr, S: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr,
+    JOINED: tl.constexpr,
+):  # fmt: skip
+    """One gate's product, (N, S), or if JOINED what `_sum_gates` takes: each warp's share of it, (WARPS, N, S)."""
     acc = tl.zeros([WARPS, N, S], tl.float32)
     for c in tl.static_range(CHUNKS):
         acc = _multiply(x[0][c], x[1][c], w[0][c], w[1][c], acc, SPLIT)
-    return _sum_over_warps(acc, WARPS, N, S)
+    if JOINED:
+        return acc
+    else:
+        return _sum_over_warps(acc, WARPS, N, S)
+
+
+@triton.jit
+def _sum_gates(r, z, n, WARPS: tl.constexpr, N: tl.constexpr, S: tl.constexpr):
+    # One trip through shared memory for all of them, as four: there is no tensor of three.
+    x = tl.reshape(tl.join(tl.join(r, z), tl.join(n, n)), [WARPS, N, S * 4])
+    r_z, n_n = tl.split(tl.reshape(_sum_over_warps(x, WARPS, N, S * 4), [N, S, 2, 2]))
+    r, z = tl.split(r_z)
+    n, _ = tl.split(n_n)
+    return r, z, n
 
 
 @triton.jit

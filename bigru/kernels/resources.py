@@ -257,6 +257,7 @@ def compile_case(case: Case) -> Any:
     function, types = functions[case.direction]
     accurate = isinstance(config, TritonConfig) and config.accurate
     values = {"H": case.hidden, "HAS_BIAS": True, "SAVE": case.save, "ACCURATE": accurate, "WARPS": config.num_warps}
+    values |= {"JOINED": isinstance(config, CooperativeConfig) and config.joined}
     values |= config.constants()
     operand = "*fp16" if case.storage == "fp32" else f"*{case.storage}"
     signature: dict[str, str] = {}

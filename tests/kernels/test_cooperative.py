@@ -99,6 +99,11 @@ class TestChoice:
         assert (config.units, config.directions) == (32, 1)
         assert [(b, d) for b, d, _ in config.launches(33)] == [(0, 0), (0, 1), (16, 0), (16, 1), (32, 0), (32, 1)]
 
+    def test_sums_are_joined_where_there_is_room(self):
+        assert KERNEL.choose(call(256), 64).joined
+        assert KERNEL.choose(call(512, "bf16"), 64).joined
+        assert not KERNEL.choose(call(512), 64).joined
+
     def test_chunks_pad_as_little_as_can_be(self):
         for hidden, padded in ((192, 256), (384, 384), (512, 512), (640, 640), (768, 768)):
             assert KERNEL.choose(call(hidden, "bf16"), 1).padded == padded
@@ -169,14 +174,19 @@ def run(config, inputs, upstream, **given):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("mode", "hidden", "rows", "chunk"),
-    [("fp32", 16, 16, 128), ("tf32", 13, 16, 256), ("bf16", 16, 32, 128), ("fp16", 7, 32, 256)],
+    ("mode", "hidden", "rows", "chunk", "joined"),
+    [
+        ("fp32", 16, 16, 128, True),
+        ("tf32", 13, 16, 256, False),
+        ("bf16", 16, 32, 128, False),
+        ("fp16", 7, 32, 256, True),
+    ],
 )
-def test_one_program_a_group_matches_fp64_reference(mode, hidden, rows, chunk, kernel_device):
+def test_one_program_a_group_matches_fp64_reference(mode, hidden, rows, chunk, joined, kernel_device):
     """The arithmetic, with nobody to wait for: so it runs in the interpreter too."""
     dtype, precision = MODES[mode]
     inputs, upstream = make_inputs((3, 19, hidden), dtype, kernel_device)
-    config = CooperativeConfig(16, rows, chunk, 1, blocks=1, directions=2, split=mode == "fp32")
+    config = CooperativeConfig(16, rows, chunk, 1, blocks=1, directions=2, split=mode == "fp32", joined=joined)
     assert_near(run(config, inputs, upstream)[0], inputs, upstream, TOLERANCE[dtype, precision])
 
 
@@ -225,7 +235,9 @@ class TestOnGpu:
         dtype, precision = MODES[mode]
         inputs, upstream = make_inputs((5, 35, 200), dtype, kernel_device)
         config = CooperativeConfig(units, rows, 256, -(-200 // units), blocks, directions, split=mode == "fp32")
-        assert_near(run(config, inputs, upstream)[0], inputs, upstream, TOLERANCE[dtype, precision])
+        for joined in (False, True):
+            results, _ = run(replace(config, joined=joined), inputs, upstream)
+            assert_near(results, inputs, upstream, TOLERANCE[dtype, precision])
 
     def test_long_sequences_bit_for_bit(self, kernel_device):
         """Many exchanges: a read that came too early would differ from run to run."""
