@@ -337,7 +337,8 @@ def cooperative_configs(call: Call) -> Iterator[CooperativeConfig]:
         groups = device.processors // programs
         for rows in (16, 32):
             blocks, directions = max(1, groups // 2), min(2, groups)
-            for joined in (True, False):
+            # With 32 of both, the sums of three gates at once spill.
+            for joined in (units * rows < 1024, False):
                 config = CooperativeConfig(units, rows, chunk, programs, blocks, directions, call.accurate, joined)
                 if groups >= 1 and cooperative_shared_memory(config) <= device.shared_memory:
                     yield config
