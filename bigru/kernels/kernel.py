@@ -114,14 +114,8 @@ class Kernel(ABC):
         """Runs the backward recurrence in a configuration from `choose`."""
         raise NotImplementedError
 
-    def launchers(self, config: Any) -> Any:
-        """Returns what serves a call in one launch of each direction, of the operands in their order, or None.
-
-        Returns:
-            The forward pass's `bigru.kernels.launch.Launcher`, its compile-time arguments beside those of the
-            configuration, H, HAS_BIAS and SAVE, and the backward pass's launcher. Whatever else `forward` does is for
-            initial states that are given.
-        """
+    def launchers(self, config: Any, hidden: int) -> Any:
+        """Returns the `bigru.kernels.launch.Launchers` that do all that `forward` and `backward` do, or None."""
         return None
 
     def functions(self, config: Any) -> dict[str, tuple[Any, dict[str, str]]]:

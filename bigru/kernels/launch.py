@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -97,6 +97,18 @@ class Launch:
         if compiled is not None and torch.version.hip is None:
             self._last = [self._constants[parameter.name] for parameter in function.params if parameter.is_constexpr]
             self._direct[odd] = direct(compiled, self._launcher.triton_version)
+
+
+class Launchers(NamedTuple):
+    """What serves a call in one launch of each direction, of the operands in the order of `Forward` and `Backward`."""
+
+    forward: Launcher
+    constants: dict[str, Any]
+    """Its compile-time arguments beside those of the configuration, H, HAS_BIAS and SAVE."""
+    backward: Launcher
+    mended: tuple[int, int] | None
+    """If initial states that are given are looked at after the forward pass of fp32 numbers (`bigru.kernels.mend`): how
+    far one unit's gates lie from the next unit's, and from one another."""
 
 
 def direct(compiled: Any, triton_version: tuple[int, ...], driver: Any = None) -> Callable[..., None]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigru.kernels import collect, gather, registry
+from bigru.kernels import collect, gather, mend, registry
 from bigru.kernels.config import Call, describe
 from bigru.kernels.kernel import Backward, Forward
-from bigru.kernels.launch import Launch
+from bigru.kernels.launch import Launch, Launchers
 from bigru.kernels.varlen import Varlen
 
 View = tuple[tuple[int, ...], tuple[int, ...], int]
@@ -101,20 +101,27 @@ class Plan:
         self.backward_offsets = [n * size for n in (0, 0, 0, 0, at, 0, 0, dq, dh0, 0, h_prev)]
         self.backward_offsets_zeros = [0, at * size, *self.backward_offsets[2:]]
         self.collect_offsets = [n * size for n in (0, dq, 0, at, h_prev, 0)]
+        self.sizes = rows[0], batch
         self.config: Any = None
-        self.forward_launches: tuple[Launch, Launch] | None = None
+        self.forward_launches: tuple[Launch, Launch] | None = None  # without gates and with them
+        self.mend_launches: tuple[Launch, Launch] | None = None
         self.backward_launch: Launch | None = None
         if batch > 0:
             self.config = self.kernel.choose(Call(describe(device), self.dtype, hidden, precision, ragged), batch)
-            key = self.config, ragged, self.dtype, self.index
-            if launchers := self.kernel.launchers(self.config):
-                forward, constants, backward = launchers
-                self.grid, self.sizes = (-(-batch // self.config.rows), 2, 1), (rows[0], batch)
-                constants = {"H": hidden, "HAS_BIAS": biased, **constants}
-                if zeros:
-                    inference = forward.prepare(*key, SAVE=False, **constants)
-                    self.forward_launches = inference, forward.prepare(*key, SAVE=True, **constants)
-                self.backward_launch = backward.prepare(*key, H=hidden)
+            if launchers := self.kernel.launchers(self.config, hidden):
+                self._prepare(launchers, biased, ragged)
+
+    def _prepare(self, launchers: Launchers, biased: bool, ragged: bool) -> None:
+        forward, constants, backward, mended = launchers
+        _, batch, hidden = self.state_shape
+        self.grid, self.mend_grid = (-(-batch // self.config.rows), 2, 1), (batch, 2, 1)
+        key, constants = (ragged, self.dtype, self.index), {"H": hidden, "HAS_BIAS": biased, **constants}
+        inference = forward.prepare(self.config, *key, SAVE=False, **constants)
+        self.forward_launches = inference, forward.prepare(self.config, *key, SAVE=True, **constants)
+        self.backward_launch = backward.prepare(self.config, *key, H=hidden)
+        if self.given and mended is not None and self.dtype == torch.float32:
+            self.gates_strides, prepare = mended, mend.LAUNCHER.prepare
+            self.mend_launches = prepare(mend.Mended(biased, False), *key), prepare(mend.Mended(biased, True), *key)
 
     def forward(
         self, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], varlen: Varlen | None, save: bool,
@@ -157,9 +164,14 @@ class Plan:
         h_n = gi.new_empty(self.state_shape) if h_n is None else h_n
         if self.forward_launches is not None:
             b_hn, kept = gi if self.bias is None else out, y if gates is None else gates
-            tensors = gi, out, b_hn, out if h0 is None else h0, y, h_n, kept, None if varlen is None else varlen.table
+            start, table = out if h0 is None else h0, None if varlen is None else varlen.table
             sizes = self.sizes if varlen is None else (varlen.steps, varlen.batch)
+            tensors = gi, out, b_hn, start, y, h_n, kept, table
             self.forward_launches[save](self.grid, tensors, sizes, self.forward_offsets)
+            if self.mend_launches is not None:
+                mended = gi, out, None if self.bias is None else out, start, y, h_n, gates, table
+                about = *sizes, self.hidden, *self.gates_strides
+                self.mend_launches[save](self.mend_grid, mended, about, self.forward_offsets)
         elif self.config is not None:
             biases = None if self.bias is None else out.as_strided(*self.b_hn)
             start, last = self._states(h0, out), h_n.as_strided(*self.h_n)

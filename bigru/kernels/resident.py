@@ -37,7 +37,7 @@ import torch
 
 from bigru.kernels.config import ONE_PROCESSOR, Call, ResidentConfig, choose_resident, gpu_refusal, padded_to_power
 from bigru.kernels.kernel import Backward, Forward, Kernel
-from bigru.kernels.launch import Launcher, launch_backward, launch_forward
+from bigru.kernels.launch import Launcher, Launchers, launch_backward, launch_forward
 from bigru.kernels.mend import mend
 from bigru.kernels.resident_backward import gru_backward_resident_kernel
 from bigru.kernels.resident_forward import gru_forward_resident_kernel
@@ -77,8 +77,8 @@ class ResidentKernel(Kernel):
     def backward(self, operands: Backward, config: ResidentConfig) -> None:
         launch_backward(BACKWARD, operands, config)
 
-    def launchers(self, config: ResidentConfig) -> tuple[Launcher, dict[str, Any], Launcher]:
-        return FORWARD, {}, BACKWARD
+    def launchers(self, config: ResidentConfig, hidden: int) -> Launchers:
+        return Launchers(FORWARD, {}, BACKWARD, mended=(4, 1))
 
     def functions(self, config: ResidentConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         return {"forward": (gru_forward_resident_kernel, {}), "backward": (gru_backward_resident_kernel, {})}

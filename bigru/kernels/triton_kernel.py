@@ -47,7 +47,7 @@ from bigru.kernels.cell import (
 )
 from bigru.kernels.config import Call, TritonConfig, choose_triton, gpu_refusal
 from bigru.kernels.kernel import Backward, Forward, Kernel
-from bigru.kernels.launch import Launcher, launch_backward, launch_forward
+from bigru.kernels.launch import Launcher, Launchers, launch_backward, launch_forward
 from bigru.kernels.mend import mend
 from bigru.kernels.triton_tile import _from_tile, _load_gates_weights, _tile, _to_tile
 from bigru.kernels.varlen import steps_and_table
@@ -352,8 +352,10 @@ class TritonKernel(Kernel):
         launch((-(-batch // config.rows), 2, 1), tensors, (steps, batch, hidden))
         dh0.copy_(dh)
 
-    def launchers(self, config: TritonConfig) -> tuple[Launcher, dict[str, Any], Launcher] | None:
-        return (FORWARD, {"ACCURATE": config.accurate}, BACKWARD) if config.persistent else None
+    def launchers(self, config: TritonConfig, hidden: int) -> Launchers | None:
+        if not config.persistent:
+            return None
+        return Launchers(FORWARD, {"ACCURATE": config.accurate}, BACKWARD, (1, hidden) if config.split else None)
 
     def functions(self, config: TritonConfig) -> dict[str, tuple[Any, dict[str, str]]]:
         if config.persistent:
