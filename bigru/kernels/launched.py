@@ -73,7 +73,9 @@ def launched_gru(
     refuse_transforms(x, hx, *weights)
     refuse_traced(common.varlen)
     each, size = len(weights) // layers, 2 * common.batch * common.hidden
-    x, hx = x.resolve_neg(), None if hx is None else hx.to(common.dtype).resolve_neg().contiguous()
+    if x.is_neg():  # they are read by address
+        x = x.resolve_neg()
+    hx = None if hx is None else hx.to(common.dtype).resolve_neg().contiguous()
     wanted = torch.is_grad_enabled() and any(map(_wants_gradient, (x, *weights, *(() if hx is None else (hx,)))))
     h_n = None if wanted else x.new_empty((2 * layers, common.batch, common.hidden), dtype=common.dtype)
     states = []
@@ -131,6 +133,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, ...]:
         # Not once_differentiable: where a caller names its inputs, it leaves terms of second derivatives out silently.
         refuse_second_derivative(dy, dh_n)
+        dy, dh_n = (t.resolve_neg() if t is not None and t.is_neg() else t for t in (dy, dh_n))
         y, gates, x, h0, gathered = ctx.saved_tensors
         for_x, for_h0, _, _, *needs = ctx.needs_input_grad
         half = len(needs) // 2

@@ -207,10 +207,10 @@ class Plan:
             dy = dy.transpose(0, 1)
         before = for_w_hh or varlen is not None
         memory = y.new_empty(self.memory_before if before else self.memory)
-        dy = torch.zeros_like(y) if dy is None else dy.resolve_neg().contiguous()
+        dy = torch.zeros_like(y) if dy is None else dy.contiguous()
         offsets = self.backward_offsets
         if dh_n is not None:
-            dh_n = dh_n.resolve_neg().contiguous()
+            dh_n = dh_n.contiguous()
         elif h0 is None and self.backward_launch is not None:
             dh_n, offsets = out, self.backward_offsets_zeros
         else:
