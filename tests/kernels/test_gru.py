@@ -305,9 +305,11 @@ class TestFusedLayer:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_numbers_with_their_sign_elsewhere(backend, triton_device):
     """A view like x.conj().imag says by a bit that its numbers are those in memory, negated."""
+    if backend == "cpu" and KERNEL.instructions == "none":
+        pytest.skip("the C extension is not built")
 
     def negated(*size):
-        return torch.randn(*size, dtype=torch.cfloat, device=device).conj().imag
+        return torch._neg_view(torch.randn(*size, device=device))
 
     device = torch.device("cpu") if backend == "cpu" else triton_device
     gru = BiGRU(3, 4, backend=backend, device=device)
