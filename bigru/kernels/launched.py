@@ -37,7 +37,7 @@ class Common(NamedTuple):
 
 
 def launches(backend: str, ragged: bool) -> bool:
-    """Returns whether `launched_gru` serves a call: where no operators are recorded, as with ragged rows."""
+    """Returns whether `launched_gru` serves a call: unless operators are recorded, or compiled with ragged rows."""
     if backend not in KERNELS or (torch.compiler.is_compiling() if ragged else recorded()):
         return False
     return registry.get(backend).layer is None
